@@ -1,0 +1,25 @@
+"""fxcurv: a graph-rewriting compiler on torch.fx that computes curvature of neural networks."""
+
+from fxcurv.api import Compiled as Compiled
+from fxcurv.api import compile as compile
+from fxcurv.api import trace as trace
+from fxcurv.blocks import Block as Block
+from fxcurv.blocks import Dense as Dense
+from fxcurv.blocks import Diagonal as Diagonal
+from fxcurv.blocks import Kronecker as Kronecker
+from fxcurv.errors import CaptureError as CaptureError
+from fxcurv.errors import FxcurvError as FxcurvError
+from fxcurv.errors import InputError as InputError
+from fxcurv.errors import LossError as LossError
+from fxcurv.errors import QuantityError as QuantityError
+from fxcurv.errors import SpecError as SpecError
+from fxcurv.errors import UnsupportedError as UnsupportedError
+from fxcurv.quantities import KFAC as KFAC
+from fxcurv.quantities import NAMES as NAMES
+from fxcurv.quantities import DiagGGN as DiagGGN
+from fxcurv.quantities import Empirical as Empirical
+from fxcurv.quantities import Exact as Exact
+from fxcurv.quantities import Grad as Grad
+from fxcurv.quantities import Sampled as Sampled
+from fxcurv.result import Curvature as Curvature
+from fxcurv.show import tabular as tabular

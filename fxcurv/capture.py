@@ -1,0 +1,299 @@
+"""capture: any eval-mode model -> one functional ATen graph, valid for every batch size. The only file that knows torch.export.
+
+The graph's placeholders are the model's tensors (parameters, buffers, constants) and its inputs; `Captured.sources`
+says which tensor of the model each of the former is. The model itself is traced through a structural copy that shares
+its tensors, so nothing that tracing leaves behind (caches, counters, flags) reaches it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from fxcurv.errors import CaptureError, FxcurvError, InputError
+
+__all__ = ["Captured", "Inputs", "Output", "as_call", "batch_size", "capture", "selector"]
+
+Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
+Output = str | int | Callable[[Any], Tensor] | None
+
+TRACED_BATCH = 3
+"""Tracing sees three samples: export takes 0 and 1 for constants, and two would hide a broadcast against a pair."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The ATen graph, and for each placeholder that is not an input the name of the model's tensor it stands for."""
+
+    graph: fx.GraphModule
+    sources: dict[str, str]
+    constants: dict[str, Tensor]
+
+
+def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor or a tuple is positional, a dict is keyword arguments."""
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def batch_size(inputs: Inputs) -> int:
+    """The length of axis 0, which all input tensors share."""
+    tensors = [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
+    if not tensors:
+        raise InputError("no input tensor was given", remedy="call it as curv(inputs, target)")
+    for t in tensors:
+        if t.ndim == 0:
+            raise InputError("an input is a scalar", remedy="give every input a leading batch axis")
+    sizes = {t.shape[0] for t in tensors}
+    if len(sizes) != 1:
+        raise InputError(f"inputs have different batch sizes {sorted(sizes)}", remedy="let axis 0 of every input be the batch")
+    return sizes.pop()
+
+
+def selector(output: Output) -> Callable[[Any], Tensor]:
+    """The function that takes the tensor to differentiate out of what the model returns."""
+
+    def select(returned: Any) -> Tensor:
+        if callable(output):
+            chosen = output(returned)
+        elif isinstance(output, str):
+            chosen = returned[output] if isinstance(returned, dict) else getattr(returned, output)
+        else:
+            chosen = returned if output is None else returned[output]
+        if isinstance(chosen, Tensor):
+            return chosen
+        kind, parts = type(chosen).__name__, _parts(chosen)
+        raise CaptureError(
+            f"the model returns a {kind}{f' of {parts}' if parts else ''}, not a tensor",
+            node="output",
+            remedy="choose one with output= (an index, a name, or a function of what the model returns)",
+        )
+
+    return select
+
+
+def _parts(returned: Any) -> str:
+    if isinstance(returned, dict):
+        return ", ".join(map(repr, returned))
+    return f"{len(returned)} items" if isinstance(returned, list | tuple) else ""
+
+
+def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured:
+    """Trace `model` on inputs shaped like `inputs` (values are not read) into a functional ATen graph; the batch axis stays free."""
+    args, kwargs = pytree.tree_map_only(Tensor, _example, as_call(inputs))
+    dynamic = pytree.tree_map_only(Tensor, lambda _: {0: Dim.AUTO}, (args, kwargs))
+    dynamic = pytree.tree_map_only(_NOT_TENSORS, lambda _: None, dynamic)
+    shared = _structural_copy(model)
+    forward, select = shared.forward, selector(output)
+
+    @functools.wraps(forward)
+    def selected(*args: Any, **kwargs: Any) -> Tensor:
+        return select(forward(*args, **kwargs))
+
+    shared.forward = selected
+    try:
+        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+            program = export(shared, args, kwargs, dynamic_shapes=_dynamic_shapes(forward, *dynamic), strict=False)
+    except FxcurvError:
+        raise
+    except Exception as error:
+        raise _translated(error) from error
+    graph = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
+    _keep_only_selected_output(graph, program)
+    _check_no_mutation(program)
+    _functionalize(graph)
+    return Captured(graph, *_sources(program, model))
+
+
+_NOT_TENSORS = (int, float, bool, str, type(None))
+
+
+def _example(t: Tensor) -> Tensor:
+    return torch.empty(TRACED_BATCH, *t.shape[1:], dtype=t.dtype, device=t.device)
+
+
+def _structural_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares every tensor with `model`."""
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(f"the model cannot be copied ({error})", remedy="make its attributes deep-copyable") from error
+
+
+def _dynamic_shapes(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`dynamic_shapes` by argument position or, where keywords are used, by name."""
+    if not kwargs:
+        return args
+    names = list(inspect.signature(forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _translated(error: Exception) -> CaptureError:
+    """An error of tracing as cause and remedy, with the line of the model that it came from."""
+    text, frame = str(error), _user_frame(error)
+    where = f" at {frame}" if frame else ""
+    name = type(error).__name__
+    if "data-dependent" in text or "GuardOnDataDependent" in name or "bool on" in text or "item()" in text:
+        return CaptureError(
+            f"data-dependent control flow{where}: {text.splitlines()[0]}",
+            remedy="decide on shapes or constants instead of values, or use torch.where",
+        )
+    first = next((line for line in text.splitlines() if line.strip()), name)
+    return CaptureError(f"the model cannot be traced{where}: {name}: {first}", remedy="see the error above for its origin")
+
+
+def _user_frame(error: Exception) -> str | None:
+    """`file:line in function` of the last frame outside of torch."""
+    frames: list[str] = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not any(part in code.co_filename for part in ("/torch/", "fxcurv/capture", "<")):
+            frames.append(f'{code.co_filename}:{trace.tb_lineno} in "{code.co_name}"')
+        trace = trace.tb_next
+    return next((f for f in reversed(frames) if "/fxcurv/" not in f and "/passes/" not in f), None)
+
+
+def _check_no_mutation(program: ExportedProgram) -> None:
+    """Captured graphs are functional: a model that writes into its inputs or its buffers would mean something else."""
+    for spec in program.graph_signature.output_specs:
+        if spec.kind is OutputKind.USER_INPUT_MUTATION:
+            raise CaptureError(_OVERWRITES_INPUT, node=str(spec.target), remedy=_CLONE_INPUT)
+        if spec.kind is OutputKind.BUFFER_MUTATION:
+            raise CaptureError("the model writes into this buffer", node=str(spec.target), remedy="call model.eval(), or keep state out of forward")
+
+
+_OVERWRITES_INPUT = "the model overwrites its input in place"
+_CLONE_INPUT = "give the first op inplace=False, or clone the input in forward"
+
+
+def _keep_only_selected_output(graph: fx.GraphModule, program: ExportedProgram) -> None:
+    node = graph.graph.output_node()
+    kinds = [spec.kind for spec in program.graph_signature.output_specs]
+    outputs: list[Any] = list(pytree.tree_leaves(node.args))
+    node.args = (outputs[kinds.index(OutputKind.USER_OUTPUT)],)
+
+
+def _sources(program: ExportedProgram, model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Placeholder -> name of the model's tensor, by identity (tied parameters share the first name); and lifted constants."""
+    names = {id(t): name for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
+    sources: dict[str, str] = {}
+    constants: dict[str, Tensor] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT or spec.target is None:
+            continue
+        tensor = program.state_dict.get(spec.target, program.constants.get(spec.target))
+        if id(tensor) in names:
+            sources[spec.arg.name] = names[id(tensor)]
+        elif isinstance(tensor, Tensor):
+            sources[spec.arg.name], constants[spec.target] = spec.target, tensor.detach().clone()
+    return sources, constants
+
+
+# In-place ops become functional ------------------------------------------------------------------------------------
+
+VIEWS = frozenset(
+    "view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze slice select narrow expand expand_as"
+    " chunk split split_with_sizes unbind diagonal unfold movedim swapaxes alias detach contiguous view_as T".split()
+)
+"""ATen operators whose result may share memory with their first argument."""
+
+
+def _functionalize(graph: fx.GraphModule) -> None:
+    """Replace every `op_(x)` by `op(x)`, whose value later reads of x see; refuse where another live view of x would change too."""
+    storage: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        source = _viewed(node)
+        storage[node] = storage.get(source, source) if source is not None else node
+        if not _is_inplace(node):
+            continue
+        target = node.args[0]
+        assert isinstance(target, fx.Node)
+        root = storage[target]
+        if root.op == "placeholder":
+            raise CaptureError(_OVERWRITES_INPUT, node=root.name, remedy=_CLONE_INPUT)
+        later = set(_nodes_after(node))
+        for alias in [n for n, r in storage.items() if r is root and n not in (target, node)]:
+            if not _same_tensor(alias, target, graph) and any(user in later for user in alias.users):
+                raise CaptureError(
+                    "an in-place op writes through a view that is read afterwards",
+                    node=_described(node),
+                    remedy="write it out of place: x = op(x) instead of op_(x)",
+                )
+        for name in [n for n, r in storage.items() if r is root and _same_tensor(n, target, graph) and n is not node]:
+            name.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)  # noqa: B023
+        node.target = _functional(node)
+        storage[node] = node
+    graph.graph.lint()
+    graph.recompile()
+
+
+def _nodes_after(node: fx.Node) -> Iterator[fx.Node]:
+    while (node := node.next).op != "root":
+        yield node
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """The node whose memory this one may share."""
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node) or node.op != "call_function":
+        return None
+    views = node.target is operator.getitem or _packet(node) in VIEWS or _is_inplace(node) or _is_inert_dropout(node)
+    return first if views else None
+
+
+def _same_tensor(a: fx.Node, b: fx.Node, graph: fx.GraphModule) -> bool:
+    """Whether a and b are one tensor under two names."""
+    while (source := _renamed(a)) is not None:
+        a = source
+    while (source := _renamed(b)) is not None:
+        b = source
+    return a is b
+
+
+def _renamed(node: fx.Node) -> fx.Node | None:
+    first = node.args[0] if node.args else None
+    same = node.op == "call_function" and (_packet(node) in ("alias", "contiguous") or _is_inert_dropout(node))
+    return first if same and isinstance(first, fx.Node) else None
+
+
+def _packet(node: fx.Node) -> str:
+    return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
+
+
+def _is_inert_dropout(node: fx.Node) -> bool:
+    return _packet(node).rstrip("_") in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+
+
+def _is_inplace(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable and not _is_inert_dropout(node)
+
+
+def _functional(node: fx.Node) -> Any:
+    """The out-of-place overload of an in-place operator."""
+    name, overload = _packet(node), getattr(node.target, "_overloadname", "default")
+    packet = getattr(torch.ops.aten, name.rstrip("_"), None)
+    functional = getattr(packet, overload, None) if name.endswith("_") and packet is not None else None
+    if functional is None:
+        raise CaptureError(f"{node.target} changes a tensor in place", node=_described(node), remedy="write it out of place")
+    return functional
+
+
+def _described(node: fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = stack[-1][0] if stack else ""
+    return f"'{path or node.name}' {node.target}"

@@ -1,0 +1,267 @@
+"""Losses: loss × factor -> the columns S with Σ_v S_v S_vᵀ = ∇²loss with respect to the model's output.
+
+A loss is a weighted sum of terms, ω · ℓ(output entries, target). Cross entropy has one term per position, over the C
+entries along axis 1; squared and binary-cross-entropy losses have one term per entry. `ω` holds everything that scales
+a term: class or sample weights, ignored positions (0), and what `mean` divides by. A column of the factor must never
+hold two entries that are not of one term, unless their signs are independent; so an exact column belongs to one term.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxcurv.errors import InputError, LossError
+from fxcurv.quantities import Empirical, Exact, Factor, LossGradient, Sampled
+
+__all__ = ["LossTerms", "as_loss", "loss_terms", "softmax_root"]
+
+
+@dataclass(frozen=True)
+class LossTerms(ABC):
+    """A loss at given outputs and targets: its value, its gradient `[N, …]` and the weights ω of its terms."""
+
+    value: Tensor
+    gradient: Tensor
+    omega: Tensor
+
+    @property
+    @abstractmethod
+    def exact_columns(self) -> int:
+        """How many columns per sample an exact factor has."""
+
+    @abstractmethod
+    def exact(self, start: int, stop: int) -> Tensor:
+        """Columns start … stop of the exact factor: `[v, N, …]`."""
+
+    @abstractmethod
+    def sampled(self, generator: torch.Generator | None) -> Tensor:
+        """One column, √ω times the gradient of every term at a target drawn from the model: `[N, …]`."""
+
+    def empirical(self) -> Tensor:
+        """One column, √ω times the gradient of every term at its own target: `[N, …]`."""
+        return torch.where(self.omega > 0, self.gradient / self.omega.sqrt(), 0)
+
+    def columns(self, factor: Factor, chunk: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+        """The factor's columns `[v, N, …]` in chunks of at most `chunk`."""
+        if isinstance(factor, Exact):
+            for start in range(0, self.exact_columns, chunk):
+                yield self.exact(start, min(start + chunk, self.exact_columns))
+        elif isinstance(factor, Sampled):
+            for start in range(0, factor.k, chunk):
+                size = min(chunk, factor.k - start)
+                yield torch.stack([self.sampled(generator) for _ in range(size)]) / factor.k**0.5
+        else:
+            yield (self.gradient if isinstance(factor, LossGradient) else self.empirical()).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class SoftmaxTerms(LossTerms):
+    """Terms -Σ_c q_c log p_c with p = softmax along axis 1 and Σ_c q_c = 1; Hessian ω (diag(p) - p pᵀ)."""
+
+    p: Tensor
+
+    @property
+    def exact_columns(self) -> int:
+        return (self.p.shape[1] - 1) * self.p[0, 0].numel()
+
+    def exact(self, start: int, stop: int) -> Tensor:
+        N, C = self.p.shape[:2]
+        p, omega = self.p.reshape(N, C, -1), self.omega.reshape(N, 1, -1)
+        positions = p.shape[2]
+        S = p.new_zeros(stop - start, N, C, positions)
+        for position in range(start // (C - 1), (stop - 1) // (C - 1) + 1):
+            a, b = max(start, position * (C - 1)), min(stop, (position + 1) * (C - 1))
+            root = softmax_root(p[:, :, position], a - position * (C - 1), b - position * (C - 1))
+            S[a - start : b - start, :, :, position] = omega[:, :, position].sqrt() * root
+        return S.reshape(stop - start, *self.p.shape)
+
+    def sampled(self, generator: torch.Generator | None) -> Tensor:
+        p = self.p.movedim(1, -1)
+        drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
+        onehot = torch.zeros_like(p).view(-1, p.shape[-1]).scatter_(1, drawn, 1).view_as(p)
+        return self.omega.sqrt() * (p - onehot).movedim(-1, 1)
+
+
+def softmax_root(p: Tensor, start: int, stop: int) -> Tensor:
+    """Columns start … stop of the Cholesky factor of diag(p) - p pᵀ, `p[n,c] -> [v,n,c]` (Tanabe & Sagae 1992, eq. 5).
+
+    With the tail sums t_j = Σ_{k≥j} p_k, L_jj = √(p_j t_{j+1} / t_j) and L_ij = -p_i √(p_j / (t_j t_{j+1})) below it; the
+    last of the C columns vanishes. The tails are summed from the smallest end, so that nothing cancels.
+    """
+    tails = F.pad(p.flip(-1).cumsum(-1).flip(-1), (0, 1))
+    j = torch.arange(start, stop, device=p.device)
+    pj, here, below = p[:, j], tails[:, j], tails[:, j + 1]
+    on = torch.where(here > 0, (pj * below / here).sqrt(), 0)
+    off = torch.where(below > 0, (pj / here).sqrt() / below.sqrt(), 0)
+    i = torch.arange(p.shape[1], device=p.device)
+    L = torch.where(i > j[:, None], -p[:, None, :] * off[:, :, None], 0) + (i == j[:, None]) * on[:, :, None]
+    return L.transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class ScalarTerms(LossTerms):
+    """One term per output entry, with second derivative ω · `curvature`; `noise(generator)` has that variance over ω."""
+
+    curvature: Tensor
+    noise: Callable[[torch.Generator | None], Tensor]
+
+    @property
+    def exact_columns(self) -> int:
+        return self.gradient[0].numel()
+
+    def exact(self, start: int, stop: int) -> Tensor:
+        root = (self.omega * self.curvature).sqrt().expand_as(self.gradient).flatten(1)
+        S = root.new_zeros(stop - start, *root.shape)
+        v = torch.arange(stop - start, device=root.device)
+        S[v, :, v + start] = root[:, start:stop].T
+        return S.view(stop - start, *self.gradient.shape)
+
+    def sampled(self, generator: torch.Generator | None) -> Tensor:
+        return self.omega.sqrt() * self.noise(generator)
+
+
+# Which loss -------------------------------------------------------------------------------------------------------
+
+BY_NAME: dict[str, Callable[[], nn.Module]] = {
+    "cross_entropy": nn.CrossEntropyLoss,
+    "mse": nn.MSELoss,
+    "bce_with_logits": nn.BCEWithLogitsLoss,
+}
+_FUNCTIONS = {F.cross_entropy: "cross_entropy", F.mse_loss: "mse", F.binary_cross_entropy_with_logits: "bce_with_logits"}
+_REMEDY = "use nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss (or 'cross_entropy', 'mse', 'bce_with_logits') with reduction 'mean' or 'sum'"
+
+
+def as_loss(loss: object) -> nn.Module:
+    """A supported loss given as a module, by name, or as the function of torch.nn.functional."""
+    if isinstance(loss, str) or (callable(loss) and loss in _FUNCTIONS):
+        name = loss if isinstance(loss, str) else _FUNCTIONS[loss]
+        if name not in BY_NAME:
+            raise LossError(f"no loss is called {name!r}", remedy=_REMEDY)
+        return BY_NAME[name]()
+    known = next((kind for kind in _TERMS if isinstance(loss, kind)), None)
+    if known is None or type(loss).forward is not known.forward:
+        raise LossError(f"the loss {type(loss).__name__} is not supported", remedy=_REMEDY)
+    assert isinstance(loss, nn.Module)
+    if loss.reduction not in ("mean", "sum"):
+        raise LossError(f"the loss has reduction {loss.reduction!r}", remedy=_REMEDY)
+    return loss
+
+
+def loss_terms(loss: nn.Module, output: Tensor, target: Tensor) -> LossTerms:
+    """The loss at an output `[N, …]` (widened to float32 if it is narrower) and a target, checked against each other."""
+    if not isinstance(target, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"the target is a {type(target).__name__}, not a tensor", remedy="call it as curv(inputs, target)")
+    if target.device != output.device:
+        raise InputError(f"the target is on {target.device}, the output on {output.device}", remedy="move them to one device")
+    output = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+    kind = next(kind for kind in _TERMS if isinstance(loss, kind))
+    if target.is_floating_point():
+        target = target.to(output.dtype)
+        if not bool(target.isfinite().all()):
+            raise InputError("the target holds NaN or infinity", remedy="clean the targets")
+    terms = _TERMS[kind](loss, output, target)
+    if not bool(terms.value.isfinite()):
+        raise LossError("the loss is not finite", remedy="check that some target counts and that the outputs are moderate")
+    if bool((terms.omega < 0).any()):
+        raise LossError("a term of the loss has a negative weight", remedy="its Hessian has no real square root: use weights ≥ 0")
+    return terms
+
+
+def _value_and_gradient(loss: nn.Module, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    gradient, value = torch.func.grad_and_value(lambda f: loss(f, target))(output)
+    return value, gradient
+
+
+def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(like)
+
+
+def _cross_entropy(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> LossTerms:
+    if output.ndim < 2 or output.shape[1] < 2:
+        raise LossError(f"cross entropy of an output of shape {list(output.shape)}", remedy="give [N, C] or [N, C, d…] with C ≥ 2 classes")
+    C, per_class = output.shape[1], _as(loss.weight, output)
+    if per_class is not None and per_class.shape != (C,):
+        raise LossError(f"class weights of shape {list(per_class.shape)} for {C} classes", remedy=f"give {C} weights")
+    q, counts = _class_probabilities(loss, output, target)
+    weighted = q if per_class is None else q * per_class.view(-1, *(1,) * (output.ndim - 2))
+    omega = weighted.sum(1, keepdim=True)  # the mass of a term: Σ_c w_c q_c
+    if loss.reduction == "mean":
+        omega = omega / counts
+    loss = _on(loss, output)
+    return SoftmaxTerms(*_value_and_gradient(loss, output, target), omega, output.softmax(1))
+
+
+def _on(loss: nn.Module, like: Tensor) -> nn.Module:
+    """The loss with its weights in the output's type and place; the given one is left alone."""
+    return copy.deepcopy(loss).to(like) if any(True for _ in loss.buffers()) else loss
+
+
+def _class_probabilities(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The targets as q[n,c,…], smoothed and zero where ignored; and what `mean` divides by."""
+    C, smoothing = output.shape[1], loss.label_smoothing
+    if target.is_floating_point():
+        if target.shape != output.shape:
+            raise InputError(_shapes("class probabilities", target, output), remedy="give them in the output's shape")
+        if bool((target < 0).any()):
+            raise InputError("a class probability is negative", remedy="give probabilities")
+        return target * (1 - smoothing) + smoothing / C * target.new_ones(()), target.new_tensor(target.numel() / C)
+    if target.dtype != torch.int64:
+        raise InputError(f"class indices of type {target.dtype}", remedy="give torch.int64 indices, or probabilities")
+    if target.shape != (expected := (output.shape[0], *output.shape[2:])):
+        raise InputError(_shapes("class indices", target, output), remedy=f"give indices of shape {list(expected)}")
+    counted = target != loss.ignore_index
+    wrong = counted & ((target < 0) | (target >= C))
+    if bool(wrong.any()):
+        raise InputError(f"class index {int(target[wrong][0])} for {C} classes", remedy=f"give indices from 0 to {C - 1}, or ignore_index")
+    if loss.reduction == "mean" and not bool(counted.any()):
+        raise InputError("every target is ignored", remedy="give at least one that counts")
+    onehot = F.one_hot(target.where(counted, 0), C).movedim(-1, 1).to(output.dtype) * counted.unsqueeze(1)
+    smoothed = onehot * (1 - smoothing) + smoothing / C * counted.unsqueeze(1)
+    weight = _as(loss.weight, output)
+    return smoothed, (onehot if weight is None else onehot * weight.view(-1, *(1,) * (output.ndim - 2))).sum()
+
+
+def _mse(loss: nn.MSELoss, output: Tensor, target: Tensor) -> LossTerms:
+    if not target.is_floating_point() or target.shape != output.shape:
+        raise InputError(_shapes(f"a target of type {target.dtype}", target, output), remedy="give floating-point targets in the output's shape")
+    omega = output.new_tensor(1 / output.numel() if loss.reduction == "mean" else 1)
+
+    def noise(generator: torch.Generator | None) -> Tensor:
+        return 2**0.5 * torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
+
+    return ScalarTerms(*_value_and_gradient(loss, output, target), omega, output.new_tensor(2), noise)
+
+
+def _bce_with_logits(loss: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor) -> LossTerms:
+    if not target.is_floating_point() or target.shape != output.shape:
+        raise InputError(_shapes(f"a target of type {target.dtype}", target, output), remedy="give floating-point targets in the output's shape")
+    if bool((target < 0).any()) or bool((target > 1).any()):
+        raise InputError("a target is outside of [0, 1]", remedy="give probabilities")
+    omega = torch.full_like(output, 1 / output.numel() if loss.reduction == "mean" else 1)
+    pos_weight, weight = _as(loss.pos_weight, output), _as(loss.weight, output)
+    omega = omega if pos_weight is None else omega * (1 + (pos_weight - 1) * target)
+    omega = omega if weight is None else omega * weight
+    p = output.sigmoid()
+
+    def noise(generator: torch.Generator | None) -> Tensor:
+        return p - torch.bernoulli(p, generator=generator)
+
+    return ScalarTerms(*_value_and_gradient(_on(loss, output), output, target), omega, p * (1 - p), noise)
+
+
+def _shapes(what: str, target: Tensor, output: Tensor) -> str:
+    return f"{what} of shape {list(target.shape)} for an output of shape {list(output.shape)}"
+
+
+_TERMS: dict[type[nn.Module], Callable[..., LossTerms]] = {
+    nn.CrossEntropyLoss: _cross_entropy,
+    nn.MSELoss: _mse,
+    nn.BCEWithLogitsLoss: _bce_with_logits,
+}

@@ -1,0 +1,361 @@
+"""The vocabulary of the canonical graph: `torch.nn` modules where they say it, and the modules below where they do not.
+
+Every module takes tensors and returns one tensor, holds its hyper-parameters (and, in slots, its live tensors), and
+works for any batch size. The order is: constants and arithmetic, normalisation, shape, selection, reductions, generic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "Add",
+    "Affine",
+    "Cast",
+    "Cat",
+    "Constant",
+    "Detach",
+    "Expand",
+    "Mean",
+    "Mul",
+    "Neg",
+    "Opaque",
+    "Pad",
+    "Permute",
+    "Pointwise",
+    "Reshape",
+    "Scale",
+    "Select",
+    "Shift",
+    "Slice",
+    "Sub",
+    "Sum",
+]
+
+
+class Add(nn.Module):
+    """y = a + alpha · b, broadcasting."""
+
+    broadcasts: ClassVar = True
+
+    def __init__(self, alpha: float = 1) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.add(a, b, alpha=self.alpha)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}" if self.alpha != 1 else ""
+
+
+class Sub(nn.Module):
+    """y = a - alpha · b, broadcasting."""
+
+    broadcasts: ClassVar = True
+
+    def __init__(self, alpha: float = 1) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.sub(a, b, alpha=self.alpha)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}" if self.alpha != 1 else ""
+
+
+class Mul(nn.Module):
+    """y = a · b, elementwise, broadcasting."""
+
+    broadcasts: ClassVar = True
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+
+class Neg(nn.Module):
+    """y = -x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -x
+
+
+class Constant(nn.Module):
+    """y = a tensor that depends on no input and no trainable parameter; slot `value`, bound before each run."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value, persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.value
+
+    def extra_repr(self) -> str:
+        return str(tuple(self.value.shape))
+
+
+class Shift(nn.Module):
+    """y = x + value, a number."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.value
+
+    def extra_repr(self) -> str:
+        return str(self.value)
+
+
+class Scale(nn.Module):
+    """y = x · value, a number."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.value
+
+    def extra_repr(self) -> str:
+        return str(self.value)
+
+
+class Affine(nn.Module):
+    """BatchNorm in eval mode: y[n,c,…] = γ[c] x̂[n,c,…] + β[c], x̂ = (x - μ)/√(σ² + ε); slots γ weight, β bias, μ mean, σ² var."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, mean: Tensor, var: Tensor, eps: float) -> None:
+        super().__init__()
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("var", var, persistent=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mean, self.var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """x̂ = (x - μ)/√(σ² + ε): `[n, c, …] -> [n, c, …]`."""
+        return F.batch_norm(x, self.mean, self.var, None, None, False, 0.0, self.eps)
+
+    def slope(self) -> Tensor:
+        """dy/dx = γ/√(σ² + ε): `[c]`."""
+        inverse = (self.var + self.eps).rsqrt()
+        return inverse if self.weight is None else inverse * self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.mean.numel()}, eps={self.eps}"
+
+
+class Reshape(nn.Module):
+    """y = x.reshape(shape); the one axis that grows with the batch is -1."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(self.shape)
+
+    def extra_repr(self) -> str:
+        return str(self.shape)
+
+
+class Expand(nn.Module):
+    """y = x.expand(shape); -1 keeps an axis."""
+
+    broadcasts: ClassVar = True
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.expand(self.shape)
+
+    def extra_repr(self) -> str:
+        return str(self.shape)
+
+
+class Permute(nn.Module):
+    """y = x.permute(dims)."""
+
+    def __init__(self, dims: Sequence[int]) -> None:
+        super().__init__()
+        self.dims = tuple(dims)
+        self.inverse = tuple(sorted(range(len(self.dims)), key=self.dims.__getitem__))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.dims)
+
+    def extra_repr(self) -> str:
+        return str(self.dims)
+
+
+class Cast(nn.Module):
+    """y = x.to(dtype)."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+    def extra_repr(self) -> str:
+        return str(self.dtype)
+
+
+class Detach(nn.Module):
+    """y = x, through which nothing is pulled back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Slice(nn.Module):
+    """y = x[…, start:stop:step, …] along `dim`."""
+
+    def __init__(self, dim: int, start: int, stop: int, step: int = 1) -> None:
+        super().__init__()
+        self.dim, self.start, self.stop, self.step = dim, start, stop, step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[self.index(x.ndim)]
+
+    def index(self, ndim: int) -> tuple[slice, ...]:
+        """The index tuple that selects the slice from a tensor with `ndim` axes."""
+        axis = self.dim % ndim
+        return (*(slice(None),) * axis, slice(self.start, self.stop, self.step))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, {self.start}:{self.stop}:{self.step}"
+
+
+class Select(nn.Module):
+    """y = x[…, index, …] along `dim`, which disappears."""
+
+    def __init__(self, dim: int, index: int) -> None:
+        super().__init__()
+        self.dim, self.index = dim, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.select(self.dim, self.index)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, index={self.index}"
+
+
+class Cat(nn.Module):
+    """y = cat(xs, dim)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return torch.cat(xs, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class Pad(nn.Module):
+    """y = pad(x): the last axes are extended (or, where negative, cropped); mode as in `torch.nn.functional.pad`."""
+
+    def __init__(self, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> None:
+        super().__init__()
+        self.pad, self.mode, self.value = tuple(pad), mode, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.pad, self.mode, self.value)
+
+    def extra_repr(self) -> str:
+        return f"{self.pad}, mode={self.mode!r}" + (f", value={self.value}" if self.value else "")
+
+
+class Sum(nn.Module):
+    """y = Σ x over `dims`."""
+
+    def __init__(self, dims: Sequence[int], keepdim: bool = False) -> None:
+        super().__init__()
+        self.dims, self.keepdim = tuple(dims), keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(self.dims, self.keepdim)
+
+    def extra_repr(self) -> str:
+        return f"{self.dims}, keepdim={self.keepdim}"
+
+
+class Mean(nn.Module):
+    """y = mean of x over `dims`."""
+
+    def __init__(self, dims: Sequence[int], keepdim: bool = False) -> None:
+        super().__init__()
+        self.dims, self.keepdim = tuple(dims), keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.dims, self.keepdim)
+
+    def extra_repr(self) -> str:
+        return f"{self.dims}, keepdim={self.keepdim}"
+
+
+class _Input:
+    """Marks the places among an operator's arguments that input tensors fill, in order."""
+
+    def __repr__(self) -> str:
+        return "INPUT"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Input:
+        return self
+
+
+INPUT = _Input()
+
+
+def _filled(argument: Any, tensors: Iterator[Tensor]) -> Any:
+    """The argument with every `INPUT` in it replaced by the next tensor."""
+    if isinstance(argument, list):
+        return [_filled(a, tensors) for a in cast("list[Any]", argument)]
+    return next(tensors) if argument is INPUT else argument
+
+
+class _Call(nn.Module):
+    """y = function(*args, **kwargs), the input tensors taking the places marked `INPUT`."""
+
+    def __init__(self, function: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.function, self.args, self.kwargs = function, tuple(args), dict(kwargs)
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        tensors = iter(xs)
+        args = [_filled(a, tensors) for a in self.args]
+        return self.function(*args, **{k: _filled(a, tensors) for k, a in self.kwargs.items()})
+
+    def extra_repr(self) -> str:
+        return str(self.function)
+
+
+class Pointwise(_Call):
+    """y = f(x) for an elementwise operator f of one tensor that has no row of its own; its derivative is f's own."""
+
+
+class Opaque(_Call):
+    """y = f(x, …) for any other operator without parameters; it is pulled back by its own vector-Jacobian product."""

@@ -1,0 +1,265 @@
+"""Quantities: which columns of the loss Hessian's factor are pulled back, and what is summed from them per parameter.
+
+quantity = factor × statistic. A quantity names the statistics it needs for a parameter, given how the parameter is
+used, and turns their sums into a result; it knows nothing about layers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from fxcurv.blocks import Block, Dense, Diagonal, Kronecker
+from fxcurv.contractions import Diagonal as DiagonalOf
+from fxcurv.contractions import Gradient, Gram, InputCovariance, OutputCovariance, Statistic
+from fxcurv.errors import QuantityError
+
+__all__ = [
+    "KFAC",
+    "NAMES",
+    "DiagGGN",
+    "Empirical",
+    "Exact",
+    "Factor",
+    "Grad",
+    "LossGradient",
+    "Quantity",
+    "Sampled",
+    "Used",
+    "named",
+]
+
+
+# Factors ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Columns with Σ_v S_v S_vᵀ = ∇²ℓ exactly: C-1 per loss term for cross entropy, one per output entry otherwise."""
+
+    def __str__(self) -> str:
+        return "exact"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """k columns of gradients at targets drawn from the model's own distribution: unbiased for ∇²ℓ (the Monte-Carlo Fisher)."""
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise QuantityError(f"Sampled(k={self.k!r})", remedy="k is a positive whole number of columns")
+
+    def __str__(self) -> str:
+        return f"sampled({self.k})"
+
+
+@dataclass(frozen=True)
+class Empirical:
+    """One column per sample, its gradient at the given targets over the square root of the term's weight: the empirical Fisher."""
+
+    def __str__(self) -> str:
+        return "empirical"
+
+
+@dataclass(frozen=True)
+class LossGradient:
+    """One column, ∂loss/∂output: what backpropagation carries."""
+
+    def __str__(self) -> str:
+        return "gradient"
+
+
+Factor = Exact | Sampled | Empirical | LossGradient
+
+
+# What a quantity is told about a parameter ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Used:
+    """A parameter as its uses see it: `W[g,o,i]`, or a vector (a bias, a scale) with o = i = 1, over `positions` in all.
+
+    `partner` is the wanted bias that exactly the uses of this matrix add, and for that bias the matrix.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    groups: int
+    outputs: int
+    inputs: int
+    positions: int
+    matrix: bool
+    partner: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+Sums = Mapping[str, Tensor]
+
+
+class Quantity(Protocol):
+    """A frozen dataclass with a factor, the statistics it sums, and what it makes of them."""
+
+    @property
+    def factor(self) -> Factor: ...
+
+    @property
+    def family(self) -> str:
+        """The name under which a result is found."""
+        ...
+
+    def owner(self, used: Used) -> str:
+        """The parameter whose entry holds this one's result: itself, or the weight that it is joined to."""
+        ...
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        """The sums needed for a parameter."""
+        ...
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor | Block:
+        """The result, from the sums over all samples and columns."""
+        ...
+
+    def approximation(self, used: Used) -> str | None:
+        """The name of what is reported instead of the quantity's definition, if anything."""
+        ...
+
+
+DENSE_LIMIT = 8192
+"""Side of the largest dense block that stands in where a parameter has no Kronecker form."""
+
+
+@dataclass(frozen=True)
+class Grad:
+    """∇loss[o,i] = Σ_ns S[n,s,o] x[n,s,i] with S = ∂loss/∂output; a tensor of the parameter's shape, as autograd's `.grad`."""
+
+    factor: Factor = field(default=LossGradient(), init=False)
+    family: str = field(default="grad", init=False, repr=False)
+
+    def owner(self, used: Used) -> str:
+        return used.name
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        return {"gradient": Gradient()}
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+        return sums["gradient"].reshape(used.shape)
+
+    def approximation(self, used: Used) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class DiagGGN:
+    """diag(G)[o,i] = Σ_vn (Σ_s S[v,n,s,o] x[n,s,i])²; a tensor of the parameter's shape (Schraudolph 2002; Dangel et al. 2020)."""
+
+    factor: Factor = Exact()
+    family: str = field(default="diag_ggn", init=False, repr=False)
+
+    def owner(self, used: Used) -> str:
+        return used.name
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        return {"diagonal": DiagonalOf()}
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+        return sums["diagonal"].reshape(used.shape)
+
+    def approximation(self, used: Used) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class KFAC:
+    """G ⊗ A per weight (Martens & Grosse 2015; Grosse & Martens 2016; expand and reduce: Eschenhagen et al. 2023).
+
+    expand: A = 1/(N·S_l) Σ_ns x xᵀ, G = Σ_vns S Sᵀ; reduce: A = 1/N Σ_n x̄ x̄ᵀ with x̄ = mean_s x, G = Σ_vn ŝ ŝᵀ with
+    ŝ = Σ_s S. One pair per group of a grouped convolution. A bias has its exact dense block, or with `joint` the constant
+    1 is appended to x and weight and bias share one block over the rows `[W | b]`. A scale has its exact dense block.
+    """
+
+    factor: Factor = Sampled(1)
+    approx: Literal["expand", "reduce"] = "expand"
+    joint: bool = False
+    family: str = field(default="kfac", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.approx not in ("expand", "reduce"):
+            raise QuantityError(f"KFAC(approx={self.approx!r})", remedy="choose 'expand' or 'reduce'")
+
+    def owner(self, used: Used) -> str:
+        joined = self.joint and used.partner is not None and not used.matrix
+        return str(used.partner) if joined else used.name
+
+    def _joined(self, used: Used) -> bool:
+        return self.joint and used.matrix and used.partner is not None
+
+    def _form(self, used: Used) -> Literal["kronecker", "dense", "diagonal"]:
+        return "kronecker" if used.matrix else "dense" if used.numel <= DENSE_LIMIT else "diagonal"
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        pooled = self.approx == "reduce"
+        if self._form(used) == "kronecker":
+            return {"A": InputCovariance(pooled, ones=self._joined(used)), "G": OutputCovariance(pooled)}
+        return {"matrix": Gram()} if self._form(used) == "dense" else {"diagonal": DiagonalOf()}
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Block:
+        if self._form(used) == "dense":
+            return Dense(used.shape, sums["matrix"])
+        if self._form(used) == "diagonal":
+            return Diagonal(used.shape, sums["diagonal"].reshape(used.shape))
+        positions = used.positions**2 if self.approx == "reduce" else used.positions
+        A, G = sums["A"] / (samples * positions), sums["G"]
+        A, G = (A, G) if used.groups > 1 else (A[0], G[0])
+        return Kronecker((used.groups * used.outputs, used.inputs + 1) if self._joined(used) else used.shape, A, G)
+
+    def approximation(self, used: Used) -> str | None:
+        return "diagonal" if self._form(used) == "diagonal" else None
+
+
+NAMES: dict[str, Quantity] = {
+    "grad": Grad(),
+    "kfac": KFAC(),
+    "kflr": KFAC(Exact()),
+    "kfac_empirical": KFAC(Empirical()),
+    "diag_ggn": DiagGGN(),
+    "diag_ggn_mc": DiagGGN(Sampled(1)),
+}
+"""Every quantity that can be asked for by name."""
+
+
+def named(quantities: str | Quantity | Iterable[str | Quantity]) -> dict[str, Quantity]:
+    """Quantities by the name that their results are found under: their own, or a number behind it where two share one."""
+    asked = [quantities] if isinstance(quantities, str) or hasattr(quantities, "statistics") else list(quantities)  # pyright: ignore
+    result: dict[str, Quantity] = {}
+    for item in asked:
+        name, quantity = (item, _by_name(item)) if isinstance(item, str) else (_name_of(item), item)
+        if quantity in result.values() or (name in result and result[name] == quantity):
+            continue
+        result[name if name not in result else f"{name}_{sum(key.startswith(name) for key in result)}"] = quantity
+    if not result:
+        raise QuantityError("no quantity was asked for", remedy=f"choose some of {', '.join(NAMES)}")
+    return result
+
+
+def _by_name(name: str) -> Quantity:
+    if name in NAMES:
+        return NAMES[name]
+    close = difflib.get_close_matches(name, NAMES, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise QuantityError(f"no quantity is called {name!r}", remedy=f"{hint}there are {', '.join(NAMES)}")
+
+
+def _name_of(quantity: Quantity) -> str:
+    if not hasattr(quantity, "statistics"):
+        raise QuantityError(f"{quantity!r} is no quantity", remedy=f"give a name ({', '.join(NAMES)}) or an object such as fxcurv.KFAC()")
+    return next((name for name, q in NAMES.items() if q == quantity), quantity.family)

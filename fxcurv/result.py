@@ -1,0 +1,155 @@
+"""Curvature: the results of one call, by quantity and by the parameter's original name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+from torch import Tensor
+
+from fxcurv.blocks import Block
+from fxcurv.errors import FxcurvError, QuantityError
+
+__all__ = ["Curvature", "Entries", "Entry"]
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One parameter × quantity: its status, and its value where there is one.
+
+    `status` is `exact` (equal to the quantity's definition), `approx(<name>)`, `frozen` (requires_grad is False) or
+    `unreached` (the output does not depend on it); `value` is a tensor of the parameter's shape or a block.
+    """
+
+    quantity: str
+    parameter: str
+    shape: tuple[int, ...]
+    status: str
+    factor: str
+    reduction: str
+    value: Tensor | Block | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The entry's stored tensors by name; a plain tensor is called `value`."""
+        if self.value is None:
+            return {}
+        return self.value.tensors if isinstance(self.value, Block) else {"value": self.value}
+
+    def form(self) -> str:
+        """How the value is held."""
+        if self.value is None:
+            return "-"
+        return type(self.value).__name__ if isinstance(self.value, Block) else "tensor"
+
+
+class Entries(Mapping[str, Any]):
+    """The values of one quantity by parameter name, in `named_parameters()` order; `.status[name]` says what each is."""
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self.entries = dict(entries)
+
+    @property
+    def status(self) -> dict[str, str]:
+        """Status of every parameter, of those without a value too."""
+        return {name: entry.status for name, entry in self.entries.items()}
+
+    def __getitem__(self, parameter: str) -> Any:
+        if parameter not in self.entries:
+            raise QuantityError(f"the model has no parameter {parameter!r}", remedy="see result.table() for the names")
+        entry = self.entries[parameter]
+        if entry.value is None:
+            raise QuantityError(f"{entry.quantity} of {parameter!r} has no value: {entry.status}", remedy=_REMEDIES.get(entry.status))
+        return entry.value
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self.entries and self.entries[str(parameter)].value is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, entry in self.entries.items() if entry.value is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+_REMEDIES = {
+    "frozen": "set requires_grad_(True) on it",
+    "unreached": "its curvature is zero: the output does not depend on it",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Curvature(Mapping[str, Entries]):
+    """`result[quantity][parameter]`, with the loss and the output that the curvature belongs to."""
+
+    quantities: Mapping[str, Entries]
+    loss: Tensor
+    output: Tensor
+    samples: int
+    reduction: str
+
+    def __getitem__(self, quantity: str) -> Entries:
+        if quantity not in self.quantities:
+            raise QuantityError(f"{quantity!r} was not computed", remedy=f"there are {', '.join(self.quantities)}")
+        return self.quantities[quantity]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.quantities)
+
+    def __len__(self) -> int:
+        return len(self.quantities)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Every parameter × quantity, of those without a value too."""
+        return [entry for entries in self.quantities.values() for entry in entries.entries.values()]
+
+    def table(self, fmt: str = "simple") -> str:
+        """One row per parameter × quantity: shape, status, form, the shapes of its tensors, and the trace."""
+        rows = [
+            (e.parameter, list(e.shape), e.quantity, e.factor, e.status, e.form(), _shapes(e), _trace(e)) for e in self.entries
+        ]
+        headers = ("parameter", "shape", "quantity", "factor", "status", "form", "tensors", "trace")
+        return tabulate(rows, headers, tablefmt=fmt, floatfmt=".4g")
+
+    def __str__(self) -> str:
+        loss = f"loss {self.loss.item():.6g} ({self.reduction}) over {self.samples} sample{'s' * (self.samples != 1)}"
+        return f"{loss}\n{self.table()}"
+
+    def _repr_html_(self) -> str:
+        return self.table("html")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers: quantity -> parameter -> status, factor, shape and tensors; and loss, output, samples, reduction."""
+        quantities = {
+            name: {
+                e.parameter: {"status": e.status, "factor": e.factor, "shape": list(e.shape), "form": e.form(), "tensors": e.tensors()}
+                for e in entries.entries.values()
+            }
+            for name, entries in self.quantities.items()
+        }
+        scalars = {"loss": self.loss.item(), "samples": self.samples, "reduction": self.reduction}
+        return {**scalars, "output": self.output, "quantities": quantities}
+
+    def save(self, path: str | Path) -> None:
+        """Write every tensor to a safetensors file, as `quantity/parameter/tensor`, with the statuses as metadata."""
+        try:
+            from safetensors.torch import save_file
+        except ImportError:
+            raise FxcurvError("saving needs the safetensors package", remedy='pip install "fxcurv[save]"') from None
+        tensors = {f"{e.quantity}/{e.parameter}/{name}": t.contiguous().clone() for e in self.entries for name, t in e.tensors().items()}
+        metadata = {f"{e.quantity}/{e.parameter}": e.status for e in self.entries}
+        scalars = {"format": "fxcurv 1", "reduction": self.reduction, "samples": str(self.samples), "loss": repr(self.loss.item())}
+        save_file(tensors, str(path), metadata={**metadata, **scalars})
+
+
+def _shapes(entry: Entry) -> str:
+    return ", ".join(f"{name} {list(t.shape)}" for name, t in entry.tensors().items() if name != "value")
+
+
+def _trace(entry: Entry) -> float | str:
+    if entry.value is None:
+        return ""
+    return float(entry.value.trace() if isinstance(entry.value, Block) else entry.value.sum())

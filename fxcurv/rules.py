@@ -1,0 +1,307 @@
+"""THE table of derivative rules: one call per op, declared by kind.
+
+A rule says what the forward graph keeps and how a cotangent is pulled back through the op. With `v` columns of the
+factor stacked in front, `S[v, *y.shape] -> S[v, *x.shape]` for each input `x`; broadcasting is undone by the caller.
+An affine rule also says how the op uses its parameters, as `y[n,s,g,o] = Σ_i W[g,o,i] x[n,s,g,i] + b[g,o]`.
+
+| kind        | y                          | keeps          | pulls back                                  |
+|-------------|----------------------------|----------------|---------------------------------------------|
+| elementwise | f(x)                       | f'(x)          | S · f'(x)                                   |
+| linear      | L x                        | shapes         | Lᵀ S                                        |
+| bilinear    | B(a, b)                    | a, b           | B(·, b)ᵀ S, B(a, ·)ᵀ S                      |
+| selection   | x[indices]                 | indices, shape | S scattered to the indices                  |
+| affine      | W x + b                    | shape          | Wᵀ S; and the positions of x and S, for W, b |
+| opaque      | f(x, …)                    | x, …           | vmap(vjp(f))                                |
+| stop        | x                          | nothing        | nothing                                     |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxcurv import ops
+from fxcurv.errors import SpecError
+
+__all__ = ["RULES", "Kind", "Rule", "Use", "affine", "bilinear", "elementwise", "linear", "opaque", "rule_of", "selection"]
+
+Kind = Literal["elementwise", "linear", "bilinear", "selection", "affine", "opaque", "stop"]
+Shape = Sequence[int]
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Use:
+    """How an affine op uses its parameters: as positions `x[n,s,g,i]` of its input and `S[v,n,s,g,o]` of its output."""
+
+    x: Callable[[Any, Tensor], Tensor]
+    S: Callable[[Any, Tensor], Tensor]
+    batch_first: bool = True
+    """Whether axis 0 of the input must hold the samples; otherwise any axis but the last may."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`keep(op, xs, y)` is what the forward graph saves; `pull(op, S, kept, k)` the cotangent of input k, `[v, *x_k.shape]`."""
+
+    kind: Kind
+    keep: Callable[[Any, tuple[Tensor, ...], Tensor], Any]
+    pull: Callable[[Any, Tensor, Any, int], Tensor]
+    use: Use | None = None
+
+
+RULES: dict[type[nn.Module], Rule] = {}
+
+
+def rule_of(op: nn.Module) -> Rule:
+    """The rule of an op of the vocabulary."""
+    try:
+        return RULES[type(op)]
+    except KeyError:
+        raise SpecError(f"no rule for module type {type(op).__name__}", remedy="declare one in fxcurv/rules.py") from None
+
+
+# Declarators, one per kind ----------------------------------------------------------------------------------------
+
+
+def _declare(op: type[nn.Module], rule: Rule) -> None:
+    if op in RULES:
+        raise SpecError(f"a second rule for module type {op.__name__}", remedy="keep one row per op")
+    RULES[op] = rule
+
+
+def elementwise(op: type[M], derivative: Callable[[M, Tensor, Tensor], Tensor] | None = None) -> None:
+    """y = f(x) entry by entry, with f'(x) given as a function of (op, x, y), or taken from autograd."""
+    slope = derivative or _autograd_derivative
+    _declare(op, Rule("elementwise", lambda op, xs, y: slope(op, xs[0], y), lambda op, S, slope, k: S * slope))
+
+
+def linear(op: type[M], transpose: Callable[[M, Tensor, tuple[Shape, ...], int], Tensor] | None = None) -> None:
+    """y = L x, with Lᵀ given as a function of (op, S, input shapes, k), or taken from autograd."""
+    _declare(op, Rule("linear", lambda op, xs, y: tuple(x.shape for x in xs), transpose or _autograd_transpose))
+
+
+def bilinear(op: type[M], pull: Callable[[M, Tensor, tuple[Tensor, ...], int], Tensor]) -> None:
+    """y = B(a, b), linear in each input."""
+    _declare(op, Rule("bilinear", lambda op, xs, y: xs, pull))
+
+
+def selection(op: type[M], indices: Callable[[M, Tensor], Tensor], axes: int) -> None:
+    """y = x[indices], where the indices count the entries of the last `axes` axes of x."""
+    _declare(op, Rule("selection", lambda op, xs, y: (indices(op, xs[0]), xs[0].shape), lambda op, S, kept, k: _scatter(S, *kept, axes)))
+
+
+def affine(
+    op: type[M],
+    pull: Callable[[M, Tensor, Shape], Tensor],
+    x: Callable[[M, Tensor], Tensor],
+    S: Callable[[M, Tensor], Tensor],
+    batch_first: bool = True,
+) -> None:
+    """y = W x + b with the pullback of S to x, and the positions `x[n,s,g,i]`, `S[v,n,s,g,o]` at which W and b are used."""
+    _declare(op, Rule("affine", lambda op, xs, y: xs[0].shape, lambda op, S, shape, k: pull(op, S, shape), Use(x, S, batch_first)))
+
+
+def opaque(op: type[nn.Module]) -> None:
+    """Any differentiable op without parameters."""
+    _declare(op, Rule("opaque", lambda op, xs, y: xs, _autograd_pull))
+
+
+def stop(op: type[nn.Module]) -> None:
+    """y does not depend differentiably on x."""
+    _declare(op, Rule("stop", lambda op, xs, y: None, lambda op, S, kept, k: torch.zeros_like(S)))
+
+
+# What autograd knows ----------------------------------------------------------------------------------------------
+
+
+def _autograd_derivative(op: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    _, pull = torch.func.vjp(op, x)
+    return pull(torch.ones_like(y))[0]
+
+
+def _autograd_pull(op: nn.Module, S: Tensor, xs: tuple[Tensor, ...], k: int) -> Tensor:
+    _, pull = torch.func.vjp(lambda x: op(*xs[:k], x, *xs[k + 1 :]), xs[k])
+    return torch.func.vmap(pull)(S)[0]
+
+
+def _autograd_transpose(op: nn.Module, S: Tensor, shapes: tuple[Shape, ...], k: int) -> Tensor:
+    return _autograd_pull(op, S, tuple(S.new_zeros(shape) for shape in shapes), k)
+
+
+# Pullbacks with a body --------------------------------------------------------------------------------------------
+
+
+def _scatter(S: Tensor, indices: Tensor, shape: Shape, axes: int) -> Tensor:
+    """S[v, …, out] added into zeros[v, …, in] at the flat positions `indices[…, out]` of the last `axes` axes."""
+    flat = S.new_zeros(S.shape[0], *shape[:-axes], math.prod(shape[-axes:]))
+    at = indices.flatten(-axes).expand(S.shape[0], *indices.shape[:-axes], -1)
+    return flat.scatter_add_(-1, at, S.flatten(-axes)).view(S.shape[0], *shape)
+
+
+def _place(S: Tensor, shape: Shape, index: tuple[slice | int, ...]) -> Tensor:
+    """Zeros[v, *shape] with S at `index`."""
+    x = S.new_zeros(S.shape[0], *shape)
+    x[(slice(None), *index)] = S
+    return x
+
+
+def _spread(op: ops.Sum | ops.Mean, S: Tensor, shape: Shape) -> Tensor:
+    """S[v, *y.shape] repeated along the reduced axes: the transpose of a sum."""
+    axes = sorted(d % len(shape) for d in op.dims)
+    for axis in () if op.keepdim else axes:
+        S = S.unsqueeze(axis + 1)
+    return S.expand(S.shape[0], *shape)
+
+
+def _select_index(op: ops.Select, ndim: int) -> tuple[slice | int, ...]:
+    return (*(slice(None),) * (op.dim % ndim), op.index)
+
+
+def _pad_transpose(op: ops.Pad, S: Tensor, shapes: tuple[Shape, ...], k: int) -> Tensor:
+    if op.mode == "constant":  # a constant drops out of the derivative, and cropping undoes padding
+        return F.pad(S, tuple(-p for p in op.pad))
+    return _autograd_transpose(op, S, shapes, k)
+
+
+def _cat_transpose(op: ops.Cat, S: Tensor, shapes: tuple[Shape, ...], k: int) -> Tensor:
+    axis = op.dim % len(shapes[0])
+    return S.narrow(axis + 1, sum(shape[axis] for shape in shapes[:k]), shapes[k][axis])
+
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def _conv_pull(op: Conv, S: Tensor, shape: Shape) -> Tensor:
+    """[v, n, o, …] -> [v, n, c, …]: the transposed convolution, with v folded into the batch."""
+    lead, axes = S.shape[:2], len(op.kernel_size)
+    x = S.new_empty(()).expand(lead.numel(), *shape[1:])  # read for its shape only
+    geometry = (op.stride, op.padding, op.dilation, False, (0,) * axes, op.groups)
+    pulled = torch.ops.aten.convolution_backward(S.flatten(0, 1), x, op.weight, None, *geometry, (True, False, False))
+    return pulled[0].unflatten(0, lead)
+
+
+def _patches(op: Conv, x: Tensor) -> Tensor:
+    """[n, c, …] -> [n, s, g, c/g·∏k]: what the kernel sees at each output pixel s, row-major as in `weight.flatten(1)`."""
+    axes = len(op.kernel_size)
+    padding = [int(p) for p in op.padding]
+    x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
+    for axis, (size, stride, dilation) in enumerate(zip(op.kernel_size, op.stride, op.dilation, strict=True)):
+        x = x.unfold(axis + 2, dilation * (size - 1) + 1, stride)[..., ::dilation]  # appends one axis of window entries
+    x = x.unflatten(1, (op.groups, -1))  # [n, g, c/g, *out, *kernel]
+    x = x.movedim(tuple(range(3, 3 + axes)), tuple(range(1, 1 + axes)))  # [n, *out, g, c/g, *kernel]
+    return x.flatten(axes + 2).flatten(1, axes)
+
+
+def _channels(S: Tensor, axis: int, groups: int) -> Tensor:
+    """[…, c, …] with channels at `axis` -> […, s, g, c/g]: the axes behind the channels are the positions."""
+    S = S.flatten(axis + 1) if S.ndim > axis + 1 else S.unsqueeze(-1)
+    return S.transpose(axis, axis + 1).unflatten(-1, (groups, -1))
+
+
+def positions(x: Tensor, lead: int) -> Tensor:
+    """[*lead, …, i] -> [*lead, s, 1, i]: everything between the leading axes and the last one is a position."""
+    x = x.unsqueeze(lead) if x.ndim == lead + 1 else x.flatten(lead, -2)
+    return x.unsqueeze(-2)
+
+
+def _per_channel(vector: Tensor, ndim: int) -> Tensor:
+    return vector.view(-1, *(1,) * (ndim - 2))
+
+
+# The table --------------------------------------------------------------------------------------------------------
+
+# parameters
+affine(
+    nn.Linear,  # y[n,…,o] = W[o,i] x[n,…,i] + b[o]
+    pull=lambda op, S, shape: S @ op.weight,
+    x=lambda op, x: positions(x, lead=1),
+    S=lambda op, S: positions(S, lead=2),
+    batch_first=False,
+)
+for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):  # y[n,o,s] = W[o,i] patches(x)[n,s,i] + b[o]
+    affine(conv, pull=_conv_pull, x=_patches, S=lambda op, S: _channels(S, 2, op.groups))
+affine(
+    ops.Affine,  # y[n,c,s] = γ[c] x̂[n,c,s] + β[c]: one group per channel
+    pull=lambda op, S, shape: S * _per_channel(op.slope(), len(shape)),
+    x=lambda op, x: _channels(op.normalized(x), 1, x.shape[1]),
+    S=lambda op, S: _channels(S, 2, S.shape[2]),
+)
+
+# elementwise: a mask or the output is all they need
+elementwise(nn.ReLU, lambda op, x, y: y > 0)
+elementwise(nn.ReLU6, lambda op, x, y: (y > 0) & (y < 6))
+elementwise(nn.Hardtanh, lambda op, x, y: (x > op.min_val) & (x < op.max_val))
+elementwise(nn.Threshold, lambda op, x, y: x > op.threshold)
+elementwise(nn.Hardshrink, lambda op, x, y: y != 0)
+elementwise(nn.Softshrink, lambda op, x, y: y != 0)
+elementwise(nn.Sigmoid, lambda op, x, y: y * (1 - y))
+elementwise(nn.Tanh, lambda op, x, y: 1 - y * y)
+elementwise(nn.Softsign, lambda op, x, y: (1 - y.abs()).square())
+elementwise(nn.Tanhshrink, lambda op, x, y: (x - y).square())
+elementwise(nn.LogSigmoid, lambda op, x, y: torch.sigmoid(-x))
+elementwise(nn.SiLU, lambda op, x, y: torch.sigmoid(x) * (1 - y) + y)
+# elementwise: by autograd
+elementwise(nn.LeakyReLU)
+elementwise(nn.ELU)
+elementwise(nn.SELU)
+elementwise(nn.CELU)
+elementwise(nn.GELU)
+elementwise(nn.Mish)
+elementwise(nn.Softplus)
+elementwise(nn.Hardsigmoid)
+elementwise(nn.Hardswish)
+elementwise(ops.Pointwise)
+
+# arithmetic
+linear(ops.Add, lambda op, S, shapes, k: S if k == 0 or op.alpha == 1 else op.alpha * S)
+linear(ops.Sub, lambda op, S, shapes, k: S if k == 0 else -op.alpha * S)
+linear(ops.Neg, lambda op, S, shapes, k: -S)
+linear(ops.Shift, lambda op, S, shapes, k: S)
+linear(ops.Scale, lambda op, S, shapes, k: S * op.value)
+bilinear(ops.Mul, lambda op, S, xs, k: S * xs[1 - k])
+
+# shape
+linear(ops.Reshape, lambda op, S, shapes, k: S.reshape(S.shape[0], *shapes[0]))
+linear(ops.Permute, lambda op, S, shapes, k: S.permute(0, *(axis + 1 for axis in op.inverse)))
+linear(ops.Expand, lambda op, S, shapes, k: S)  # undone as a broadcast
+linear(ops.Slice, lambda op, S, shapes, k: _place(S, shapes[0], op.index(len(shapes[0]))))
+linear(ops.Select, lambda op, S, shapes, k: _place(S, shapes[0], _select_index(op, len(shapes[0]))))
+linear(ops.Cat, _cat_transpose)
+linear(ops.Pad, _pad_transpose)
+
+# reductions and pooling
+linear(ops.Sum, lambda op, S, shapes, k: _spread(op, S, shapes[0]))
+linear(ops.Mean, lambda op, S, shapes, k: _spread(op, S, shapes[0]) * (S[0].numel() / math.prod(shapes[0])))
+linear(nn.AvgPool1d)
+linear(nn.AvgPool2d)
+linear(nn.AvgPool3d)
+linear(nn.AdaptiveAvgPool1d)
+linear(nn.AdaptiveAvgPool2d)
+linear(nn.AdaptiveAvgPool3d)
+
+
+def _pool_indices(pool: Callable[..., Any]) -> Callable[[Any, Tensor], Tensor]:
+    def indices(op: nn.MaxPool2d, x: Tensor) -> Tensor:
+        return pool(x, op.kernel_size, op.stride, op.padding, op.dilation, op.ceil_mode)[1]
+
+    return indices
+
+
+selection(nn.MaxPool1d, _pool_indices(torch.ops.aten.max_pool1d_with_indices), axes=1)
+selection(nn.MaxPool2d, _pool_indices(torch.ops.aten.max_pool2d_with_indices), axes=2)
+selection(nn.MaxPool3d, _pool_indices(torch.ops.aten.max_pool3d_with_indices), axes=3)
+
+# the rest
+opaque(ops.Opaque)
+_declare(ops.Cast, Rule("linear", lambda op, xs, y: xs[0].dtype, lambda op, S, dtype, k: S.to(dtype)))
+stop(ops.Detach)
+stop(ops.Constant)
+for identity in (nn.Identity, nn.Dropout):  # removed by passes/fold.py
+    linear(identity, lambda op, S, shapes, k: S)

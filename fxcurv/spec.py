@@ -1,0 +1,162 @@
+"""What is legal at each stage: the shape language, and an executable grammar checked before and after every pass."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcurv import pullback, rules
+from fxcurv.contractions import Statistic
+from fxcurv.errors import CaptureError, SpecError
+
+__all__ = ["Batch", "Shape", "Source", "Stage", "describe", "module_of", "resolve", "shape_of", "show_shape", "verify"]
+
+Stage = Literal["captured", "lowered", "canonical", "forward", "backward"]
+
+
+# Shapes: sizes that are numbers, or multiples of the batch size ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A size of `multiple` · N."""
+
+    multiple: int = 1
+
+    def __str__(self) -> str:
+        return "N" if self.multiple == 1 else f"{self.multiple}N"
+
+
+Shape = tuple[int | Batch | str, ...]
+"""Sizes; V stands for the number of columns."""
+
+
+def shape_of(value: Tensor, node: str) -> Shape:
+    """The shape of a traced tensor."""
+    return tuple(_size(size, node) for size in value.shape)
+
+
+def _size(size: int | torch.SymInt, node: str) -> int | Batch:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    symbols = expression.free_symbols
+    if not symbols:
+        return int(expression)
+    multiple = expression / next(iter(symbols)) if len(symbols) == 1 else None
+    if multiple is None or not multiple.is_Integer:
+        raise CaptureError(f"a size of {expression} is no multiple of the batch size", node=node, remedy="keep samples apart")
+    return Batch(int(multiple))
+
+
+def resolve(shape: Shape, batch: int) -> tuple[int, ...]:
+    """The shape for a given batch size."""
+    return tuple(size.multiple * batch if isinstance(size, Batch) else int(size) for size in shape)
+
+
+def show_shape(shape: Shape) -> str:
+    """[N, 64, 8, 8]."""
+    return f"[{', '.join(map(str, shape))}]"
+
+
+# Nodes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a slot's tensor comes from: a tensor of the model by name, or an expression of several of them."""
+
+    names: tuple[str, ...]
+    expression: fx.GraphModule | None = None
+
+    def __call__(self, tensors: Callable[[str], Tensor]) -> Tensor:
+        values = [tensors(name) for name in self.names]
+        return values[0] if self.expression is None else self.expression(*values)
+
+
+def module_of(node: fx.Node) -> nn.Module:
+    """The module that a call_module node calls."""
+    owner = node.graph.owning_module
+    assert owner is not None
+    return owner.get_submodule(str(node.target))
+
+
+def describe(node: fx.Node) -> str:
+    """'layer1.0.relu' ReLU [N, 64, 8, 8]: how errors name a node."""
+    name = node.target if node.op == "call_module" else node.name
+    kind = type(module_of(node)).__name__ if node.op == "call_module" else node.op
+    shape = f" {show_shape(node.meta['shape'])}" if "shape" in node.meta else ""
+    return f"'{name}' {kind}{shape}"
+
+
+# The grammar ------------------------------------------------------------------------------------------------------
+
+
+def _functional_aten(node: fx.Node) -> str | None:
+    if node.target is operator.getitem or not hasattr(node.target, "_schema"):
+        return None
+    return "an in-place operator" if node.target._schema.is_mutable and "dropout" not in str(node.target) else None  # pyright: ignore
+
+
+def _vocabulary(node: fx.Node) -> str | None:
+    op = module_of(node)
+    if type(op) not in rules.RULES:
+        return f"module type {type(op).__name__} has no rule"
+    if node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
+        return "arguments other than nodes"
+    return None if "shape" in node.meta and "dtype" in node.meta else "no shape or dtype"
+
+
+def _located(node: fx.Node) -> str | None:
+    return _vocabulary(node) or (None if "batch_axis" in node.meta else "unknown batch axis")
+
+
+def _augmentation(node: fx.Node) -> str | None:
+    op = module_of(node)
+    if isinstance(op, pullback.Keep | pullback.InputPositions) or (isinstance(op, Statistic) and op.reads == "x"):
+        return None
+    return _located(node)
+
+
+def _backward(node: fx.Node) -> str | None:
+    op = module_of(node)
+    kinds = (pullback.Pull, pullback.Unbroadcast, pullback.Accumulate, pullback.InputPositions, pullback.OutputPositions)
+    if isinstance(op, kinds) or (isinstance(op, Statistic) and op.reads != "x"):
+        return None
+    return f"module type {type(op).__name__} does not belong here"
+
+
+_GRAMMAR: dict[Stage, tuple[str, Callable[[fx.Node], str | None]]] = {
+    "captured": ("call_function", _functional_aten),
+    "lowered": ("call_module", _vocabulary),
+    "canonical": ("call_module", _located),
+    "forward": ("call_module", _augmentation),
+    "backward": ("call_module", _backward),
+}
+
+
+def verify(gm: fx.GraphModule, stage: Stage) -> fx.GraphModule:
+    """The graph itself if it is a sentence of its stage's grammar, else a SpecError that names the node and the law."""
+    opcode, law = _GRAMMAR[stage]
+    gm.graph.lint()
+    for node in gm.graph.nodes:
+        broken = law(node) if node.op == opcode else _frame(node, opcode)
+        if broken:
+            raise SpecError(f"not legal in a {stage} graph: {broken}", node=f"'{node.name}' {node.op} {node.target}")
+    return gm
+
+
+def _frame(node: fx.Node, opcode: str) -> str | None:
+    if node.op not in ("placeholder", "output"):
+        return f"{node.op}, where only {opcode} may compute"
+    return None
+
+
+def output_of(gm: fx.GraphModule) -> Any:
+    """What the graph returns, as nodes."""
+    return gm.graph.output_node().args[0]

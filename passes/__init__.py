@@ -1,0 +1,60 @@
+"""The pipeline of passes: each is a pure function from graph to graph, checked by the grammar of its stage.
+
+    capture   the model -> functional ATen                          (fxcurv/capture.py)
+    lower     ATen -> modules of the vocabulary                     lowered
+    fold      what computes nothing vanishes
+    locate    which axis holds the samples; mixing is refused       canonical
+    augment   + what is kept and summed; the pullback per factor    forward, backward
+    contract  definitions -> cheaper equal contractions             backward
+"""
+
+from __future__ import annotations
+
+import fxcurv as fxcurv  # first: importing `passes` alone then initialises both packages in the one order that works
+
+from collections.abc import Iterable, Mapping  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+
+import torch  # noqa: E402
+from torch import fx, nn  # noqa: E402
+
+from fxcurv.capture import Inputs, Output, capture  # noqa: E402
+from fxcurv.quantities import Factor, Quantity  # noqa: E402
+from fxcurv.spec import verify  # noqa: E402
+from passes.augment import Job, augment  # noqa: E402
+from passes.contract import contract  # noqa: E402
+from passes.fold import fold  # noqa: E402
+from passes.locate import locate  # noqa: E402
+from passes.lower import lower  # noqa: E402
+
+__all__ = ["Program", "canonicalize", "compile_program"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything that was compiled: the graph of every stage, and what is made of the backward graphs' sums."""
+
+    stages: Mapping[str, fx.GraphModule]
+    forward: fx.GraphModule
+    backwards: Mapping[Factor, fx.GraphModule]
+    jobs: tuple[Job, ...]
+
+
+def canonicalize(model: nn.Module, inputs: Inputs, output: Output, device: torch.device) -> dict[str, fx.GraphModule]:
+    """The stages up to the canonical graph."""
+    captured = capture(model, inputs, output)
+    verify(captured.graph, "captured")
+    lowered = verify(lower(captured, model), "lowered")
+    canonical = verify(locate(verify(fold(lowered), "lowered"), device), "canonical")
+    return {"captured": captured.graph, "lowered": lowered, "canonical": canonical}
+
+
+def compile_program(
+    stages: Mapping[str, fx.GraphModule], quantities: Mapping[str, Quantity], wanted: Iterable[str]
+) -> Program:
+    """The program that computes `quantities` of the `wanted` parameters of a canonical graph."""
+    augmented = augment(stages["canonical"], quantities, wanted)
+    verify(augmented.forward, "forward")
+    backwards = {f: verify(contract(verify(gm, "backward")), "backward") for f, gm in augmented.backwards.items()}
+    emitted = {f"backward[{factor}]": gm for factor, gm in backwards.items()}
+    return Program({**stages, "forward": augmented.forward, **emitted}, augmented.forward, backwards, augmented.jobs)

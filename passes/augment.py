@@ -1,0 +1,308 @@
+"""augment: from the canonical graph to the pair that computes curvature.
+
+`forward(inputs)` is the canonical graph, which also returns what the pullback keeps and the statistics of inputs;
+`backward(S, kept)`, one per factor, walks the rules in reverse and carries the columns S from the output down to every
+wanted parameter. Sums at a fan-out and reductions over broadcast axes are added here, once, for every op; S is pulled
+back only where a wanted parameter lies below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import networkx as nx
+import torch
+from torch import fx, nn
+
+from fxcurv.contractions import Statistic
+from fxcurv.pullback import Accumulate, InputPositions, Keep, OutputPositions, Pull, Unbroadcast
+from fxcurv.quantities import Factor, Quantity, Used
+from fxcurv.rules import rule_of
+from fxcurv.spec import Shape, module_of, resolve
+
+__all__ = ["Augmented", "Job", "augment", "parameter_uses"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One result to assemble: a quantity of a parameter, and the names of the sums it is made of."""
+
+    name: str
+    quantity: Quantity
+    used: Used
+    sums: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """The forward graph, a backward graph per factor, and what is made of their sums."""
+
+    forward: fx.GraphModule
+    backwards: Mapping[Factor, fx.GraphModule]
+    jobs: tuple[Job, ...]
+
+
+Role = Literal["weight", "bias"]
+Uses = dict[str, list[tuple[fx.Node, Role]]]
+
+
+def augment(gm: fx.GraphModule, quantities: Mapping[str, Quantity], wanted: Iterable[str]) -> Augmented:
+    """Emit the forward graph and one backward graph per factor that computes `quantities` of the `wanted` parameters."""
+    uses = parameter_uses(gm, wanted)
+    used = {name: _used(name, uses) for name in uses}
+    emitter = _Emitter(gm, uses)
+    jobs: list[Job] = []
+    backwards: dict[Factor, fx.GraphModule] = {}
+    for factor in dict.fromkeys(quantity.factor for quantity in quantities.values()):
+        asked = {name: quantity for name, quantity in quantities.items() if quantity.factor == factor}
+        backward = emitter.pull_back()
+        jobs += emitter.reduce(backward, asked, used)
+        backwards[factor] = backward.finished()
+    return Augmented(emitter.forward.finished(), backwards, tuple(jobs))
+
+
+# What is wanted where ---------------------------------------------------------------------------------------------
+
+
+def parameter_uses(gm: fx.GraphModule, wanted: Iterable[str]) -> Uses:
+    """The nodes through which each wanted parameter reaches the output, and in which role."""
+    wanted, reached, uses = set(wanted), _reaching(gm), Uses()
+    for node in gm.graph.nodes:
+        for role in ("weight", "bias"):
+            source = node.meta.get("slots", {}).get(role)
+            if source is not None and source.expression is None and source.names[0] in wanted and node in reached:
+                uses.setdefault(source.names[0], []).append((node, role))
+    return uses
+
+
+def _reaching(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes on which the output depends differentiably."""
+    (output,) = gm.graph.output_node().all_input_nodes
+    return {output} | nx.ancestors(_flow(gm), output)
+
+
+def _flow(gm: fx.GraphModule) -> nx.DiGraph[fx.Node]:
+    """Node -> its consumers, as far as they are differentiable in it."""
+    flow: nx.DiGraph[fx.Node] = nx.DiGraph()
+    flow.add_nodes_from(gm.graph.nodes)
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and rule_of(module_of(node)).kind != "stop":
+            flow.add_edges_from((x, node) for x in node.all_input_nodes)
+    return flow
+
+
+def _used(name: str, uses: Uses) -> Used:
+    """A parameter's description, from the shapes of its uses."""
+    layouts = {_layout(node) for node, _ in uses[name]}
+    node, role = uses[name][0]
+    shape = tuple(getattr(module_of(node), role).shape)
+    groups, outputs = next(iter(layouts))
+    matrix = len(shape) > 1 and len(layouts) == 1 and all(role == "weight" for _, role in uses[name])
+    inputs = math.prod(shape) // (groups * outputs) if role == "weight" else 1
+    positions = sum(_positions(node) for node, _ in uses[name])
+    return Used(name, shape, groups, outputs, inputs, positions, matrix, _partner(name, uses))
+
+
+def _output_shape(node: fx.Node) -> tuple[int, ...]:
+    """[s, g, o] of a use."""
+    S = torch.empty(1, *resolve(node.meta["shape"], 1), device="meta")
+    return tuple(OutputPositions(module_of(node), node.meta["batch_axis"])(S).shape[2:])
+
+
+def _layout(node: fx.Node) -> tuple[int, int]:
+    return _output_shape(node)[1], _output_shape(node)[2]
+
+
+def _positions(node: fx.Node) -> int:
+    return _output_shape(node)[0]
+
+
+def _partner(name: str, uses: Uses) -> str | None:
+    """The bias that exactly the uses of this matrix add, or for that bias the matrix."""
+    nodes = [node for node, _ in uses[name]]
+    for other in uses:
+        weight, bias = (name, other) if uses[name][0][1] == "weight" else (other, name)
+        roles = {role for _, role in uses[weight]} == {"weight"} and {role for _, role in uses[bias]} == {"bias"}
+        if other != name and roles and [node for node, _ in uses[other]] == nodes:
+            return other if getattr(module_of(nodes[0]), "weight").ndim > 1 else None  # noqa: B009
+    return None
+
+
+# Emission ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Graph:
+    """A graph under construction whose nodes are module calls; equal calls are one node."""
+
+    name: str
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    calls: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
+    placeholders: dict[str, fx.Node] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def call(self, target: str, module: nn.Module, args: tuple[Any, ...], shape: Shape | None = None) -> fx.Node:
+        """The node that calls `module` on `args`."""
+        key = (type(module), module.extra_repr(), id(getattr(module, "op", None)), getattr(module, "k", None), _hashable(args))
+        if key not in self.calls:
+            free, number = target, 0
+            while free in self.modules or any(t.startswith(f"{free}.") or free.startswith(f"{t}.") for t in self.modules):
+                free, number = f"{target}_{number}", number + 1
+            self.modules[free] = module.eval()
+            self.calls[key] = self.graph.call_module(free, args)
+            if shape is not None:
+                self.calls[key].meta["shape"] = shape
+        return self.calls[key]
+
+    def placeholder(self, name: str, shape: Shape | None = None) -> fx.Node:
+        """The input of that name, placed before all computation."""
+        if name not in self.placeholders:
+            last = next(reversed(self.placeholders.values()), None)
+            with self.graph.inserting_after(last) if last is not None else self.graph.inserting_before(None):
+                self.placeholders[name] = self.graph.placeholder(name)
+            if shape is not None:
+                self.placeholders[name].meta["shape"] = shape
+        return self.placeholders[name]
+
+    def finished(self) -> fx.GraphModule:
+        self.graph.output(self.results)
+        return fx.GraphModule(self.modules, self.graph, class_name=self.name)
+
+
+def _hashable(args: Any) -> Any:
+    return tuple(_hashable(a) for a in args) if isinstance(args, list | tuple) else args
+
+
+class _Emitter:
+    """The forward graph, shared by all factors, and the walk that emits a backward graph for one of them."""
+
+    def __init__(self, gm: fx.GraphModule, uses: Uses) -> None:
+        self.gm, self.uses = gm, uses
+        self.forward = _Forward(gm)
+        self.using = {node for nodes in uses.values() for node, _ in nodes}
+        flow = _flow(gm)
+        below = self.using.union(*(nx.descendants(flow, node) for node in self.using))
+        self.pulled = below & _reaching(gm)
+
+    def pull_back(self) -> _Backward:
+        """A backward graph that carries S from the output to every node that uses a wanted parameter."""
+        backward = _Backward()
+        (output,) = self.gm.graph.output_node().all_input_nodes
+        arriving: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
+        arriving[output].append(backward.placeholder("S", ("V", *output.meta["shape"])))
+        for node in reversed(self.gm.graph.nodes):
+            if node not in self.pulled or node not in arriving:
+                continue
+            S = backward.accumulated(node, arriving[node])
+            if node in self.using:
+                backward.S[node] = backward.output_positions(node, S)
+            for k, x in enumerate(node.args):
+                if isinstance(x, fx.Node) and x in self.pulled:
+                    arriving[x].append(self._pull(backward, node, S, k, x))
+        return backward
+
+    def _pull(self, backward: _Backward, node: fx.Node, S: fx.Node, k: int, x: fx.Node) -> fx.Node:
+        kept = backward.placeholder(self.forward.keep(node))
+        name = f"pull.{node.target}" if len(node.all_input_nodes) == 1 else f"pull.{node.target}.{k}"
+        lead, axes = _broadcast(x.meta["shape"], node)
+        shape = node.meta["shape"] if lead or axes else x.meta["shape"]
+        pulled = backward.call(name, Pull(module_of(node), k), (S, kept), ("V", *shape))
+        if not lead and not axes:
+            return pulled
+        return backward.call(f"unbroadcast.{node.target}.{k}", Unbroadcast(lead, axes), (pulled,), ("V", *x.meta["shape"]))
+
+    def reduce(self, backward: _Backward, quantities: Mapping[str, Quantity], used: Mapping[str, Used]) -> list[Job]:
+        """Emit the statistics of every wanted parameter and say what is to be made of them."""
+        jobs: list[Job] = []
+        for name, quantity in quantities.items():
+            for parameter in used.values():
+                sums: dict[str, str] = {}
+                if quantity.owner(parameter) == parameter.name:
+                    for statistic, module in quantity.statistics(parameter).items():
+                        sums[statistic] = key = f"{name}.{parameter.name}.{statistic}"
+                        graph, args = self._arguments(backward, parameter.name, module)
+                        graph.results[key] = graph.call(key, module, args)
+                jobs.append(Job(name, quantity, parameter, sums))
+        return jobs
+
+    def _arguments(self, backward: _Backward, name: str, module: Statistic) -> tuple[_Graph, tuple[Any, ...]]:
+        """The graph in which a statistic is computed, and the positions of all uses of the parameter that it reads."""
+        uses = self.uses[name]
+        if module.reads == "x":
+            return self.forward, ([self.forward.input_positions(node) for node, _ in uses],)
+        Ss = [backward.S[node] for node, _ in uses]
+        if module.reads == "S":
+            return backward, (Ss,)
+        return backward, ([self._input(backward, node) if role == "weight" else None for node, role in uses], Ss)
+
+    def _input(self, backward: _Backward, node: fx.Node) -> fx.Node:
+        (x,) = node.all_input_nodes
+        return backward.input_positions(node, backward.placeholder(self.forward.save(x), x.meta["shape"]))
+
+
+def _broadcast(shape: Shape, node: fx.Node) -> tuple[int, tuple[int, ...]]:
+    """How an input of `shape` was repeated to the output's shape, for ops that broadcast."""
+    if not getattr(module_of(node), "broadcasts", False):
+        return 0, ()
+    full = node.meta["shape"]
+    lead = len(full) - len(shape)
+    return lead, tuple(a for a, size in enumerate(shape) if size == 1 and full[a + lead] != 1)
+
+
+class _Forward(_Graph):
+    """The canonical graph, with what is kept and summed behind it."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__("Forward")
+        output = self.graph.graph_copy(gm.graph, values := {})
+        self.output: Any = output
+        self.modules = {str(n.target): module_of(n) for n in gm.graph.nodes if n.op == "call_module"}
+        self.nodes: dict[fx.Node, fx.Node] = values
+        for old, new in values.items():
+            new.meta = dict(old.meta)
+        self.kept: dict[str, fx.Node] = {}
+
+    def keep(self, node: fx.Node) -> str:
+        """Keep what the pullback through a node needs; the name under which the forward graph returns it."""
+        here = self.nodes[node]
+        name = f"kept_{node.name}"
+        self.kept[name] = self.call(f"keep.{node.target}", Keep(module_of(node)), (here, *here.args))
+        return name
+
+    def save(self, x: fx.Node) -> str:
+        """Keep a node's value itself."""
+        self.kept[f"x_{x.name}"] = self.nodes[x]
+        return f"x_{x.name}"
+
+    def input_positions(self, node: fx.Node) -> fx.Node:
+        here = self.nodes[node]
+        return self.call(f"x.{node.target}", InputPositions(module_of(node), node.meta["batch_axis"]), here.args)
+
+    def finished(self) -> fx.GraphModule:
+        self.graph.output((self.output, self.kept, self.results))
+        return fx.GraphModule(self.modules, self.graph, class_name=self.name)
+
+
+class _Backward(_Graph):
+    """A backward graph, and the positions of S at the nodes that use wanted parameters."""
+
+    def __init__(self) -> None:
+        super().__init__("Backward")
+        self.S: dict[fx.Node, fx.Node] = {}
+
+    def accumulated(self, node: fx.Node, arriving: list[fx.Node]) -> fx.Node:
+        if len(arriving) == 1:
+            return arriving[0]
+        return self.call(f"sum.{node.target}", Accumulate(), tuple(arriving), ("V", *node.meta["shape"]))
+
+    def output_positions(self, node: fx.Node, S: fx.Node) -> fx.Node:
+        op = OutputPositions(module_of(node), node.meta["batch_axis"])
+        return self.call(f"S.{node.target}", op, (S,), ("V", "N", *_output_shape(node)))
+
+    def input_positions(self, node: fx.Node, x: fx.Node) -> fx.Node:
+        return self.call(f"x.{node.target}", InputPositions(module_of(node), node.meta["batch_axis"]), (x,))

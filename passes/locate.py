@@ -1,0 +1,97 @@
+"""locate: which axis of every tensor holds the samples; an op that lets samples mix is refused.
+
+Per-sample curvature is only defined where sample n of the output depends on sample n of the input alone. For ops with
+parameters and elementwise ops the axis follows from the kind of their rule. Any other op is probed: it is run on random
+inputs, one sample is redrawn, and only that sample's entries of the output may change. A random real function that
+ignores an input it depends on is an event of probability zero, so the probe needs no row per op and cannot go stale.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcurv import ops
+from fxcurv.errors import UnsupportedError
+from fxcurv.rules import rule_of
+from fxcurv.spec import describe, module_of, resolve
+from passes.rewrite import copied
+
+__all__ = ["locate"]
+
+SAMPLES = 3
+
+
+def locate(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """The canonical graph with `batch_axis` on every node: the axis of its samples, or None for a constant."""
+    gm = copied(gm)
+    with torch.no_grad():
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                node.meta["batch_axis"] = 0
+            elif node.op == "call_module":
+                node.meta["batch_axis"] = _batch_axis(node, module_of(node), device)
+    output = gm.graph.output_node().args[0]
+    assert isinstance(output, fx.Node)
+    if output.meta["batch_axis"] != 0:
+        where = "has no batch axis" if output.meta["batch_axis"] is None else f"has its samples at axis {output.meta['batch_axis']}"
+        raise UnsupportedError(f"the output {where}", node=describe(output), remedy="return the samples along axis 0")
+    return gm
+
+
+def _batch_axis(node: fx.Node, op: nn.Module, device: torch.device) -> int | None:
+    axes = [x.meta["batch_axis"] for x in node.all_input_nodes]
+    if all(axis is None for axis in axes):
+        return None
+    rule = rule_of(op)
+    if rule.kind == "elementwise":
+        return axes[0]
+    if rule.use is not None:
+        x = node.all_input_nodes[0]
+        last = len(x.meta["shape"]) - 1
+        if axes[0] == last or (axes[0] != 0 and rule.use.batch_first):
+            raise _mixing(node, f"it treats the samples along axis {axes[0]} as features")
+        return axes[0]
+    return _probed(node, op, device)
+
+
+def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> int | None:
+    """The axis along which redrawing sample n of the inputs changes entry n of the output and nothing else."""
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = list(node.args)
+    xs = [_draw(x, generator) for x in inputs if isinstance(x, fx.Node)]
+    y = op(*xs)
+    changed: list[Tensor] = []
+    for n in range(SAMPLES):
+        redrawn = [_redrawn(x, value, n, generator) for x, value in zip(inputs, xs, strict=True) if isinstance(x, fx.Node)]
+        changed.append(op(*redrawn) != y)
+    if not any(bool(c.any()) for c in changed):
+        return None
+    for axis in (a for a in range(y.ndim) if y.shape[a] == SAMPLES):
+        if all(bool(c.movedim(axis, 0)[n].any()) and not _elsewhere(c.movedim(axis, 0), n) for n, c in enumerate(changed)):
+            return axis
+    raise _mixing(node, "a sample of its output depends on other samples, or samples share an axis with something else")
+
+
+def _elsewhere(changed: Tensor, n: int) -> bool:
+    return any(bool(changed[m].any()) for m in range(SAMPLES) if m != n)
+
+
+def _draw(x: fx.Node, generator: torch.Generator) -> Tensor:
+    if x.meta["batch_axis"] is None and isinstance(constant := module_of(x), ops.Constant):
+        return constant.value
+    return torch.randn(resolve(x.meta["shape"], SAMPLES), dtype=x.meta["dtype"], device=generator.device, generator=generator)
+
+
+def _redrawn(x: fx.Node, value: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    axis = x.meta["batch_axis"]
+    if axis is None:
+        return value
+    fresh = value.clone()
+    sample = fresh.select(axis, n)
+    sample.copy_(torch.randn(sample.shape, dtype=value.dtype, device=value.device, generator=generator))
+    return fresh
+
+
+def _mixing(node: fx.Node, why: str) -> UnsupportedError:
+    return UnsupportedError(f"samples of the batch mix here: {why}", node=describe(node), remedy="let each sample's output depend on that sample alone")

@@ -1,0 +1,180 @@
+"""lower: functional ATen -> the all-module canonical graph, each node named after the module of the model it came from."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxcurv import ops
+from fxcurv.capture import Captured
+from fxcurv.errors import CaptureError, InputError, UnsupportedError
+from fxcurv.spec import Batch, Source, shape_of
+from passes import lowerings
+from passes.lowerings import Slots, packet_of, where
+
+__all__ = ["lower"]
+
+
+def lower(captured: Captured, model: nn.Module) -> fx.GraphModule:
+    """The canonical graph of a captured model; its modules hold the model's own live tensors."""
+    low = _Lowering(captured, model)
+    for node in captured.graph.graph.nodes:
+        low.visit(node)
+    return fx.GraphModule(low.modules, low.graph, class_name="Canonical")
+
+
+@dataclass
+class _Lowering:
+    """The graph under construction, and what each ATen node became: a value that depends on an input, or a constant."""
+
+    captured: Captured
+    model: nn.Module
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    data: set[fx.Node] = field(default_factory=set)
+    values: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        named = (self.model.named_parameters(remove_duplicate=False), self.model.named_buffers(remove_duplicate=False))
+        self.tensors: dict[str, Tensor] = {**dict(named[0]), **dict(named[1]), **self.captured.constants}
+        self.trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
+
+    # The walk
+
+    def visit(self, node: fx.Node) -> None:
+        """Lower one ATen node, if it depends on an input."""
+        if node.op == "output":
+            self.graph.output(self.value(node.args[0], node))
+        elif node.op == "placeholder":
+            if node.name not in self.captured.sources:
+                self._input(node)
+        elif any(n in self.data for n in node.all_input_nodes):
+            self.data.add(node)
+            if isinstance(node.meta.get("val"), Tensor):  # else a size or several tensors: lowered where it is read
+                self.values[node] = self._lowered(node)
+
+    def _input(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return  # a number is a constant of the graph
+        if not value.dtype.is_floating_point:
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise InputError(f"the input is of integer type {dtype}", node=f"'{node.name}'", remedy="convert it: x.float()")
+        if shape_of(value, node.name)[0] != Batch():
+            raise CaptureError(
+                f"the model works for one batch size only, {value.shape[0]}",
+                node=f"'{node.name}'",
+                remedy="use -1 or x.shape[0] where it reshapes",
+            )
+        self.data.add(node)
+        self.values[node] = _annotated(self.graph.placeholder(node.name), node)
+
+    def _lowered(self, node: fx.Node) -> fx.Node:
+        if node.target is operator.getitem:
+            whole, part = node.args
+            assert isinstance(whole, fx.Node) and isinstance(part, int)
+            return lowerings.part(self, node, whole, part)
+        return lowerings.lowering_of(node)(self, node, lowerings.arguments(node))
+
+    # What lowerings build with
+
+    def emit(self, node: fx.Node, op: nn.Module, *args: fx.Node, slots: Slots | None = None) -> fx.Node:
+        """Call `op` on canonical nodes, named after the ATen node; `slots` names the ATen nodes of the tensors it holds."""
+        sources = {slot: self._source(n) for slot, n in (slots or {}).items() if n is not None}
+        return self._call(node, _path(node, self.model, bool(sources)), op, args, sources)
+
+    def value(self, argument: Any, user: fx.Node) -> fx.Node:
+        """The canonical node of an ATen node: its lowered value, or a constant."""
+        if not isinstance(argument, fx.Node):
+            raise UnsupportedError(f"{argument!r} is no tensor", node=where(user), remedy="return a tensor that depends on the input")
+        if argument not in self.values:
+            source = self._source(argument)
+            self._refuse_trainable(source, user)
+            op = ops.Constant(source(self.tensors.__getitem__).detach())
+            path = source.names[0] if source.expression is None else argument.name
+            self.values[argument] = self._call(argument, path, op, (), {"value": source})
+        return self.values[argument]
+
+    def slot(self, argument: fx.Node | None, user: fx.Node) -> Tensor | None:
+        """The live tensor that an op holds: a parameter itself, or an expression of constants."""
+        if argument is None:
+            return None
+        if argument in self.data:
+            raise UnsupportedError("a weight depends on the input", node=where(user), remedy="only constant weights have a rule")
+        source = self._source(argument)
+        if source.expression is not None:
+            self._refuse_trainable(source, user)
+        return source(self.tensors.__getitem__)
+
+    def _refuse_trainable(self, source: Source, user: fx.Node) -> None:
+        held = [name for name in source.names if name in self.trainable]
+        if held:
+            raise UnsupportedError(
+                f"parameter {held[0]!r} is used in a way that has no rule",
+                node=where(user),
+                remedy=f"use it as the weight or bias of a Linear, convolution or BatchNorm, or freeze it: "
+                f"model.get_parameter({held[0]!r}).requires_grad_(False)",
+            )
+
+    def _source(self, node: fx.Node) -> Source:
+        """Where a tensor that depends on no input comes from."""
+        if node.op == "placeholder":
+            return Source((self.captured.sources[node.name],))
+        ancestors = _ancestors(node)
+        if any(n in self.data for n in ancestors):
+            raise UnsupportedError("a constant depends on the batch size", node=where(node), remedy="compute it from the input's values")
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        for n in (n for n in node.graph.nodes if n in ancestors):
+            copies[n] = graph.node_copy(n, copies.__getitem__)
+        graph.output(copies[node])
+        names = tuple(self.captured.sources[n.name] for n in copies if n.op == "placeholder")
+        return Source(names, fx.GraphModule({}, graph))
+
+    def _call(self, node: fx.Node, path: str, op: nn.Module, args: tuple[fx.Node, ...], sources: dict[str, Source]) -> fx.Node:
+        target = self._unique(path)
+        self.modules[target] = op.eval()
+        called = _annotated(self.graph.call_module(target, args), node)
+        called.meta["slots"] = sources
+        return called
+
+    def _unique(self, path: str) -> str:
+        """`path`, with a number behind it where a module of that path, or one below or above it, exists already."""
+        target, number = path, 0
+        while any(t == target or t.startswith(f"{target}.") or target.startswith(f"{t}.") for t in self.modules):
+            number += 1
+            target = f"{path}_{number}"
+        return target
+
+
+def _annotated(new: fx.Node, old: fx.Node) -> fx.Node:
+    value = old.meta["val"]
+    new.meta = {"shape": shape_of(value, where(old)), "dtype": value.dtype, "stack": old.meta.get("stack_trace"), "slots": {}}
+    return new
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """The node and everything it is computed from."""
+    seen, stack = {node}, [node]
+    while stack:
+        new = [n for n in stack.pop().all_input_nodes if n not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return seen
+
+
+def _path(node: fx.Node, model: nn.Module, holds: bool) -> str:
+    """The name of a node: the path of the leaf module that is this op, or its module's path and the op's name."""
+    name = "slice" if node.target is operator.getitem else packet_of(node).strip("_")
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = stack[-1][0] if stack else ""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return f"{path}.{name}".lstrip(".")
+    if not path or any(True for _ in module.children()):
+        return f"{path}.{name}".lstrip(".")
+    auxiliary = not holds and any(True for _ in module.parameters())
+    return f"{path}_{name}" if auxiliary else path

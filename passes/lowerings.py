@@ -1,0 +1,373 @@
+"""The table of lowerings: one row per ATen operator, saying which module of the vocabulary it becomes.
+
+An operator without a row becomes `Pointwise` where it is an elementwise function of one tensor, else `Opaque`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcurv import ops
+from fxcurv.errors import InputError, UnsupportedError
+from fxcurv.spec import Batch, shape_of
+
+__all__ = ["Builder", "Slots", "arguments", "lowering_of", "packet_of", "part", "where"]
+
+Slots = dict[str, fx.Node | None]
+Arguments = dict[str, Any]
+
+
+class Builder(Protocol):
+    """What a lowering builds the canonical graph with."""
+
+    def emit(self, node: fx.Node, op: nn.Module, *args: fx.Node, slots: Slots | None = None) -> fx.Node: ...
+
+    def value(self, argument: Any, user: fx.Node) -> fx.Node: ...
+
+    def slot(self, argument: fx.Node | None, user: fx.Node) -> Tensor | None: ...
+
+
+Lowering = Callable[[Builder, fx.Node, Arguments], fx.Node]
+LOWERINGS: dict[str, Lowering] = {}
+
+
+def lowers(*packets: str) -> Callable[[Lowering], Lowering]:
+    """Declare how the ATen operators `packets` are lowered."""
+
+    def declare(lowering: Lowering) -> Lowering:
+        for packet in packets:
+            assert packet not in LOWERINGS, packet
+            LOWERINGS[packet] = lowering
+        return lowering
+
+    return declare
+
+
+def unary(packet: str, make: Callable[[Arguments], nn.Module]) -> None:
+    """Declare an operator of one tensor by the module that it is, as a function of its other arguments."""
+    lowers(packet)(lambda low, node, a: low.emit(node, make(a), low.value(_first(a), node)))
+
+
+def lowering_of(node: fx.Node) -> Lowering:
+    """The row of an ATen call."""
+    return LOWERINGS.get(packet_of(node)) or (_pointwise if _is_pointwise(node) else _opaque)
+
+
+# Reading ATen calls -----------------------------------------------------------------------------------------------
+
+
+def packet_of(node: fx.Node) -> str:
+    """`conv2d` of aten.conv2d.default."""
+    return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
+
+
+def arguments(node: fx.Node) -> Arguments:
+    """The arguments of an ATen call by name, defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        raise UnsupportedError(f"{node.target} is no operator", node=where(node), remedy="keep such calls out of forward")
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
+    return {a.name: given.get(a.name, node.kwargs.get(a.name, a.default_value)) for a in schema.arguments}
+
+
+def where(node: fx.Node) -> str:
+    """'layer1.0' aten.add.Tensor at "file", line 7: how errors name an ATen node."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = stack[-1][0] if stack else ""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
+    frames = [line.removeprefix("File ") for line in lines if line.startswith("File")]
+    return f"'{path or node.name}' {node.target}{f' at {frames[-1]}' if frames else ''}"
+
+
+def _first(a: Arguments) -> Any:
+    return next(iter(a.values()))
+
+
+def _each(value: Sequence[int] | int, kernel: Sequence[int]) -> tuple[int, ...]:
+    """One number per spatial axis."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * len(kernel) if len(values) == 1 else values
+
+
+def _rank(node: Any) -> int:
+    return node.meta["val"].ndim
+
+
+def _dims(a: Arguments, key: str = "dim") -> tuple[int, ...]:
+    """The axes of a reduction; none given means all."""
+    dims = a.get(key)
+    dims = (dims,) if isinstance(dims, int) else dims
+    return tuple(dims) if dims else tuple(range(_rank(_first(a))))
+
+
+# Operators with parameters ----------------------------------------------------------------------------------------
+
+
+def _hold(op: nn.Module, **slots: Tensor | None) -> nn.Module:
+    """Put live tensors into the op's slots: parameters as they are, anything else as a frozen parameter."""
+    for slot, tensor in slots.items():
+        value = tensor if isinstance(tensor, nn.Parameter) or tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+        setattr(op, slot, value)
+    return op
+
+
+@lowers("linear")
+def _linear(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    weight, bias = low.slot(a["weight"], node), low.slot(a["bias"], node)
+    assert weight is not None
+    op = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    x = low.value(a["input"], node)
+    return low.emit(node, _hold(op, weight=weight, bias=bias), x, slots={"weight": a["weight"], "bias": a["bias"]})
+
+
+@lowers("conv1d", "conv2d", "conv3d")
+def _conv(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    weight, bias = low.slot(a["weight"], node), low.slot(a["bias"], node)
+    assert weight is not None
+    kernel, x = tuple(weight.shape[2:]), low.value(a["input"], node)
+    stride, dilation = _each(a["stride"], kernel), _each(a["dilation"], kernel)
+    padding, extra = _padding(a["padding"], kernel, dilation)
+    if any(extra):  # 'same' with an even kernel: one more row behind than in front
+        x = low.emit(node, ops.Pad([p for e in reversed(extra) for p in (0, e)]), x)
+        x.meta["shape"] = (*x.args[0].meta["shape"][:2], *(s + e for s, e in zip(x.args[0].meta["shape"][2:], extra, strict=True)))  # pyright: ignore
+    kind: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(kernel)]
+    inputs, outputs = weight.shape[1] * a["groups"], weight.shape[0]
+    op = kind(inputs, outputs, kernel, stride, padding, dilation, a["groups"], bias is not None, device="meta")
+    return low.emit(node, _hold(op, weight=weight, bias=bias), x, slots={"weight": a["weight"], "bias": a["bias"]})
+
+
+def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Symmetric padding per axis, and what 'same' adds behind."""
+    if padding == "valid":
+        padding = 0
+    if padding != "same":
+        return _each(padding, kernel), (0,) * len(kernel)
+    totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return tuple(t // 2 for t in totals), tuple(t % 2 for t in totals)
+
+
+@lowers("batch_norm")
+def _batch_norm(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    if a["training"]:
+        raise InputError(
+            "BatchNorm uses the statistics of the batch, which couples its samples",
+            node=where(node),
+            remedy="call model.eval() (with track_running_stats=True), or replace it",
+        )
+    slots: Slots = {"weight": a["weight"], "bias": a["bias"], "mean": a["running_mean"], "var": a["running_var"]}
+    weight, bias, mean, var = (low.slot(n, node) for n in slots.values())
+    assert mean is not None and var is not None
+    op = ops.Affine(mean, var, a["eps"])
+    return low.emit(node, _hold(op, weight=weight, bias=bias), low.value(a["input"], node), slots=slots)
+
+
+# Elementwise ------------------------------------------------------------------------------------------------------
+
+unary("relu", lambda a: nn.ReLU())
+unary("relu6", lambda a: nn.ReLU6())
+unary("hardtanh", lambda a: nn.ReLU6() if (a["min_val"], a["max_val"]) == (0, 6) else nn.Hardtanh(a["min_val"], a["max_val"]))
+unary("threshold", lambda a: nn.Threshold(a["threshold"], a["value"]))
+unary("hardshrink", lambda a: nn.Hardshrink(a["lambd"]))
+unary("softshrink", lambda a: nn.Softshrink(a["lambd"]))
+unary("sigmoid", lambda a: nn.Sigmoid())
+unary("tanh", lambda a: nn.Tanh())
+unary("log_sigmoid", lambda a: nn.LogSigmoid())
+unary("silu", lambda a: nn.SiLU())
+unary("leaky_relu", lambda a: nn.LeakyReLU(a["negative_slope"]))
+unary("selu", lambda a: nn.SELU())
+unary("celu", lambda a: nn.CELU(a["alpha"]))
+unary("gelu", lambda a: nn.GELU(a["approximate"]))
+unary("mish", lambda a: nn.Mish())
+unary("softplus", lambda a: nn.Softplus(a["beta"], a["threshold"]))
+unary("hardsigmoid", lambda a: nn.Hardsigmoid())
+unary("hardswish", lambda a: nn.Hardswish())
+unary("neg", lambda a: ops.Neg())
+
+
+@lowers("elu")
+def _elu(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    if a["scale"] != 1 or a["input_scale"] != 1:
+        return _pointwise(low, node, a)
+    return low.emit(node, nn.ELU(a["alpha"]), low.value(a["self"], node))
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) and len(node.all_input_nodes) == 1
+
+
+def _pointwise(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    return _generic(ops.Pointwise, low, node)
+
+
+def _opaque(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    if not node.meta["val"].dtype.is_floating_point:
+        raise UnsupportedError("a tensor of integers or booleans is computed from the input", node=where(node))
+    return _generic(ops.Opaque, low, node)
+
+
+def _generic(kind: type[ops.Pointwise | ops.Opaque], low: Builder, node: fx.Node) -> fx.Node:
+    inputs: list[fx.Node] = []
+
+    def take(argument: fx.Node) -> Any:
+        if not isinstance(argument.meta.get("val"), Tensor):
+            raise UnsupportedError("an argument depends on the batch size", node=where(node), remedy="write it with -1 or another op")
+        inputs.append(low.value(argument, node))
+        return ops.INPUT
+
+    args = fx.map_arg(node.args, take)
+    kwargs = fx.map_arg(node.kwargs, take)
+    return low.emit(node, kind(node.target, args, kwargs), *inputs)  # pyright: ignore[reportArgumentType]
+
+
+# Arithmetic -------------------------------------------------------------------------------------------------------
+
+
+@lowers("add")
+def _add(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    if not isinstance(a["other"], fx.Node):
+        return low.emit(node, ops.Shift(a["alpha"] * a["other"]), low.value(a["self"], node))
+    return low.emit(node, ops.Add(a["alpha"]), low.value(a["self"], node), low.value(a["other"], node))
+
+
+@lowers("sub")
+def _sub(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    if not isinstance(a["other"], fx.Node):
+        return low.emit(node, ops.Shift(-a["alpha"] * a["other"]), low.value(a["self"], node))
+    return low.emit(node, ops.Sub(a["alpha"]), low.value(a["self"], node), low.value(a["other"], node))
+
+
+@lowers("mul")
+def _mul(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    if not isinstance(a["other"], fx.Node):
+        return low.emit(node, ops.Scale(a["other"]), low.value(a["self"], node))
+    return low.emit(node, ops.Mul(), low.value(a["self"], node), low.value(a["other"], node))
+
+
+# Shape ------------------------------------------------------------------------------------------------------------
+
+
+@lowers("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as")
+def _reshape(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    shape = shape_of(node.meta["val"], where(node))
+    if sum(isinstance(size, Batch) for size in shape) != 1:
+        raise UnsupportedError("the result has no single batch axis", node=where(node), remedy="keep samples along one axis")
+    return low.emit(node, ops.Reshape([-1 if isinstance(size, Batch) else size for size in shape]), low.value(_first(a), node))
+
+
+@lowers("permute", "transpose", "t", "movedim", "swapaxes", "T", "numpy_T")
+def _permute(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    axes = torch.empty(tuple(range(1, 1 + _rank(node))), device="meta")  # every axis has a size of its own
+    moved = node.target(axes, *node.args[1:], **node.kwargs)  # pyright: ignore[reportCallIssue, reportUnknownVariableType]
+    return low.emit(node, ops.Permute([size - 1 for size in moved.shape]), low.value(_first(a), node))
+
+
+@lowers("expand", "expand_as")
+def _expand(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    shape = shape_of(node.meta["val"], where(node))
+    return low.emit(node, ops.Expand([-1 if isinstance(size, Batch) else size for size in shape]), low.value(_first(a), node))
+
+
+@lowers("slice")
+def _slice(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    size, stop = a["self"].meta["val"].shape[a["dim"]], a["end"]
+    start, stop = a["start"] or 0, size if stop is None else stop
+    if not isinstance(size, int):
+        if isinstance(start, int) and start == 0 and a["step"] == 1 and node.meta["val"].shape[a["dim"]] == size:
+            return low.emit(node, nn.Identity(), low.value(a["self"], node))
+        raise UnsupportedError("the batch axis is cut", node=where(node), remedy="keep every sample")
+    start, stop, step = slice(start, stop, a["step"]).indices(size)
+    return low.emit(node, ops.Slice(a["dim"], start, stop, step), low.value(a["self"], node))
+
+
+@lowers("narrow")
+def _narrow(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    start = a["start"] % _number(a["self"].meta["val"].shape[a["dim"]], node)
+    return low.emit(node, ops.Slice(a["dim"], start, start + a["length"]), low.value(a["self"], node))
+
+
+@lowers("select")
+def _select(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    size = _number(a["self"].meta["val"].shape[a["dim"]], node)
+    return low.emit(node, ops.Select(a["dim"], a["index"] % size), low.value(a["self"], node))
+
+
+def part(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
+    """One of the tensors that chunk, split or unbind return."""
+    packet, a = packet_of(whole), arguments(whole)
+    parts: Sequence[Tensor] = whole.meta["val"]
+    if packet == "unbind":
+        return low.emit(node, ops.Select(a["dim"], index % len(parts)), low.value(a["self"], node))
+    if packet not in ("chunk", "split", "split_with_sizes"):
+        raise UnsupportedError("no lowering for an operator that returns several tensors", node=where(whole))
+    sizes = [_number(p.shape[a["dim"]], node) for p in parts]
+    start = sum(sizes[:index])
+    return low.emit(node, ops.Slice(a["dim"], start, start + sizes[index]), low.value(a["self"], node))
+
+
+def _number(size: int | torch.SymInt, node: fx.Node) -> int:
+    if not isinstance(size, int):
+        raise UnsupportedError("the batch axis is cut", node=where(node), remedy="keep every sample")
+    return size
+
+
+@lowers("cat", "concat", "concatenate")
+def _cat(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    return low.emit(node, ops.Cat(a["dim"]), *(low.value(t, node) for t in a["tensors"]))
+
+
+unary("pad", lambda a: ops.Pad(a["pad"], a["mode"], a["value"]))
+unary("constant_pad_nd", lambda a: ops.Pad(a["pad"], "constant", a["value"]))
+unary("contiguous", lambda a: nn.Identity())
+unary("clone", lambda a: nn.Identity())
+unary("alias", lambda a: nn.Identity())
+unary("detach", lambda a: ops.Detach())
+
+
+@lowers("to", "_to_copy")
+def _to(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    x, dtype = low.value(a["self"], node), node.meta["val"].dtype
+    if not dtype.is_floating_point:
+        raise UnsupportedError(f"the data is converted to {dtype}", node=where(node), remedy="keep it in floating point")
+    return low.emit(node, nn.Identity() if x.meta["dtype"] == dtype else ops.Cast(dtype), x)
+
+
+def _dropout(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    if a["train"] and a["p"] > 0:
+        raise InputError("Dropout draws at random in training mode", node=where(node), remedy="call model.eval()")
+    return low.emit(node, nn.Dropout(a["p"]), low.value(a["input"], node))
+
+
+for stochastic in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
+    lowers(stochastic, f"{stochastic}_")(_dropout)
+
+
+# Reductions and pooling -------------------------------------------------------------------------------------------
+
+unary("mean", lambda a: ops.Mean(_dims(a), bool(a.get("keepdim"))))
+unary("sum", lambda a: ops.Sum(_dims(a), bool(a.get("keepdim"))))
+
+
+def _max_pool(pool: type[nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d], a: Arguments) -> nn.Module:
+    return pool(a["kernel_size"], a["stride"] or None, a["padding"], a["dilation"], ceil_mode=a["ceil_mode"])
+
+
+unary("max_pool1d", lambda a: _max_pool(nn.MaxPool1d, a))
+unary("max_pool2d", lambda a: _max_pool(nn.MaxPool2d, a))
+unary("max_pool3d", lambda a: _max_pool(nn.MaxPool3d, a))
+
+
+def _avg_pool(pool: Any, a: Arguments) -> nn.Module:
+    divisor = {"divisor_override": a["divisor_override"]} if a.get("divisor_override") else {}
+    return pool(a["kernel_size"], a["stride"] or None, a["padding"], a["ceil_mode"], a["count_include_pad"], **divisor)
+
+
+unary("avg_pool1d", lambda a: _avg_pool(nn.AvgPool1d, a))
+unary("avg_pool2d", lambda a: _avg_pool(nn.AvgPool2d, a))
+unary("avg_pool3d", lambda a: _avg_pool(nn.AvgPool3d, a))
+unary("adaptive_avg_pool1d", lambda a: nn.AdaptiveAvgPool1d(a["output_size"]))
+unary("adaptive_avg_pool2d", lambda a: nn.AdaptiveAvgPool2d(a["output_size"]))
+unary("adaptive_avg_pool3d", lambda a: nn.AdaptiveAvgPool3d(a["output_size"]))

@@ -1,0 +1,39 @@
+"""The engine of node rewrites: a rewrite is a function of a node that returns its replacement, or None for «no match»."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch import fx, nn
+
+from fxcurv.spec import module_of
+
+__all__ = ["Rewrite", "copied", "rewrites"]
+
+Rewrite = Callable[[fx.Node, nn.Module], fx.Node | None]
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own that shares the modules of `gm`: passes change copies, never what they were given."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, values := {}))
+    graph.output_node().meta = copy.copy(gm.graph.output_node().meta)
+    for old, new in values.items():
+        new.meta = copy.copy(old.meta)
+    return fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+
+
+def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
+    """A copy of `gm` in which every node is replaced by what the first matching rule returns, from inputs to outputs."""
+    gm = copied(gm)
+    for node in list(gm.graph.nodes):
+        if node.op != "call_module":
+            continue
+        for rule in rules:
+            replacement = rule(node, module_of(node))
+            if replacement is not None:
+                node.replace_all_uses_with(replacement)
+                gm.graph.erase_node(node)
+                break
+    return fx.GraphModule(gm, gm.graph, class_name=type(gm).__name__)
