@@ -7,6 +7,8 @@ from fxcurv.blocks import Block as Block
 from fxcurv.blocks import Dense as Dense
 from fxcurv.blocks import Diagonal as Diagonal
 from fxcurv.blocks import Kronecker as Kronecker
+from fxcurv.check import Report as Report
+from fxcurv.check import check as check
 from fxcurv.errors import CaptureError as CaptureError
 from fxcurv.errors import FxcurvError as FxcurvError
 from fxcurv.errors import InputError as InputError
@@ -23,3 +25,5 @@ from fxcurv.quantities import Grad as Grad
 from fxcurv.quantities import Sampled as Sampled
 from fxcurv.result import Curvature as Curvature
 from fxcurv.show import tabular as tabular
+
+__version__ = "0.1.0"

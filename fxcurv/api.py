@@ -102,31 +102,32 @@ class Compiled:
     def _assembled(self, program: passes.Program, sums: Mapping[str, Tensor], loss: Tensor, output: Tensor) -> Curvature:
         """Sums -> values, by quantity and parameter."""
         reduction, samples = str(self.loss.reduction), len(output)
-        values: dict[tuple[str, str], tuple[str, Tensor | Block]] = {}
+        values: dict[tuple[str, str], Tensor | Block] = {}
         for job in program.jobs:
-            if not job.sums:
-                continue
             value = job.quantity.finish(job.used, {statistic: sums[key] for statistic, key in job.sums.items()}, samples)
-            status = _status(job.quantity.approximation(job.used))
-            owned = tuple(j.used.name for j in program.jobs if j.name == job.name and j.quantity.owner(j.used) == job.used.name)
             if isinstance(value, Block):
-                value = dataclasses.replace(value, parameters=owned, status=status, reduction=reduction)
-            values |= {(job.name, parameter): (status, value) for parameter in owned}
+                value = dataclasses.replace(value, parameters=job.parameters, status=job.status, reduction=reduction)
+            values |= {(job.name, parameter): value for parameter in job.parameters}
         quantities = {
             name: Entries(
-                {
-                    p: self._entry(name, p, parameter, values.get((name, p)))
-                    for p, parameter in self.model.named_parameters()
-                }
+                [
+                    Entry(name, p, tuple(self.model.get_parameter(p).shape), status, str(quantity.factor), reduction, values.get((name, p)))
+                    for p, status in self._statuses(program, name).items()
+                ]
             )
-            for name in self.quantities
+            for name, quantity in self.quantities.items()
         }
         return Curvature(quantities, loss, output, samples, reduction)
 
-    def _entry(self, quantity: str, name: str, parameter: Tensor, found: tuple[str, Tensor | Block] | None) -> Entry:
-        status = found[0] if found else "unreached" if parameter.requires_grad else "frozen"
-        factor = str(self.quantities[quantity].factor)
-        return Entry(quantity, name, tuple(parameter.shape), status, factor, str(self.loss.reduction), found[1] if found else None)
+    def _statuses(self, program: passes.Program, quantity: str) -> dict[str, str]:
+        found = {parameter: job.status for job in program.jobs if job.name == quantity for parameter in job.parameters}
+        parameters = self.model.named_parameters()
+        return {name: found.get(name, "unreached" if p.requires_grad else "frozen") for name, p in parameters}
+
+    def statuses(self, inputs: Inputs) -> dict[str, dict[str, str]]:
+        """What each quantity will say of each parameter for inputs like these: quantity -> parameter -> status; nothing is run."""
+        program = self.prepare(inputs)
+        return {quantity: self._statuses(program, quantity) for quantity in self.quantities}
 
     # Compiling
 
@@ -183,10 +184,6 @@ def _chunk(program: passes.Program, samples: int, itemsize: int) -> int:
     """How many columns to pull back at once, so that the widest node's columns stay within `COLUMN_BYTES`."""
     widest = max(math.prod(resolve(n.meta["shape"], samples)) for n in program.stages["canonical"].graph.nodes if "shape" in n.meta)
     return max(1, COLUMN_BYTES // (widest * itemsize))
-
-
-def _status(approximation: str | None) -> str:
-    return f"approx({approximation})" if approximation else "exact"
 
 
 def _fresh_generator(device: torch.device) -> torch.Generator:

@@ -262,6 +262,7 @@ def _curvature(model: nn.Module, digits: _Digits, seed: int) -> DataCurvature:
         result = curv(x, y, generator=generator)
         for name, _ in model.named_parameters():
             diagonal, block = result["diag_ggn"][name], result["kfac"][name]
+            status[name] = (result["diag_ggn"].status[name], result["kfac"].status[name])
             add(name, "diagonal", diagonal, 1 / total)
             if isinstance(block, Kronecker):
                 add(name, "A", block.A, len(x) / total)
@@ -324,7 +325,7 @@ def _checked(model: nn.Module, digits: _Digits, seed: int) -> tuple[CheckedEntry
 
 
 def _diagonal_entry(model: nn.Module, x: Tensor, name: str, index: tuple[int, ...]) -> float:
-    """Σ_n jᵀ(diag(p) − ppᵀ)j, j[n,c] = ∂f[n,c]/∂θ[index]: a column of the per-sample Jacobians by forward-mode autograd."""
+    """Σ_n jᵀ(diag(p) − ppᵀ)j, j[n,c] = ∂f[n,c]/∂θ[index]: a column of the per-sample Jacobians, in forward mode."""
     parameter = model.get_parameter(name).detach()
     direction = torch.zeros_like(parameter)
     direction[index] = 1
@@ -473,7 +474,8 @@ def _texts(
         "# Curvature of a residual network on handwritten digits",
         conclusion,
         "## Curvature per parameter",
-        "Of the mean cross entropy over the training digits: `diag_ggn` is exact, `kfac` samples one label per digit.",
+        "Of the mean cross entropy over the training digits: `diag_ggn` is exact, `kfac` samples one label per digit."
+        " `exact` says that a value equals its definition.",
         _parameter_table(rows, "github"),
         "![trace per parameter](traces.png)",
         "![Kronecker factors](factors.png)",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,8 @@ class Entry:
 class Entries(Mapping[str, Any]):
     """The values of one quantity by parameter name, in `named_parameters()` order; `.status[name]` says what each is."""
 
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
-        self.entries = dict(entries)
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.entries = {entry.parameter: entry for entry in entries}
 
     @property
     def status(self) -> dict[str, str]:

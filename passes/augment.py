@@ -29,12 +29,19 @@ __all__ = ["Augmented", "Job", "augment", "parameter_uses"]
 
 @dataclass(frozen=True)
 class Job:
-    """One result to assemble: a quantity of a parameter, and the names of the sums it is made of."""
+    """One result to assemble: a quantity of a parameter (and of what is joined to it), from sums by their names."""
 
     name: str
     quantity: Quantity
     used: Used
+    parameters: tuple[str, ...]
     sums: Mapping[str, str]
+
+    @property
+    def status(self) -> str:
+        """`exact`, or `approx(<name>)` where something else than the definition is reported."""
+        approximation = self.quantity.approximation(self.used)
+        return f"approx({approximation})" if approximation else "exact"
 
 
 @dataclass(frozen=True)
@@ -220,14 +227,16 @@ class _Emitter:
         """Emit the statistics of every wanted parameter and say what is to be made of them."""
         jobs: list[Job] = []
         for name, quantity in quantities.items():
+            owned: defaultdict[str, list[str]] = defaultdict(list)
             for parameter in used.values():
+                owned[quantity.owner(parameter)].append(parameter.name)
+            for owner, parameters in owned.items():
                 sums: dict[str, str] = {}
-                if quantity.owner(parameter) == parameter.name:
-                    for statistic, module in quantity.statistics(parameter).items():
-                        sums[statistic] = key = f"{name}.{parameter.name}.{statistic}"
-                        graph, args = self._arguments(backward, parameter.name, module)
-                        graph.results[key] = graph.call(key, module, args)
-                jobs.append(Job(name, quantity, parameter, sums))
+                for statistic, module in quantity.statistics(used[owner]).items():
+                    sums[statistic] = key = f"{name}.{owner}.{statistic}"
+                    graph, args = self._arguments(backward, owner, module)
+                    graph.results[key] = graph.call(key, module, args)
+                jobs.append(Job(name, quantity, used[owner], tuple(parameters), sums))
         return jobs
 
     def _arguments(self, backward: _Backward, name: str, module: Statistic) -> tuple[_Graph, tuple[Any, ...]]:
@@ -276,8 +285,8 @@ class _Forward(_Graph):
 
     def save(self, x: fx.Node) -> str:
         """Keep a node's value itself."""
-        self.kept[f"x_{x.name}"] = self.nodes[x]
-        return f"x_{x.name}"
+        self.kept[f"saved_{x.name}"] = self.nodes[x]
+        return f"saved_{x.name}"
 
     def input_positions(self, node: fx.Node) -> fx.Node:
         here = self.nodes[node]

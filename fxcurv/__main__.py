@@ -1,0 +1,7 @@
+"""python -m fxcurv."""
+
+import sys
+
+from fxcurv.cli import main
+
+sys.exit(main())

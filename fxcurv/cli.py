@@ -1,0 +1,166 @@
+"""The command line: fxcurv compute | show | check | demo | env. Exit codes: 0 done or passed, 1 findings, 2 usage or refusal."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+import fxcurv
+from fxcurv import data, targets
+from fxcurv.check import as_json, check
+from fxcurv.errors import FxcurvError, InputError
+from fxcurv.losses import BY_NAME, as_loss
+from fxcurv.show import tabular
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; errors that the user can mend are one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except FxcurvError as error:
+        print(f"fxcurv: {error}", file=sys.stderr)
+        return 2
+
+
+# Commands ---------------------------------------------------------------------------------------------------------
+
+
+def _compute(arguments: argparse.Namespace) -> int:
+    target = targets.resolve(arguments.target, seed=arguments.seed)
+    model, loss = target.model, as_loss(arguments.loss)
+    batch = data.load(arguments.data, _batch(arguments), _shape(arguments, target), seed=arguments.seed)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    y = _targets(model, loss, batch, generator)
+    compiled = fxcurv.compile(model, loss, _names(arguments.quantities))
+    result = compiled(batch.inputs, y, generator=generator)
+    print(f"{target.name}: {batch.description}\n{result}")
+    if arguments.save:
+        result.save(arguments.save)
+        print(f"wrote {arguments.save}")
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    target = targets.resolve(arguments.target, seed=arguments.seed)
+    compiled = fxcurv.compile(target.model, arguments.loss, _names(arguments.quantities), example_inputs=_example(arguments, target))
+    stages = {name: gm for name, gm in compiled.stages.items() if name.partition("[")[0] in arguments.stage.split(",")}
+    if not stages:
+        raise FxcurvError(f"no stage is called {arguments.stage!r}", remedy=f"there are {', '.join(compiled.stages)}")
+    for name, gm in stages.items():
+        print(f"{name}\n{gm.code if arguments.code else tabular(gm)}\n")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    reports = []
+    for name in arguments.target:
+        target = targets.resolve(name, seed=arguments.seed)
+        inputs, quantities = _example(arguments, target), _names(arguments.quantities)
+        reports.append(check(target.model, inputs, quantities, loss=arguments.loss, target=name))
+    print(as_json(reports) if arguments.format == "json" else "\n\n".join(map(str, reports)))
+    return 0 if all(report.ok for report in reports) else 1
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from fxcurv import demo
+
+    demo.run(arguments.output, seed=arguments.seed)
+    return 0
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    print(f"fxcurv {fxcurv.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda if torch.cuda.is_available() else 'not available'}")
+    for package in ("torch", "torchvision", "timm", "networkx", "tabulate", "safetensors", "scikit-learn", "matplotlib"):
+        try:
+            print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package} not installed")
+    return 0
+
+
+# What commands share ----------------------------------------------------------------------------------------------
+
+
+def _names(quantities: str) -> list[str]:
+    return [name.strip() for name in quantities.split(",") if name.strip()]
+
+
+def _batch(arguments: argparse.Namespace) -> int:
+    return arguments.batch or (2 if arguments.data == "photos" else 8)
+
+
+def _shape(arguments: argparse.Namespace, target: targets.Target) -> tuple[int, ...]:
+    """The shape of one input: given as `3x64x64`, or what the model says."""
+    if arguments.input is None:
+        if target.input_shape is None:
+            raise InputError(f"{target.name} does not say the shape of its input", remedy="give --input, e.g. --input 3x32x32")
+        return target.input_shape
+    try:
+        return tuple(int(size) for size in arguments.input.split("x"))
+    except ValueError:
+        raise InputError(f"--input {arguments.input} is no shape", remedy="give the sizes of one input, e.g. 3x32x32") from None
+
+
+def _example(arguments: argparse.Namespace, target: targets.Target) -> Tensor:
+    parameter = next(target.model.parameters(), torch.empty(0))
+    return torch.zeros(2, *_shape(arguments, target), dtype=parameter.dtype, device=parameter.device)
+
+
+def _targets(model: nn.Module, loss: nn.Module, batch: data.Batch, generator: torch.Generator) -> Tensor:
+    """Labels where the data have them and the model has such classes, else the model's own predictions; random ones for regression."""
+    with torch.no_grad():
+        output = model(batch.inputs)
+    if not isinstance(output, Tensor):
+        raise InputError(f"the model returns a {type(output).__name__}, not a tensor", remedy="use fxcurv.compile(..., output=...) in Python")
+    if isinstance(loss, nn.CrossEntropyLoss):
+        labels = batch.targets
+        usable = labels is not None and output.ndim == 2 and int(labels.max()) < output.shape[1]
+        return labels if usable and labels is not None else output.argmax(1)
+    noise = torch.randn(output.shape, generator=generator)
+    return noise if isinstance(loss, nn.MSELoss) else (noise > 0).to(output.dtype)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("fxcurv", description="Curvature of neural networks: KFAC, diagonal GGN and relatives.")
+    parser.add_argument("--version", action="version", version=f"fxcurv {fxcurv.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    named = "TARGET: torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory, each with ?key=value&…"
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, epilog=named if name not in ("demo", "env") else None)
+        sub.set_defaults(command=run)
+        if name != "env":
+            sub.add_argument("--seed", type=int, default=0, help="of untrained weights, data and samples (default 0)")
+        return sub
+
+    compute = command("compute", _compute, "compute curvature of a model on a batch and print it per parameter")
+    show = command("show", _show, "print the rewritten graphs of a model, forward and backward")
+    checked = command("check", _check, "say for every parameter and quantity whether it is exact, approximated or refused")
+    for sub in (compute, show, checked):
+        sub.add_argument("target", nargs="+" if sub is checked else None, metavar="TARGET")
+        sub.add_argument("--quantities", default="kfac,diag_ggn", metavar="Q,…", help=f"of {', '.join(fxcurv.NAMES)} (default kfac,diag_ggn)")
+        sub.add_argument("--loss", default="cross_entropy", choices=list(BY_NAME))
+        sub.add_argument("--input", metavar="SHAPE", help="of one input, e.g. 3x32x32 (default: what the model says)")
+    compute.add_argument("--batch", type=int, help="samples (default 8; 2 photos)")
+    compute.add_argument("--data", default="random", choices=get_args(data.Kind), help="real or random inputs (default random)")
+    compute.add_argument("--save", type=Path, metavar="FILE.safetensors", help="write every tensor to a file")
+    show.add_argument("--stage", default="canonical,backward", help="captured, lowered, canonical, forward, backward (default canonical,backward)")
+    show.add_argument("--code", action="store_true", help="print generated Python code instead of tables")
+    checked.add_argument("--format", default="text", choices=("text", "json"))
+    demo = command("demo", _demo, "train a small residual CNN on handwritten digits and look at its curvature")
+    demo.add_argument("--output", type=Path, default=Path("fxcurv-demo"), help="folder for tables and pictures (default fxcurv-demo)")
+    command("env", _env, "print versions for a bug report")
+    return parser
