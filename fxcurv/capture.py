@@ -112,9 +112,9 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
         raise _translated(error) from error
     graph = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     _keep_only_selected_output(graph, program)
-    _check_no_mutation(program)
-    _functionalize(graph)
-    return Captured(graph, *_sources(program, model))
+    sources, constants = _sources(program, model)
+    _functionalize(graph, sources)
+    return Captured(graph, sources, constants)
 
 
 _NOT_TENSORS = (int, float, bool, str, type(None))
@@ -167,19 +167,6 @@ def _user_frame(error: Exception) -> str | None:
     return next((f for f in reversed(frames) if "/fxcurv/" not in f and "/passes/" not in f), None)
 
 
-def _check_no_mutation(program: ExportedProgram) -> None:
-    """Captured graphs are functional: a model that writes into its inputs or its buffers would mean something else."""
-    for spec in program.graph_signature.output_specs:
-        if spec.kind is OutputKind.USER_INPUT_MUTATION:
-            raise CaptureError(_OVERWRITES_INPUT, node=str(spec.target), remedy=_CLONE_INPUT)
-        if spec.kind is OutputKind.BUFFER_MUTATION:
-            raise CaptureError("the model writes into this buffer", node=str(spec.target), remedy="call model.eval(), or keep state out of forward")
-
-
-_OVERWRITES_INPUT = "the model overwrites its input in place"
-_CLONE_INPUT = "give the first op inplace=False, or clone the input in forward"
-
-
 def _keep_only_selected_output(graph: fx.GraphModule, program: ExportedProgram) -> None:
     node = graph.graph.output_node()
     kinds = [spec.kind for spec in program.graph_signature.output_specs]
@@ -212,7 +199,21 @@ VIEWS = frozenset(
 """ATen operators whose result may share memory with their first argument."""
 
 
-def _functionalize(graph: fx.GraphModule) -> None:
+def _overwrites(placeholder: fx.Node, sources: dict[str, str]) -> CaptureError:
+    if placeholder.name not in sources:
+        return CaptureError(
+            "the model overwrites its input in place",
+            node=f"'{placeholder.name}'",
+            remedy="give the first op inplace=False, or clone the input in forward",
+        )
+    return CaptureError(
+        "the model updates this buffer, as BatchNorm in training mode does, which couples the samples of a batch",
+        node=f"'{sources[placeholder.name]}'",
+        remedy="call model.eval(), or keep state out of forward",
+    )
+
+
+def _functionalize(graph: fx.GraphModule, sources: dict[str, str]) -> None:
     """Replace every `op_(x)` by `op(x)`, whose value later reads of x see; refuse where another live view of x would change too."""
     storage: dict[fx.Node, fx.Node] = {}
     for node in list(graph.graph.nodes):
@@ -224,7 +225,7 @@ def _functionalize(graph: fx.GraphModule) -> None:
         assert isinstance(target, fx.Node)
         root = storage[target]
         if root.op == "placeholder":
-            raise CaptureError(_OVERWRITES_INPUT, node=root.name, remedy=_CLONE_INPUT)
+            raise _overwrites(root, sources)
         later = set(_nodes_after(node))
         for alias in [n for n, r in storage.items() if r is root and n not in (target, node)]:
             if not _same_tensor(alias, target, graph) and any(user in later for user in alias.users):

@@ -151,7 +151,7 @@ class Affine(nn.Module):
 
     def normalized(self, x: Tensor) -> Tensor:
         """x̂ = (x - μ)/√(σ² + ε): `[n, c, …] -> [n, c, …]`."""
-        return F.batch_norm(x, self.mean, self.var, None, None, False, 0.0, self.eps)
+        return F.batch_norm(x, self.mean.to(x), self.var.to(x), None, None, False, 0.0, self.eps)
 
     def slope(self) -> Tensor:
         """dy/dx = γ/√(σ² + ε): `[c]`."""

@@ -5,7 +5,8 @@
     fold      what computes nothing vanishes
     locate    which axis holds the samples; mixing is refused       canonical
     augment   + what is kept and summed; the pullback per factor    forward, backward
-    contract  definitions -> cheaper equal contractions             backward
+    contract  definitions -> cheaper equal contractions
+    schedule  every sum as soon as it can be taken                  forward, backward
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from passes.contract import contract  # noqa: E402
 from passes.fold import fold  # noqa: E402
 from passes.locate import locate  # noqa: E402
 from passes.lower import lower  # noqa: E402
+from passes.schedule import schedule  # noqa: E402
 
 __all__ = ["Program", "canonicalize", "compile_program"]
 
@@ -54,7 +56,12 @@ def compile_program(
 ) -> Program:
     """The program that computes `quantities` of the `wanted` parameters of a canonical graph."""
     augmented = augment(stages["canonical"], quantities, wanted)
-    verify(augmented.forward, "forward")
-    backwards = {f: verify(contract(verify(gm, "backward")), "backward") for f, gm in augmented.backwards.items()}
+    forward = verify(schedule(verify(augmented.forward, "forward")), "forward")
+    backwards = {factor: _optimized(gm) for factor, gm in augmented.backwards.items()}
     emitted = {f"backward[{factor}]": gm for factor, gm in backwards.items()}
-    return Program({**stages, "forward": augmented.forward, **emitted}, augmented.forward, backwards, augmented.jobs)
+    return Program({**stages, "forward": forward, **emitted}, forward, backwards, augmented.jobs)
+
+
+def _optimized(backward: fx.GraphModule) -> fx.GraphModule:
+    contracted = verify(contract(verify(backward, "backward")), "backward")
+    return verify(schedule(contracted), "backward")

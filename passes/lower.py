@@ -141,9 +141,12 @@ class _Lowering:
         return called
 
     def _unique(self, path: str) -> str:
-        """`path`, with a number behind it where a module of that path, or one below or above it, exists already."""
+        """`path`, as `a_b` instead of `a.b` where `a` is an op already, and with a number behind it where it is taken."""
+        while any(path.startswith(f"{taken}.") for taken in self.modules):
+            parent, _, last = path.rpartition(".")
+            path = f"{parent}_{last}"
         target, number = path, 0
-        while any(t == target or t.startswith(f"{target}.") or target.startswith(f"{t}.") for t in self.modules):
+        while any(taken == target or taken.startswith(f"{target}.") for taken in self.modules):
             number += 1
             target = f"{path}_{number}"
         return target

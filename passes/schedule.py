@@ -1,0 +1,52 @@
+"""schedule: every sum is taken as soon as the tensors it reads exist, so that these are freed before the walk goes on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch import fx
+
+from fxcurv.contractions import Statistic
+from fxcurv.pullback import InputPositions, Keep, OutputPositions
+from fxcurv.spec import module_of
+
+__all__ = ["schedule"]
+
+
+def schedule(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same computation in another order: the walk as it was, and behind each of its nodes the sums that then can be taken.
+
+    The generated code drops a tensor at its last use, so the order decides the peak of memory.
+    """
+    needs: dict[fx.Node, set[fx.Node]] = {}
+    due: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for node in gm.graph.nodes:
+        beside = _is_beside(node)
+        needs[node] = set().union(*(needs[x] for x in node.all_input_nodes)) if beside else {node}
+        if beside and all(user.op == "output" for user in node.users):
+            due[max(needs[node], key=order.__getitem__)].append(node)
+    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
+    inputs = gm.graph.find_nodes(op="placeholder")
+    for node in (n for n in gm.graph.nodes if not _is_beside(n)):
+        _emit(graph, node, values)
+        ready = due[node] if node.op != "placeholder" else [s for n in inputs for s in due[n]] if node is inputs[-1] else []
+        for sink in ready:
+            _emit(graph, sink, values)
+    return fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+
+
+def _is_beside(node: fx.Node) -> bool:
+    """Whether a node serves a sum, rather than being a step of the walk."""
+    return node.op == "call_module" and isinstance(module_of(node), Statistic | Keep | InputPositions | OutputPositions)
+
+
+def _emit(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, fx.Node]) -> None:
+    """Copy a node, what it needs first."""
+    for x in node.all_input_nodes:
+        if x not in values:
+            _emit(graph, x, values)
+    if node.op == "output":
+        graph.output(fx.map_arg(node.args[0], values.__getitem__))
+        return
+    values[node] = graph.node_copy(node, values.__getitem__)

@@ -1,0 +1,224 @@
+"""Each pass, by the text of a graph before and after it; and the grammar that is checked between them."""
+
+from __future__ import annotations
+
+import inspect
+
+import passes
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxcurv
+from fxcurv.capture import capture
+from fxcurv.contractions import Diagonal, DiagonalOfSinglePositions
+from fxcurv.quantities import named
+from fxcurv.spec import verify
+from passes.augment import augment
+from passes.contract import contract
+from passes.fold import fold
+from passes.locate import locate
+from passes.lower import lower
+from passes.schedule import schedule
+
+CPU = torch.device("cpu")
+
+
+class Residual(nn.Module):
+    """What the pictures below show: a residual block with a functional in-place ReLU, BatchNorm and Dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(3)
+        self.skip = nn.Conv2d(2, 3, 1)
+        self.drop = nn.Dropout()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        y += self.skip(x)
+        return self.fc(self.drop(torch.relu_(y).mean((2, 3))))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    with torch.random.fork_rng():
+        return Residual().eval()
+
+
+X = torch.zeros(2, 2, 4, 4)
+
+
+def text(gm: fx.GraphModule, *columns: str) -> str:
+    """The graph's rows as `name = module(args)` with further columns behind."""
+    lines = [line.rstrip() for line in fxcurv.tabular(gm, columns, "plain", None).splitlines()[1:]]
+    return "\n".join(" ".join(line.split()) for line in lines)
+
+
+def golden(expected: str) -> str:
+    return inspect.cleandoc(expected)
+
+
+def test_capture_makes_in_place_ops_functional(model: nn.Module) -> None:
+    captured = capture(model, X)
+    assert text(verify(captured.graph, "captured"), "target", "args").splitlines()[-9:] == golden("""
+        aten.conv2d.default (x, p_conv_weight, None, [1, 1], [1, 1])
+        aten.batch_norm.default (conv2d, p_bn_weight, p_bn_bias, b_bn_running_mean, b_bn_running_var, False, 0.1, 1e-05, False)
+        aten.conv2d.default (x, p_skip_weight, p_skip_bias)
+        aten.add.Tensor (batch_norm, conv2d_1)
+        aten.relu.default (add_,)
+        aten.mean.dim (relu_, [2, 3])
+        aten.dropout.default (mean, 0.5, False)
+        aten.linear.default (dropout, p_fc_weight, p_fc_bias)
+        output (linear,)
+    """).splitlines()
+
+
+def test_lower_names_nodes_after_the_model(model: nn.Module) -> None:
+    lowered = verify(lower(capture(model, X), model), "lowered")
+    assert text(lowered, "name", "args", "shape", "module", "rule") == golden("""
+        x () [N, 2, 4, 4]
+        conv (x,) [N, 3, 4, 4] Conv2d affine
+        bn (conv,) [N, 3, 4, 4] Affine affine
+        skip (x,) [N, 3, 4, 4] Conv2d affine
+        add (bn, skip) [N, 3, 4, 4] Add linear
+        relu (add,) [N, 3, 4, 4] ReLU elementwise
+        mean (relu,) [N, 3] Mean linear
+        drop (mean,) [N, 3] Dropout linear
+        fc (drop,) [N, 2] Linear affine
+        output (fc,)
+    """)
+
+
+def test_fold_drops_what_computes_nothing(model: nn.Module) -> None:
+    lowered = lower(capture(model, X), model)
+    before = text(lowered, "name", "args")
+    folded = verify(fold(lowered), "lowered")
+    assert text(folded, "name", "args").splitlines()[-3:] == ["mean (relu,)", "fc (mean,)", "output (fc,)"]
+    assert text(lowered, "name", "args") == before, "a pass changes a copy"
+
+
+def test_locate_finds_the_axis_of_the_samples() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3, device="meta").to_empty(device="cpu")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.transpose(0, 1)).mean(0)
+
+    model = Turned()
+    located = verify(locate(fold(lower(capture(model, torch.zeros(2, 5, 4)), model)), CPU), "canonical")
+    axes = [(node.name, node.meta.get("batch_axis")) for node in located.graph.nodes if node.op != "output"]
+    assert axes == [("x", 0), ("transpose", 1), ("fc", 1), ("mean", 0)]
+
+
+def test_augment_walks_the_rules_in_reverse(model: nn.Module) -> None:
+    canonical = passes.canonicalize(model, X, None, CPU)["canonical"]
+    augmented = augment(canonical, named("diag_ggn"), ["conv.weight"])
+    (backward,) = augmented.backwards.values()
+    assert text(verify(backward, "backward"), "name", "args", "shape", "module") == golden("""
+        s () [V, N, 2]
+        kept_fc ()
+        kept_mean ()
+        kept_relu ()
+        kept_add ()
+        kept_bn ()
+        saved_x () [N, 2, 4, 4]
+        pull_fc (s, kept_fc) [V, N, 3] Pull(Linear)
+        pull_mean (pull_fc, kept_mean) [V, N, 3, 4, 4] Pull(Mean)
+        pull_relu (pull_mean, kept_relu) [V, N, 3, 4, 4] Pull(ReLU)
+        pull_add_0 (pull_relu, kept_add) [V, N, 3, 4, 4] Pull(Add)
+        pull_bn (pull_add_0, kept_bn) [V, N, 3, 4, 4] Pull(Affine)
+        s_conv (pull_bn,) [V, N, 16, 1, 3] OutputPositions(Conv2d)
+        x_conv (saved_x,) InputPositions(Conv2d)
+        diag_ggn_conv_weight_diagonal ([x_conv], [s_conv]) Diagonal
+        output ({'diag_ggn.conv.weight.diagonal': diag_ggn_conv_weight_diagonal},)
+    """)
+
+
+def test_augment_stops_where_nothing_below_is_wanted(model: nn.Module) -> None:
+    canonical = passes.canonicalize(model, X, None, CPU)["canonical"]
+    (backward,) = augment(canonical, named("kfac"), ["fc.bias"]).backwards.values()
+    assert text(backward, "name", "args") == golden("""
+        s ()
+        s_fc (s,)
+        kfac_fc_bias_matrix ([None], [s_fc])
+        output ({'kfac.fc.bias.matrix': kfac_fc_bias_matrix},)
+    """)
+
+
+def test_one_pullback_serves_all_quantities_of_a_factor(model: nn.Module) -> None:
+    compiled = fxcurv.compile(model, "mse", ["kfac", "diag_ggn_mc", "diag_ggn", "kflr"], example_inputs=X)
+    backwards = [name for name in compiled.stages if name.startswith("backward")]
+    assert backwards == ["backward[sampled(1)]", "backward[exact]"]
+    for name in backwards:
+        pulls = [str(node.target) for node in compiled.stages[name].graph.nodes if str(node.target).startswith("pull.")]
+        assert len(pulls) == len(set(pulls)) == 6
+
+
+def test_contract_squares_single_positions(model: nn.Module) -> None:
+    canonical = passes.canonicalize(model, X, None, CPU)["canonical"]
+    (backward,) = augment(canonical, named("diag_ggn"), ["fc.weight", "conv.weight"]).backwards.values()
+    contracted = verify(contract(backward), "backward")
+    assert [n.split() for n in text(backward, "name", "module").splitlines() if "diagonal" in n] == [
+        ["diag_ggn_conv_weight_diagonal", "Diagonal"],
+        ["diag_ggn_fc_weight_diagonal", "Diagonal"],
+    ]
+    assert [n.split() for n in text(contracted, "name", "module").splitlines() if "diagonal" in n] == [
+        ["diag_ggn_conv_weight_diagonal", "Diagonal"],
+        ["diag_ggn_fc_weight_diagonal_single", "DiagonalOfSinglePositions"],
+    ]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_single_positions_equal_the_definition(bias: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = None if bias else torch.randn(4, 1, 2, 5, dtype=torch.float64, generator=g)
+    S = torch.randn(3, 4, 1, 2, 6, dtype=torch.float64, generator=g)
+    torch.testing.assert_close(DiagonalOfSinglePositions()([x], [S]), Diagonal()([x], [S]), rtol=1e-12, atol=0)
+
+
+def test_schedule_takes_sums_early(model: nn.Module) -> None:
+    canonical = passes.canonicalize(model, X, None, CPU)["canonical"]
+    (backward,) = augment(canonical, named("diag_ggn"), ["fc.weight", "conv.weight"]).backwards.values()
+    rows = text(verify(schedule(backward), "backward"), "name").splitlines()
+    assert rows[rows.index("s_fc") - 1 : rows.index("pull_mean")] == ["x_fc", "s_fc", "diag_ggn_fc_weight_diagonal", "pull_fc"]
+
+
+class TestGrammar:
+    def test_a_functional_call_is_not_canonical(self, model: nn.Module) -> None:
+        gm = fxcurv.trace(model, X)
+        with gm.graph.inserting_before(gm.graph.output_node()):
+            gm.graph.call_function(torch.relu, (next(iter(gm.graph.nodes)),))
+        with pytest.raises(fxcurv.SpecError, match="call_function, where only call_module may compute"):
+            verify(gm, "canonical")
+
+    def test_a_module_without_a_rule_is_not_canonical(self, model: nn.Module) -> None:
+        gm = fxcurv.trace(model, X)
+        gm.fc = nn.Bilinear(1, 1, 1, device="meta")
+        with pytest.raises(fxcurv.SpecError, match="node 'fc' call_module fc: not legal in a canonical graph: module type Bilinear has no rule"):
+            verify(gm, "canonical")
+
+    def test_an_in_place_operator_is_not_functional(self, model: nn.Module) -> None:
+        graph = capture(model, X).graph
+        next(n for n in graph.graph.nodes if n.target is torch.ops.aten.relu.default).target = torch.ops.aten.relu_.default
+        with pytest.raises(fxcurv.SpecError, match="an in-place operator"):
+            verify(graph, "captured")
+
+    def test_a_canonical_graph_is_no_backward_graph(self, model: nn.Module) -> None:
+        with pytest.raises(fxcurv.SpecError, match="Conv2d does not belong here"):
+            verify(fxcurv.trace(model, X), "backward")
+
+
+def test_generated_code_is_readable(model: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    compiled = fxcurv.compile(model, example_inputs=X)
+    compiled.stages["canonical"].print_readable()
+    assert "relu = self.relu(add)" in capsys.readouterr().out
+    compiled.print_tabular()
+    printed = capsys.readouterr().out
+    assert "canonical" in printed
+    assert "backward[sampled(1)]" in printed
+    with pytest.raises(fxcurv.QuantityError, match="no stage is called 'nope'; there are captured, lowered"):
+        compiled.print_tabular("nope")
