@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -87,7 +87,13 @@ class Compiled:
             return self._assembled(program, sums, terms.value, output)
 
     def _pull_back(
-        self, program: passes.Program, backward: fx.GraphModule, kept: Mapping[str, Any], terms: LossTerms, factor: Factor, generator: torch.Generator
+        self,
+        program: passes.Program,
+        backward: fx.GraphModule,
+        kept: Mapping[str, Any],
+        terms: LossTerms,
+        factor: Factor,
+        generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """The sums of one factor, over chunks of its columns."""
         names = [node.target for node in backward.graph.find_nodes(op="placeholder")][1:]
@@ -99,19 +105,31 @@ class Compiled:
                 sums[key] = sums[key] + part if key in sums else part
         return sums
 
-    def _assembled(self, program: passes.Program, sums: Mapping[str, Tensor], loss: Tensor, output: Tensor) -> Curvature:
+    def _assembled(
+        self, program: passes.Program, sums: Mapping[str, Tensor], loss: Tensor, output: Tensor
+    ) -> Curvature:
         """Sums -> values, by quantity and parameter."""
         reduction, samples = str(self.loss.reduction), len(output)
         values: dict[tuple[str, str], Tensor | Block] = {}
         for job in program.jobs:
-            value = job.quantity.finish(job.used, {statistic: sums[key] for statistic, key in job.sums.items()}, samples)
+            value = job.quantity.finish(
+                job.used, {statistic: sums[key] for statistic, key in job.sums.items()}, samples
+            )
             if isinstance(value, Block):
                 value = dataclasses.replace(value, parameters=job.parameters, status=job.status, reduction=reduction)
             values |= {(job.name, parameter): value for parameter in job.parameters}
         quantities = {
             name: Entries(
                 [
-                    Entry(name, p, tuple(self.model.get_parameter(p).shape), status, str(quantity.factor), reduction, values.get((name, p)))
+                    Entry(
+                        name,
+                        p,
+                        tuple(self.model.get_parameter(p).shape),
+                        status,
+                        str(quantity.factor),
+                        reduction,
+                        values.get((name, p)),
+                    )
                     for p, status in self._statuses(program, name).items()
                 ]
             )
@@ -146,7 +164,9 @@ class Compiled:
     def stages(self) -> Mapping[str, fx.GraphModule]:
         """The graph after each stage of the latest compilation: captured, lowered, canonical, forward, backward[factor]."""
         if self._latest is None:
-            raise FxcurvError("nothing is compiled yet", remedy="call it on a batch first, or pass example_inputs= to compile()")
+            raise FxcurvError(
+                "nothing is compiled yet", remedy="call it on a batch first, or pass example_inputs= to compile()"
+            )
         return self._latest.stages
 
     def print_tabular(self, stage: str | None = None) -> None:
@@ -164,7 +184,10 @@ class Compiled:
 
 def bind(canonical: fx.GraphModule, model: nn.Module) -> None:
     """Point every slot at the model's tensors as they are now."""
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     for node in canonical.graph.nodes:
         for slot, source in node.meta.get("slots", {}).items():
             if all(name in tensors for name in source.names):
@@ -182,7 +205,11 @@ def kept_dtype(program: passes.Program) -> torch.dtype:
 
 def _chunk(program: passes.Program, samples: int, itemsize: int) -> int:
     """How many columns to pull back at once, so that the widest node's columns stay within `COLUMN_BYTES`."""
-    widest = max(math.prod(resolve(n.meta["shape"], samples)) for n in program.stages["canonical"].graph.nodes if "shape" in n.meta)
+    widest = max(
+        math.prod(resolve(n.meta["shape"], samples))
+        for n in program.stages["canonical"].graph.nodes
+        if "shape" in n.meta
+    )
     return max(1, COLUMN_BYTES // (widest * itemsize))
 
 
@@ -214,7 +241,9 @@ def _signature(model: nn.Module, inputs: Inputs) -> object:
 
 def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
     if not isinstance(inputs, Tensor | tuple | dict):
-        raise InputError(f"the input is a {type(inputs).__name__}", remedy="give a tensor, a tuple (positional) or a dict (keywords)")
+        raise InputError(
+            f"the input is a {type(inputs).__name__}", remedy="give a tensor, a tuple (positional) or a dict (keywords)"
+        )
     if batch_size(inputs) == 0:
         raise InputError("the batch holds no samples", remedy="give at least one")
     parameter = next(model.parameters(), None)
@@ -222,15 +251,25 @@ def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
         if not isinstance(t, Tensor) or parameter is None:
             continue
         if t.device != parameter.device:
-            raise InputError(f"the input is on {t.device}, the model on {parameter.device}", remedy=f"move it: x.to({str(parameter.device)!r})")
+            raise InputError(
+                f"the input is on {t.device}, the model on {parameter.device}",
+                remedy=f"move it: x.to({str(parameter.device)!r})",
+            )
         if not t.is_floating_point():
             raise InputError(f"the input is of type {t.dtype}", remedy="convert it: x.float()")
         if t.dtype != parameter.dtype:
-            raise InputError(f"the input is of type {t.dtype}, the model of {parameter.dtype}", remedy=f"convert it: x.to({parameter.dtype})")
+            raise InputError(
+                f"the input is of type {t.dtype}, the model of {parameter.dtype}",
+                remedy=f"convert it: x.to({parameter.dtype})",
+            )
         if not bool(t.isfinite().all()):
             raise InputError("the input holds NaN or infinity", remedy="clean the data")
 
 
 def _check_output(output: Tensor) -> None:
     if not bool(output.isfinite().all()):
-        raise InputError("the model's output holds NaN or infinity", node="output", remedy="check its parameters and the scale of the input")
+        raise InputError(
+            "the model's output holds NaN or infinity",
+            node="output",
+            remedy="check its parameters and the scale of the input",
+        )

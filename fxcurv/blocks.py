@@ -55,7 +55,10 @@ class Block(ABC):
     def mv(self, v: Tensor) -> Tensor:
         """The product with a vector of the block's shape, or flat; the result has the shape of `v`."""
         if v.numel() != self.numel:
-            raise InputError(f"a vector of {v.numel()} entries for a block on {list(self.shape)}", remedy=f"give {self.numel} entries")
+            raise InputError(
+                f"a vector of {v.numel()} entries for a block on {list(self.shape)}",
+                remedy=f"give {self.numel} entries",
+            )
         return self._mv(v.reshape(-1)).reshape(v.shape)
 
 

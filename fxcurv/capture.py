@@ -58,7 +58,9 @@ def batch_size(inputs: Inputs) -> int:
             raise InputError("an input is a scalar", remedy="give every input a leading batch axis")
     sizes = {t.shape[0] for t in tensors}
     if len(sizes) != 1:
-        raise InputError(f"inputs have different batch sizes {sorted(sizes)}", remedy="let axis 0 of every input be the batch")
+        raise InputError(
+            f"inputs have different batch sizes {sorted(sizes)}", remedy="let axis 0 of every input be the batch"
+        )
     return sizes.pop()
 
 
@@ -114,6 +116,9 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
     _keep_only_selected_output(graph, program)
     sources, constants = _sources(program, model)
     _functionalize(graph, sources)
+    _check_plain(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
     return Captured(graph, sources, constants)
 
 
@@ -130,7 +135,9 @@ def _structural_copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
-        raise CaptureError(f"the model cannot be copied ({error})", remedy="make its attributes deep-copyable") from error
+        raise CaptureError(
+            f"the model cannot be copied ({error})", remedy="make its attributes deep-copyable"
+        ) from error
 
 
 def _dynamic_shapes(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -152,7 +159,9 @@ def _translated(error: Exception) -> CaptureError:
             remedy="decide on shapes or constants instead of values, or use torch.where",
         )
     first = next((line for line in text.splitlines() if line.strip()), name)
-    return CaptureError(f"the model cannot be traced{where}: {name}: {first}", remedy="see the error above for its origin")
+    return CaptureError(
+        f"the model cannot be traced{where}: {name}: {first}", remedy="see the error above for its origin"
+    )
 
 
 def _user_frame(error: Exception) -> str | None:
@@ -165,6 +174,17 @@ def _user_frame(error: Exception) -> str | None:
             frames.append(f'{code.co_filename}:{trace.tb_lineno} in "{code.co_name}"')
         trace = trace.tb_next
     return next((f for f in reversed(frames) if "/fxcurv/" not in f and "/passes/" not in f), None)
+
+
+def _check_plain(graph: fx.GraphModule) -> None:
+    """Blocks with a graph of their own (`torch.no_grad()`, `torch.cond`) have no place in a flat graph."""
+    for node in graph.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):  # pyright: ignore[reportPrivateUsage]
+            raise CaptureError(
+                f"a block with a graph of its own ({node.target})",
+                node=_described(node),
+                remedy="use x.detach() instead of torch.no_grad(), and torch.where instead of torch.cond",
+            )
 
 
 def _keep_only_selected_output(graph: fx.GraphModule, program: ExportedProgram) -> None:
@@ -238,8 +258,6 @@ def _functionalize(graph: fx.GraphModule, sources: dict[str, str]) -> None:
             name.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)  # noqa: B023
         node.target = _functional(node)
         storage[node] = node
-    graph.graph.lint()
-    graph.recompile()
 
 
 def _nodes_after(node: fx.Node) -> Iterator[fx.Node]:
@@ -290,7 +308,9 @@ def _functional(node: fx.Node) -> Any:
     packet = getattr(torch.ops.aten, name.rstrip("_"), None)
     functional = getattr(packet, overload, None) if name.endswith("_") and packet is not None else None
     if functional is None:
-        raise CaptureError(f"{node.target} changes a tensor in place", node=_described(node), remedy="write it out of place")
+        raise CaptureError(
+            f"{node.target} changes a tensor in place", node=_described(node), remedy="write it out of place"
+        )
     return functional
 
 

@@ -65,16 +65,31 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """Plain containers, as the JSON format prints them."""
-        summary = {"ok": self.ok, "seconds": round(self.seconds, 3), "statuses": dict(Counter(row.status for row in self.rows))}
+        summary = {
+            "ok": self.ok,
+            "seconds": round(self.seconds, 3),
+            "statuses": dict(Counter(row.status for row in self.rows)),
+        }
         tool = {"fxcurv": fxcurv.__version__, "torch": torch.__version__}
-        return {"schema_version": 1, "tool": tool, "target": self.target, "rows": [asdict(row) for row in self.rows], "summary": summary}
+        return {
+            "schema_version": 1,
+            "tool": tool,
+            "target": self.target,
+            "rows": [asdict(row) for row in self.rows],
+            "summary": summary,
+        }
 
     def __str__(self) -> str:
         quantities = list(dict.fromkeys(row.quantity for row in self.rows))
         status = {(row.parameter, row.quantity): row.status for row in self.rows}
         first = {row.parameter: row for row in self.rows}
-        rows = [(name, row.module_type, list(row.shape), *(status[name, q] for q in quantities)) for name, row in first.items()]
-        refusals = dict.fromkeys(f"  {row.message}{f'; {row.suggestion}' if row.suggestion else ''}" for row in self.rows if not row.ok)
+        rows = [
+            (name, row.module_type, list(row.shape), *(status[name, q] for q in quantities))
+            for name, row in first.items()
+        ]
+        refusals = dict.fromkeys(
+            f"  {row.message}{f'; {row.suggestion}' if row.suggestion else ''}" for row in self.rows if not row.ok
+        )
         counts = ", ".join(f"{count} {status}" for status, count in Counter(row.status for row in self.rows).items())
         verdict = f"{self.target}: {len(first)} parameters: {counts} -> {'PASS' if self.ok else 'FAIL'}   {self.seconds:.1f} s"
         return "\n".join((tabulate(rows, ("parameter", "module", "shape", *quantities)), *refusals, verdict))
@@ -96,7 +111,9 @@ def check(
         rows = [_row(model, name, q, status) for q, found in statuses.items() for name, status in found.items()]
     except FxcurvError as error:
         cause = f"node {error.node}: {error.cause}" if error.node else error.cause
-        rows = [_refused(model, name, q, cause, error.remedy or "") for q in asked for name, _ in model.named_parameters()]
+        rows = [
+            _refused(model, name, q, cause, error.remedy or "") for q in asked for name, _ in model.named_parameters()
+        ]
     return Report(target or type(model).__name__, tuple(rows), time.perf_counter() - started)
 
 

@@ -54,7 +54,9 @@ def _compute(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     target = targets.resolve(arguments.target, seed=arguments.seed)
-    compiled = fxcurv.compile(target.model, arguments.loss, _names(arguments.quantities), example_inputs=_example(arguments, target))
+    compiled = fxcurv.compile(
+        target.model, arguments.loss, _names(arguments.quantities), example_inputs=_example(arguments, target)
+    )
     stages = {name: gm for name, gm in compiled.stages.items() if name.partition("[")[0] in arguments.stage.split(",")}
     if not stages:
         raise FxcurvError(f"no stage is called {arguments.stage!r}", remedy=f"there are {', '.join(compiled.stages)}")
@@ -82,8 +84,19 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _env(arguments: argparse.Namespace) -> int:
     print(f"python {platform.python_version()} on {platform.platform()}")
-    print(f"fxcurv {fxcurv.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda if torch.cuda.is_available() else 'not available'}")
-    for package in ("torch", "torchvision", "timm", "networkx", "tabulate", "safetensors", "scikit-learn", "matplotlib"):
+    print(
+        f"fxcurv {fxcurv.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda if torch.cuda.is_available() else 'not available'}"
+    )
+    for package in (
+        "torch",
+        "torchvision",
+        "timm",
+        "networkx",
+        "tabulate",
+        "safetensors",
+        "scikit-learn",
+        "matplotlib",
+    ):
         try:
             print(f"{package} {version(package)}")
         except PackageNotFoundError:
@@ -106,12 +119,16 @@ def _shape(arguments: argparse.Namespace, target: targets.Target) -> tuple[int, 
     """The shape of one input: given as `3x64x64`, or what the model says."""
     if arguments.input is None:
         if target.input_shape is None:
-            raise InputError(f"{target.name} does not say the shape of its input", remedy="give --input, e.g. --input 3x32x32")
+            raise InputError(
+                f"{target.name} does not say the shape of its input", remedy="give --input, e.g. --input 3x32x32"
+            )
         return target.input_shape
     try:
         return tuple(int(size) for size in arguments.input.split("x"))
     except ValueError:
-        raise InputError(f"--input {arguments.input} is no shape", remedy="give the sizes of one input, e.g. 3x32x32") from None
+        raise InputError(
+            f"--input {arguments.input} is no shape", remedy="give the sizes of one input, e.g. 3x32x32"
+        ) from None
 
 
 def _example(arguments: argparse.Namespace, target: targets.Target) -> Tensor:
@@ -124,7 +141,10 @@ def _targets(model: nn.Module, loss: nn.Module, batch: data.Batch, generator: to
     with torch.no_grad():
         output = model(batch.inputs)
     if not isinstance(output, Tensor):
-        raise InputError(f"the model returns a {type(output).__name__}, not a tensor", remedy="use fxcurv.compile(..., output=...) in Python")
+        raise InputError(
+            f"the model returns a {type(output).__name__}, not a tensor",
+            remedy="use fxcurv.compile(..., output=...) in Python",
+        )
     if isinstance(loss, nn.CrossEntropyLoss):
         labels = batch.targets
         usable = labels is not None and output.ndim == 2 and int(labels.max()) < output.shape[1]
@@ -134,13 +154,19 @@ def _targets(model: nn.Module, loss: nn.Module, batch: data.Batch, generator: to
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("fxcurv", description="Curvature of neural networks: KFAC, diagonal GGN and relatives.")
+    parser = argparse.ArgumentParser(
+        "fxcurv", description="Curvature of neural networks: KFAC, diagonal GGN and relatives."
+    )
     parser.add_argument("--version", action="version", version=f"fxcurv {fxcurv.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    named = "TARGET: torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory, each with ?key=value&…"
+    named = (
+        "TARGET: torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory, each with ?key=value&…"
+    )
 
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, epilog=named if name not in ("demo", "env") else None)
+        sub = commands.add_parser(
+            name, help=help, description=help, epilog=named if name not in ("demo", "env") else None
+        )
         sub.set_defaults(command=run)
         if name != "env":
             sub.add_argument("--seed", type=int, default=0, help="of untrained weights, data and samples (default 0)")
@@ -148,19 +174,34 @@ def _parser() -> argparse.ArgumentParser:
 
     compute = command("compute", _compute, "compute curvature of a model on a batch and print it per parameter")
     show = command("show", _show, "print the rewritten graphs of a model, forward and backward")
-    checked = command("check", _check, "say for every parameter and quantity whether it is exact, approximated or refused")
+    checked = command(
+        "check", _check, "say for every parameter and quantity whether it is exact, approximated or refused"
+    )
     for sub in (compute, show, checked):
         sub.add_argument("target", nargs="+" if sub is checked else None, metavar="TARGET")
-        sub.add_argument("--quantities", default="kfac,diag_ggn", metavar="Q,…", help=f"of {', '.join(fxcurv.NAMES)} (default kfac,diag_ggn)")
+        sub.add_argument(
+            "--quantities",
+            default="kfac,diag_ggn",
+            metavar="Q,…",
+            help=f"of {', '.join(fxcurv.NAMES)} (default kfac,diag_ggn)",
+        )
         sub.add_argument("--loss", default="cross_entropy", choices=list(BY_NAME))
         sub.add_argument("--input", metavar="SHAPE", help="of one input, e.g. 3x32x32 (default: what the model says)")
     compute.add_argument("--batch", type=int, help="samples (default 8; 2 photos)")
-    compute.add_argument("--data", default="random", choices=get_args(data.Kind), help="real or random inputs (default random)")
+    compute.add_argument(
+        "--data", default="random", choices=get_args(data.Kind), help="real or random inputs (default random)"
+    )
     compute.add_argument("--save", type=Path, metavar="FILE.safetensors", help="write every tensor to a file")
-    show.add_argument("--stage", default="canonical,backward", help="captured, lowered, canonical, forward, backward (default canonical,backward)")
+    show.add_argument(
+        "--stage",
+        default="canonical,backward",
+        help="captured, lowered, canonical, forward, backward (default canonical,backward)",
+    )
     show.add_argument("--code", action="store_true", help="print generated Python code instead of tables")
     checked.add_argument("--format", default="text", choices=("text", "json"))
     demo = command("demo", _demo, "train a small residual CNN on handwritten digits and look at its curvature")
-    demo.add_argument("--output", type=Path, default=Path("fxcurv-demo"), help="folder for tables and pictures (default fxcurv-demo)")
+    demo.add_argument(
+        "--output", type=Path, default=Path("fxcurv-demo"), help="folder for tables and pictures (default fxcurv-demo)"
+    )
     command("env", _env, "print versions for a bug report")
     return parser

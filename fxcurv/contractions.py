@@ -76,7 +76,9 @@ class Gradient(Statistic):
     reads = "xS"
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
-        terms = [S.sum((0, 1, 2)).unsqueeze(-1) if x is None else _product(S.sum(0), x) for x, S in zip(xs, Ss, strict=True)]
+        terms = [
+            S.sum((0, 1, 2)).unsqueeze(-1) if x is None else _product(S.sum(0), x) for x, S in zip(xs, Ss, strict=True)
+        ]
         return sum((t.reshape_as(terms[0]) for t in terms[1:]), start=terms[0])
 
 

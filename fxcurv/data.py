@@ -104,9 +104,11 @@ def _mnist_table() -> Tensor:
 def _save(file: Path, write: Callable[[Any], None]) -> None:
     """Write beside the file and rename: no reader ever sees half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as stream:
-        write(stream)
-    os.replace(stream.name, file)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        half = Path(folder) / file.name
+        with half.open("wb") as stream:
+            write(stream)
+        os.replace(half, file)
 
 
 def _labelled(ask: _Request, images: Tensor, labels: Tensor, name: str) -> Batch:
@@ -124,17 +126,18 @@ def _labelled(ask: _Request, images: Tensor, labels: Tensor, name: str) -> Batch
 
 # Photographs ---------------------------------------------------------------------------------------------------------
 
-_SKIMAGE = (
-    "chelsea.png",
-    "coffee.png",
-    "astronaut.png",
-    "rocket.jpg",
-    "motorcycle_left.png",
-    "hubble_deep_field.jpg",
-    "retina.jpg",
-    "ihc.png",
+_PHOTOS = (
+    "skimage/data/chelsea.png",
+    "skimage/data/coffee.png",
+    "skimage/data/astronaut.png",
+    "skimage/data/rocket.jpg",
+    "skimage/data/motorcycle_left.png",
+    "sklearn/datasets/images/china.jpg",
+    "sklearn/datasets/images/flower.jpg",
+    "skimage/data/hubble_deep_field.jpg",
+    "skimage/data/retina.jpg",
+    "skimage/data/ihc.png",
 )
-_SKLEARN = ("china.jpg", "flower.jpg")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, per channel
 
 
@@ -154,12 +157,10 @@ def _photos(ask: _Request) -> Batch:
 
 def _photo_files() -> list[Path]:
     """The photos that are installed, in a fixed order."""
-    places = (("skimage", "data", _SKIMAGE), ("sklearn", "datasets/images", _SKLEARN))
-    files: list[Path] = []
-    for package, folder, names in places:
-        spec = find_spec(package)
-        root = next(iter(spec.submodule_search_locations or ()), None) if spec is not None else None
-        files += [] if root is None else [Path(root) / folder / name for name in names]
+    specs = {package: find_spec(package) for package in ("skimage", "sklearn")}
+    roots = {package: spec.submodule_search_locations for package, spec in specs.items() if spec is not None}
+    places = [photo.partition("/") for photo in _PHOTOS]
+    files = [Path(root) / inside for package, _, inside in places for root in roots.get(package) or ()]
     files = [file for file in files if file.is_file()]
     if not files:
         raise MissingPackageError("no package with sample photos is installed", remedy=f"pip install {DEMO}")

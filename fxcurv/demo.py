@@ -10,7 +10,8 @@ import copy
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 import fxcurv
@@ -119,8 +120,24 @@ class DemoReport:
 
 def run(output: Path, *, seed: int = 0, say: Callable[[str], None] = print) -> DemoReport:
     """The whole demo: its files go to `output`, what it finds to `say`, its progress bars to a terminal's stderr."""
-    started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
+    with _one_thread():
+        return _run(output, seed, say)
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    """Tensors this small gain nothing from a second thread, and one adds in the same order on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(output: Path, seed: int, say: Callable[[str], None]) -> DemoReport:
+    started = time.perf_counter()
     digits = _digits(seed)
     say(f"data: {len(digits.train)} training and {len(digits.test)} test digits of scikit-learn, 1×8×8")
     model = _trained(digits, seed)
@@ -133,13 +150,13 @@ def run(output: Path, *, seed: int = 0, say: Callable[[str], None] = print) -> D
     rows = _rows(model, curvature)
     say(_parameter_table(rows) + "\n")
     checked = _checked(model, digits, seed)
-    say(_check_line(checked) + "\n")
+    say(f"check: {_check_line(checked)}\n")
     pruning = _pruned(model, digits, curvature.diagonal, seed)
     say(_pruning_table(pruning) + "\n")
     conclusion = _conclusion(accuracy, rows, curvature, pruning)
     files = (*_pictures(output, rows, curvature, pruning), *_texts(output, rows, checked, pruning, conclusion))
     seconds = time.perf_counter() - started
-    say(f"{conclusion}\n\nwrote {', '.join(file.name for file in files)} to {output} in {seconds:.0f} s")
+    say(f"wrote {', '.join(file.name for file in files)} to {output} in {seconds:.0f} s\n\n{conclusion}")
     return DemoReport(accuracy, rows, checked, pruning, files, conclusion, seconds)
 
 
@@ -203,7 +220,7 @@ def _trained(digits: _Digits, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = DigitNet()
-    generator = Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     steps = EPOCHS * -(-len(digits.train) // MINIBATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
@@ -258,7 +275,7 @@ def _curvature(model: nn.Module, digits: _Digits, seed: int) -> DataCurvature:
     samples, so the batches' enter with the weight N_b/N, and the mean loss changes nothing about it.
     """
     curv = fxcurv.compile(model, loss=nn.CrossEntropyLoss(reduction="sum"), quantities=["kfac", "diag_ggn"])
-    generator, total = Generator().manual_seed(seed), len(digits.train)
+    generator, total = torch.Generator().manual_seed(seed), len(digits.train)
     sums: dict[tuple[str, str], Tensor] = {}
     status: dict[str, tuple[str, str]] = {}
 
@@ -316,7 +333,7 @@ def _checked(model: nn.Module, digits: _Digits, seed: int) -> tuple[CheckedEntry
     x, y = digits.train[:CHECKED_SAMPLES].double(), digits.train_labels[:CHECKED_SAMPLES]
     curv = fxcurv.compile(exact, loss=nn.CrossEntropyLoss(reduction="sum"), quantities=["diag_ggn"])
     diagonals = curv(x, y)["diag_ggn"]
-    generator = Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     parameters = list(exact.named_parameters())
     entries: list[CheckedEntry] = []
     for _ in range(CHECKED_ENTRIES):
@@ -351,7 +368,7 @@ def _diagonal_entry(model: nn.Module, x: Tensor, name: str, index: tuple[int, ..
 def _pruned(model: nn.Module, digits: _Digits, diagonal: Mapping[str, Tensor], seed: int) -> Pruning:
     """Accuracy without the weights of lowest score: the saliency ½·diag·w² (LeCun et al. 1990), |w|, or noise."""
     weights = _weights(model)
-    generator = Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     scores = {
         ONCE: [_saliency(weights, diagonal)],
         MAGNITUDE: [{name: w.abs() for name, w in weights.items()}],
@@ -396,7 +413,7 @@ def _saliency(weights: Mapping[str, Tensor], diagonal: Mapping[str, Tensor]) -> 
     return {name: diagonal[name] * w.square() / 2 for name, w in weights.items()}
 
 
-def _noise(weights: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
+def _noise(weights: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     return {name: torch.rand(w.shape, generator=generator) for name, w in weights.items()}
 
 
@@ -443,7 +460,7 @@ def _parameter_table(rows: Sequence[Row], fmt: str = "simple") -> str:
 def _check_line(checked: Sequence[CheckedEntry]) -> str:
     worst = max(checked, key=lambda entry: entry.error)
     return (
-        f"check: {len(checked)} entries of the diagonal drawn at random agree with autograd in float64;"
+        f"{len(checked)} entries of the diagonal drawn at random agree with autograd in float64;"
         f" largest relative error {worst.error:.1e} ({worst.name}{list(worst.index)})"
     )
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcurv.errors import InputError, LossError
-from fxcurv.quantities import Empirical, Exact, Factor, LossGradient, Sampled
+from fxcurv.quantities import Exact, Factor, LossGradient, Sampled
 
 __all__ = ["LossTerms", "as_loss", "loss_terms", "softmax_root"]
 
@@ -117,7 +117,7 @@ class ScalarTerms(LossTerms):
         return self.gradient[0].numel()
 
     def exact(self, start: int, stop: int) -> Tensor:
-        root = (self.omega * self.curvature).sqrt().expand_as(self.gradient).flatten(1)
+        root = (self.omega * self.curvature).sqrt().expand_as(self.gradient).reshape(len(self.gradient), -1)
         S = root.new_zeros(stop - start, *root.shape)
         v = torch.arange(stop - start, device=root.device)
         S[v, :, v + start] = root[:, start:stop].T
@@ -134,7 +134,11 @@ BY_NAME: dict[str, Callable[[], nn.Module]] = {
     "mse": nn.MSELoss,
     "bce_with_logits": nn.BCEWithLogitsLoss,
 }
-_FUNCTIONS = {F.cross_entropy: "cross_entropy", F.mse_loss: "mse", F.binary_cross_entropy_with_logits: "bce_with_logits"}
+_FUNCTIONS = {
+    F.cross_entropy: "cross_entropy",
+    F.mse_loss: "mse",
+    F.binary_cross_entropy_with_logits: "bce_with_logits",
+}
 _REMEDY = "use nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss (or 'cross_entropy', 'mse', 'bce_with_logits') with reduction 'mean' or 'sum'"
 
 
@@ -157,9 +161,13 @@ def as_loss(loss: object) -> nn.Module:
 def loss_terms(loss: nn.Module, output: Tensor, target: Tensor) -> LossTerms:
     """The loss at an output `[N, …]` (widened to float32 if it is narrower) and a target, checked against each other."""
     if not isinstance(target, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"the target is a {type(target).__name__}, not a tensor", remedy="call it as curv(inputs, target)")
+        raise InputError(
+            f"the target is a {type(target).__name__}, not a tensor", remedy="call it as curv(inputs, target)"
+        )
     if target.device != output.device:
-        raise InputError(f"the target is on {target.device}, the output on {output.device}", remedy="move them to one device")
+        raise InputError(
+            f"the target is on {target.device}, the output on {output.device}", remedy="move them to one device"
+        )
     output = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
     kind = next(kind for kind in _TERMS if isinstance(loss, kind))
     if target.is_floating_point():
@@ -168,9 +176,13 @@ def loss_terms(loss: nn.Module, output: Tensor, target: Tensor) -> LossTerms:
             raise InputError("the target holds NaN or infinity", remedy="clean the targets")
     terms = _TERMS[kind](loss, output, target)
     if not bool(terms.value.isfinite()):
-        raise LossError("the loss is not finite", remedy="check that some target counts and that the outputs are moderate")
+        raise LossError(
+            "the loss is not finite", remedy="check that some target counts and that the outputs are moderate"
+        )
     if bool((terms.omega < 0).any()):
-        raise LossError("a term of the loss has a negative weight", remedy="its Hessian has no real square root: use weights ≥ 0")
+        raise LossError(
+            "a term of the loss has a negative weight", remedy="its Hessian has no real square root: use weights ≥ 0"
+        )
     return terms
 
 
@@ -185,12 +197,15 @@ def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:
 
 def _cross_entropy(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> LossTerms:
     if output.ndim < 2 or output.shape[1] < 2:
-        raise LossError(f"cross entropy of an output of shape {list(output.shape)}", remedy="give [N, C] or [N, C, d…] with C ≥ 2 classes")
+        raise LossError(
+            f"cross entropy of an output of shape {list(output.shape)}",
+            remedy="give [N, C] or [N, C, d…] with C ≥ 2 classes",
+        )
     C, per_class = output.shape[1], _as(loss.weight, output)
     if per_class is not None and per_class.shape != (C,):
         raise LossError(f"class weights of shape {list(per_class.shape)} for {C} classes", remedy=f"give {C} weights")
     q, counts = _class_probabilities(loss, output, target)
-    weighted = q if per_class is None else q * per_class.view(-1, *(1,) * (output.ndim - 2))
+    weighted = q if per_class is None else q * _along_classes(per_class, output)
     omega = weighted.sum(1, keepdim=True)  # the mass of a term: Σ_c w_c q_c
     if loss.reduction == "mean":
         omega = omega / counts
@@ -219,18 +234,29 @@ def _class_probabilities(loss: nn.CrossEntropyLoss, output: Tensor, target: Tens
     counted = target != loss.ignore_index
     wrong = counted & ((target < 0) | (target >= C))
     if bool(wrong.any()):
-        raise InputError(f"class index {int(target[wrong][0])} for {C} classes", remedy=f"give indices from 0 to {C - 1}, or ignore_index")
+        raise InputError(
+            f"class index {int(target[wrong][0])} for {C} classes",
+            remedy=f"give indices from 0 to {C - 1}, or ignore_index",
+        )
     if loss.reduction == "mean" and not bool(counted.any()):
         raise InputError("every target is ignored", remedy="give at least one that counts")
-    onehot = F.one_hot(target.where(counted, 0), C).movedim(-1, 1).to(output.dtype) * counted.unsqueeze(1)
-    smoothed = onehot * (1 - smoothing) + smoothing / C * counted.unsqueeze(1)
+    counts = counted.unsqueeze(1).to(output.dtype)
+    onehot = F.one_hot(target.where(counted, 0), C).movedim(-1, 1) * counts
     weight = _as(loss.weight, output)
-    return smoothed, (onehot if weight is None else onehot * weight.view(-1, *(1,) * (output.ndim - 2))).sum()
+    divisor = (onehot if weight is None else onehot * _along_classes(weight, output)).sum()
+    return onehot * (1 - smoothing) + smoothing / C * counts, divisor
+
+
+def _along_classes(weight: Tensor, output: Tensor) -> Tensor:
+    return weight.view(-1, *(1,) * (output.ndim - 2))
 
 
 def _mse(loss: nn.MSELoss, output: Tensor, target: Tensor) -> LossTerms:
     if not target.is_floating_point() or target.shape != output.shape:
-        raise InputError(_shapes(f"a target of type {target.dtype}", target, output), remedy="give floating-point targets in the output's shape")
+        raise InputError(
+            _shapes(f"a target of type {target.dtype}", target, output),
+            remedy="give floating-point targets in the output's shape",
+        )
     omega = output.new_tensor(1 / output.numel() if loss.reduction == "mean" else 1)
 
     def noise(generator: torch.Generator | None) -> Tensor:
@@ -241,7 +267,10 @@ def _mse(loss: nn.MSELoss, output: Tensor, target: Tensor) -> LossTerms:
 
 def _bce_with_logits(loss: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor) -> LossTerms:
     if not target.is_floating_point() or target.shape != output.shape:
-        raise InputError(_shapes(f"a target of type {target.dtype}", target, output), remedy="give floating-point targets in the output's shape")
+        raise InputError(
+            _shapes(f"a target of type {target.dtype}", target, output),
+            remedy="give floating-point targets in the output's shape",
+        )
     if bool((target < 0).any()) or bool((target > 1).any()):
         raise InputError("a target is outside of [0, 1]", remedy="give probabilities")
     omega = torch.full_like(output, 1 / output.numel() if loss.reduction == "mean" else 1)

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 __all__ = [
     "Add",
     "Affine",
+    "Call",
     "Cast",
     "Cat",
     "Constant",
     "Detach",
+    "Discrete",
     "Expand",
     "Mean",
     "Mul",
@@ -337,25 +339,32 @@ def _filled(argument: Any, tensors: Iterator[Tensor]) -> Any:
     return next(tensors) if argument is INPUT else argument
 
 
-class _Call(nn.Module):
-    """y = function(*args, **kwargs), the input tensors taking the places marked `INPUT`."""
+class Call(nn.Module):
+    """y = function(*args, **kwargs), the input tensors taking the places marked `INPUT`; or `part` of several results."""
 
-    def __init__(self, function: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    part: int | None = None
+
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.function, self.args, self.kwargs = function, tuple(args), dict(kwargs)
 
     def forward(self, *xs: Tensor) -> Tensor:
         tensors = iter(xs)
         args = [_filled(a, tensors) for a in self.args]
-        return self.function(*args, **{k: _filled(a, tensors) for k, a in self.kwargs.items()})
+        y = self.function(*args, **{k: _filled(a, tensors) for k, a in self.kwargs.items()})
+        return y if self.part is None else y[self.part]
 
     def extra_repr(self) -> str:
-        return str(self.function)
+        return f"{self.function}{'' if self.part is None else f'[{self.part}]'}"
 
 
-class Pointwise(_Call):
+class Pointwise(Call):
     """y = f(x) for an elementwise operator f of one tensor that has no row of its own; its derivative is f's own."""
 
 
-class Opaque(_Call):
+class Opaque(Call):
     """y = f(x, …) for any other operator without parameters; it is pulled back by its own vector-Jacobian product."""
+
+
+class Discrete(Call):
+    """y = f(x, …) where y holds integers or booleans, through which nothing is pulled back."""

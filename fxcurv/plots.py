@@ -33,7 +33,7 @@ def trace_bars(traces: Mapping[str, Mapping[str, float]], *, ax: Axes | None = N
         rows = [names.index(name) + (k + 0.5) * height - 0.4 for name in shown]
         ax.barh(rows, list(shown.values()), height=height, color=COLOURS[k % len(COLOURS)], label=label)
     ax.set_yticks(range(len(names)), labels=names, fontsize=7)
-    ax.invert_yaxis()
+    ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xscale("log")
     ax.set_xlabel("trace of the parameter's block")
     ax.legend(fontsize=8)
@@ -63,15 +63,12 @@ def _heat_map(ax: Axes, matrix: Tensor) -> None:
 
 
 def spectra(eigenvalues: Mapping[str, Tensor], *, ax: Axes | None = None) -> Axes:
-    """Eigenvalues of each layer's block against their rank, log-log, coloured from the network's input to its output.
-
-    Values below 1e-12 of a block's largest are rounding and left out.
-    """
+    """The positive eigenvalues of each layer's block by rank, log-log, coloured from the input to the output."""
     ax = _axes((7.2, 4.8)) if ax is None else ax
     colours = imported("matplotlib").colormaps["viridis"]
     for k, (name, values) in enumerate(eigenvalues.items()):
         ordered = values.detach().double().cpu().flatten().sort(descending=True).values
-        kept = ordered[ordered > 1e-12 * ordered[:1].abs()]
+        kept = ordered[ordered > 0]
         colour = colours(0.95 * k / max(1, len(eigenvalues) - 1))
         ax.plot(range(1, len(kept) + 1), kept.tolist(), color=colour, label=name, linewidth=1.3)
     ax.set_xscale("log")
@@ -84,9 +81,16 @@ def spectra(eigenvalues: Mapping[str, Tensor], *, ax: Axes | None = None) -> Axe
 
 
 def kronecker_spectrum(A: Tensor, G: Tensor) -> Tensor:
-    """All eigenvalues of `G ⊗ A` (of the block diagonal of the groups' `G_g ⊗ A_g`), largest first."""
-    a, g = (torch.linalg.eigvalsh(factor.detach().double()) for factor in (A, G))
+    """All eigenvalues of `G ⊗ A` (of the block diagonal of the groups' `G_g ⊗ A_g`), largest first; rounding is 0."""
+    a, g = _eigenvalues(A), _eigenvalues(G)
     return (g.unsqueeze(-1) * a.unsqueeze(-2)).flatten().sort(descending=True).values
+
+
+def _eigenvalues(factor: Tensor) -> Tensor:
+    """`[…, d]`, 0 where they are below what the factor's own precision can tell from 0."""
+    values = torch.linalg.eigvalsh(factor.detach().double())
+    floor = values[..., -1:] * values.shape[-1] * torch.finfo(factor.dtype).eps
+    return torch.where(values > floor, values, 0.0)
 
 
 def pruning_curve(sparsities: Sequence[float], kept: Mapping[str, Sequence[float]], *, ax: Axes | None = None) -> Axes:

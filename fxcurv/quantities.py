@@ -238,14 +238,14 @@ NAMES: dict[str, Quantity] = {
 
 
 def named(quantities: str | Quantity | Iterable[str | Quantity]) -> dict[str, Quantity]:
-    """Quantities by the name that their results are found under: their own, or a number behind it where two share one."""
+    """Quantities by the name that their results are found under: the given one, an object's family, or that and a number."""
     asked = [quantities] if isinstance(quantities, str) or hasattr(quantities, "statistics") else list(quantities)  # pyright: ignore
     result: dict[str, Quantity] = {}
     for item in asked:
-        name, quantity = (item, _by_name(item)) if isinstance(item, str) else (_name_of(item), item)
-        if quantity in result.values() or (name in result and result[name] == quantity):
-            continue
-        result[name if name not in result else f"{name}_{sum(key.startswith(name) for key in result)}"] = quantity
+        name, quantity = (item, _by_name(item)) if isinstance(item, str) else (_family_of(item), item)
+        taken = [key for key in result if key == name or key.startswith(f"{name}_")]
+        if quantity not in (result[key] for key in taken):
+            result[f"{name}_{len(taken)}" if name in result else name] = quantity
     if not result:
         raise QuantityError("no quantity was asked for", remedy=f"choose some of {', '.join(NAMES)}")
     return result
@@ -259,7 +259,10 @@ def _by_name(name: str) -> Quantity:
     raise QuantityError(f"no quantity is called {name!r}", remedy=f"{hint}there are {', '.join(NAMES)}")
 
 
-def _name_of(quantity: Quantity) -> str:
+def _family_of(quantity: Quantity) -> str:
     if not hasattr(quantity, "statistics"):
-        raise QuantityError(f"{quantity!r} is no quantity", remedy=f"give a name ({', '.join(NAMES)}) or an object such as fxcurv.KFAC()")
-    return next((name for name, q in NAMES.items() if q == quantity), quantity.family)
+        raise QuantityError(
+            f"{quantity!r} is no quantity",
+            remedy=f"give a name ({', '.join(NAMES)}) or an object such as fxcurv.KFAC()",
+        )
+    return quantity.family

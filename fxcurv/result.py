@@ -61,7 +61,9 @@ class Entries(Mapping[str, Any]):
             raise QuantityError(f"the model has no parameter {parameter!r}", remedy="see result.table() for the names")
         entry = self.entries[parameter]
         if entry.value is None:
-            raise QuantityError(f"{entry.quantity} of {parameter!r} has no value: {entry.status}", remedy=_REMEDIES.get(entry.status))
+            raise QuantityError(
+                f"{entry.quantity} of {parameter!r} has no value: {entry.status}", remedy=_REMEDIES.get(entry.status)
+            )
         return entry.value
 
     def __contains__(self, parameter: object) -> bool:
@@ -109,7 +111,8 @@ class Curvature(Mapping[str, Entries]):
     def table(self, fmt: str = "simple") -> str:
         """One row per parameter × quantity: shape, status, form, the shapes of its tensors, and the trace."""
         rows = [
-            (e.parameter, list(e.shape), e.quantity, e.factor, e.status, e.form(), _shapes(e), _trace(e)) for e in self.entries
+            (e.parameter, list(e.shape), e.quantity, e.factor, e.status, e.form(), _shapes(e), _trace(e))
+            for e in self.entries
         ]
         headers = ("parameter", "shape", "quantity", "factor", "status", "form", "tensors", "trace")
         return tabulate(rows, headers, tablefmt=fmt, floatfmt=".4g")
@@ -125,7 +128,13 @@ class Curvature(Mapping[str, Entries]):
         """Plain containers: quantity -> parameter -> status, factor, shape and tensors; and loss, output, samples, reduction."""
         quantities = {
             name: {
-                e.parameter: {"status": e.status, "factor": e.factor, "shape": list(e.shape), "form": e.form(), "tensors": e.tensors()}
+                e.parameter: {
+                    "status": e.status,
+                    "factor": e.factor,
+                    "shape": list(e.shape),
+                    "form": e.form(),
+                    "tensors": e.tensors(),
+                }
                 for e in entries.entries.values()
             }
             for name, entries in self.quantities.items()
@@ -139,9 +148,18 @@ class Curvature(Mapping[str, Entries]):
             from safetensors.torch import save_file
         except ImportError:
             raise FxcurvError("saving needs the safetensors package", remedy='pip install "fxcurv[save]"') from None
-        tensors = {f"{e.quantity}/{e.parameter}/{name}": t.contiguous().clone() for e in self.entries for name, t in e.tensors().items()}
+        tensors = {
+            f"{e.quantity}/{e.parameter}/{name}": t.contiguous().clone()
+            for e in self.entries
+            for name, t in e.tensors().items()
+        }
         metadata = {f"{e.quantity}/{e.parameter}": e.status for e in self.entries}
-        scalars = {"format": "fxcurv 1", "reduction": self.reduction, "samples": str(self.samples), "loss": repr(self.loss.item())}
+        scalars = {
+            "format": "fxcurv 1",
+            "reduction": self.reduction,
+            "samples": str(self.samples),
+            "loss": repr(self.loss.item()),
+        }
         save_file(tensors, str(path), metadata={**metadata, **scalars})
 
 

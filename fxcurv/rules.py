@@ -29,7 +29,19 @@ from torch import Tensor, nn
 from fxcurv import ops
 from fxcurv.errors import SpecError
 
-__all__ = ["RULES", "Kind", "Rule", "Use", "affine", "bilinear", "elementwise", "linear", "opaque", "rule_of", "selection"]
+__all__ = [
+    "RULES",
+    "Kind",
+    "Rule",
+    "Use",
+    "affine",
+    "bilinear",
+    "elementwise",
+    "linear",
+    "opaque",
+    "rule_of",
+    "selection",
+]
 
 Kind = Literal["elementwise", "linear", "bilinear", "selection", "affine", "opaque", "stop"]
 Shape = Sequence[int]
@@ -64,7 +76,9 @@ def rule_of(op: nn.Module) -> Rule:
     try:
         return RULES[type(op)]
     except KeyError:
-        raise SpecError(f"no rule for module type {type(op).__name__}", remedy="declare one in fxcurv/rules.py") from None
+        raise SpecError(
+            f"no rule for module type {type(op).__name__}", remedy="declare one in fxcurv/rules.py"
+        ) from None
 
 
 # Declarators, one per kind ----------------------------------------------------------------------------------------
@@ -94,7 +108,14 @@ def bilinear(op: type[M], pull: Callable[[M, Tensor, tuple[Tensor, ...], int], T
 
 def selection(op: type[M], indices: Callable[[M, Tensor], Tensor], axes: int) -> None:
     """y = x[indices], where the indices count the entries of the last `axes` axes of x."""
-    _declare(op, Rule("selection", lambda op, xs, y: (indices(op, xs[0]), xs[0].shape), lambda op, S, kept, k: _scatter(S, *kept, axes)))
+    _declare(
+        op,
+        Rule(
+            "selection",
+            lambda op, xs, y: (indices(op, xs[0]), xs[0].shape),
+            lambda op, S, kept, k: _scatter(S, *kept, axes),
+        ),
+    )
 
 
 def affine(
@@ -105,7 +126,12 @@ def affine(
     batch_first: bool = True,
 ) -> None:
     """y = W x + b with the pullback of S to x, and the positions `x[n,s,g,i]`, `S[v,n,s,g,o]` at which W and b are used."""
-    _declare(op, Rule("affine", lambda op, xs, y: xs[0].shape, lambda op, S, shape, k: pull(op, S, shape), Use(x, S, batch_first)))
+    _declare(
+        op,
+        Rule(
+            "affine", lambda op, xs, y: xs[0].shape, lambda op, S, shape, k: pull(op, S, shape), Use(x, S, batch_first)
+        ),
+    )
 
 
 def opaque(op: type[nn.Module]) -> None:
@@ -303,5 +329,6 @@ opaque(ops.Opaque)
 _declare(ops.Cast, Rule("linear", lambda op, xs, y: xs[0].dtype, lambda op, S, dtype, k: S.to(dtype)))
 stop(ops.Detach)
 stop(ops.Constant)
+stop(ops.Discrete)
 for identity in (nn.Identity, nn.Dropout):  # removed by passes/fold.py
     linear(identity, lambda op, S, shapes, k: S)

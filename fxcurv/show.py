@@ -16,7 +16,9 @@ __all__ = ["COLUMNS", "tabular"]
 COLUMNS = ("opcode", "name", "target", "args", "kwargs", "shape", "module", "rule")
 
 
-def tabular(gm: fx.GraphModule, columns: Sequence[str] = COLUMNS, fmt: str = "simple", max_width: int | None = 48) -> str:
+def tabular(
+    gm: fx.GraphModule, columns: Sequence[str] = COLUMNS, fmt: str = "simple", max_width: int | None = 48
+) -> str:
     """The graph as a table: fx's five columns, and each node's shape, module type and kind of rule; cells up to `max_width`."""
     rows = [[_cut(_cell(node, column), max_width) for column in columns] for node in gm.graph.nodes]
     return tabulate(rows, list(columns), tablefmt=fmt, disable_numparse=True)

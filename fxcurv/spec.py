@@ -50,7 +50,9 @@ def _size(size: int | torch.SymInt, node: str) -> int | Batch:
         return int(expression)
     multiple = expression / next(iter(symbols)) if len(symbols) == 1 else None
     if multiple is None or not multiple.is_Integer:
-        raise CaptureError(f"a size of {expression} is no multiple of the batch size", node=node, remedy="keep samples apart")
+        raise CaptureError(
+            f"a size of {expression} is no multiple of the batch size", node=node, remedy="keep samples apart"
+        )
     return Batch(int(multiple))
 
 
@@ -125,7 +127,13 @@ def _augmentation(node: fx.Node) -> str | None:
 
 def _backward(node: fx.Node) -> str | None:
     op = module_of(node)
-    kinds = (pullback.Pull, pullback.Unbroadcast, pullback.Accumulate, pullback.InputPositions, pullback.OutputPositions)
+    kinds = (
+        pullback.Pull,
+        pullback.Unbroadcast,
+        pullback.Accumulate,
+        pullback.InputPositions,
+        pullback.OutputPositions,
+    )
     if isinstance(op, kinds) or (isinstance(op, Statistic) and op.reads != "x"):
         return None
     return f"module type {type(op).__name__} does not belong here"

@@ -1,33 +1,33 @@
 """The pipeline of passes: each is a pure function from graph to graph, checked by the grammar of its stage.
 
-    capture   the model -> functional ATen                          (fxcurv/capture.py)
-    lower     ATen -> modules of the vocabulary                     lowered
-    fold      what computes nothing vanishes
-    locate    which axis holds the samples; mixing is refused       canonical
-    augment   + what is kept and summed; the pullback per factor    forward, backward
-    contract  definitions -> cheaper equal contractions
-    schedule  every sum as soon as it can be taken                  forward, backward
+capture   the model -> functional ATen                          (fxcurv/capture.py)
+lower     ATen -> modules of the vocabulary                     lowered
+fold      what computes nothing vanishes
+locate    which axis holds the samples; mixing is refused       canonical
+augment   + what is kept and summed; the pullback per factor    forward, backward
+contract  definitions -> cheaper equal contractions
+schedule  every sum as soon as it can be taken                  forward, backward
 """
 
 from __future__ import annotations
 
 import fxcurv as fxcurv  # first: importing `passes` alone then initialises both packages in the one order that works
 
-from collections.abc import Iterable, Mapping  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-import torch  # noqa: E402
-from torch import fx, nn  # noqa: E402
+import torch
+from torch import fx, nn
 
-from fxcurv.capture import Inputs, Output, capture  # noqa: E402
-from fxcurv.quantities import Factor, Quantity  # noqa: E402
-from fxcurv.spec import verify  # noqa: E402
-from passes.augment import Job, augment  # noqa: E402
-from passes.contract import contract  # noqa: E402
-from passes.fold import fold  # noqa: E402
-from passes.locate import locate  # noqa: E402
-from passes.lower import lower  # noqa: E402
-from passes.schedule import schedule  # noqa: E402
+from fxcurv.capture import Inputs, Output, capture
+from fxcurv.quantities import Factor, Quantity
+from fxcurv.spec import verify
+from passes.augment import Job, augment
+from passes.contract import contract
+from passes.fold import fold
+from passes.locate import locate
+from passes.lower import lower
+from passes.schedule import schedule
 
 __all__ = ["Program", "canonicalize", "compile_program"]
 

@@ -23,6 +23,7 @@ from fxcurv.pullback import Accumulate, InputPositions, Keep, OutputPositions, P
 from fxcurv.quantities import Factor, Quantity, Used
 from fxcurv.rules import rule_of
 from fxcurv.spec import Shape, module_of, resolve
+from passes.rewrite import free_target
 
 __all__ = ["Augmented", "Job", "augment", "parameter_uses"]
 
@@ -155,13 +156,17 @@ class _Graph:
 
     def call(self, target: str, module: nn.Module, args: tuple[Any, ...], shape: Shape | None = None) -> fx.Node:
         """The node that calls `module` on `args`."""
-        key = (type(module), module.extra_repr(), id(getattr(module, "op", None)), getattr(module, "k", None), _hashable(args))
+        key = (
+            type(module),
+            module.extra_repr(),
+            id(getattr(module, "op", None)),
+            getattr(module, "k", None),
+            _hashable(args),
+        )
         if key not in self.calls:
-            free, number = target, 0
-            while free in self.modules or any(t.startswith(f"{free}.") or free.startswith(f"{t}.") for t in self.modules):
-                free, number = f"{target}_{number}", number + 1
-            self.modules[free] = module.eval()
-            self.calls[key] = self.graph.call_module(free, args)
+            target = free_target(target, self.modules)
+            self.modules[target] = module.eval()
+            self.calls[key] = self.graph.call_module(target, args)
             if shape is not None:
                 self.calls[key].meta["shape"] = shape
         return self.calls[key]
@@ -221,7 +226,9 @@ class _Emitter:
         pulled = backward.call(name, Pull(module_of(node), k), (S, kept), ("V", *shape))
         if not lead and not axes:
             return pulled
-        return backward.call(f"unbroadcast.{node.target}.{k}", Unbroadcast(lead, axes), (pulled,), ("V", *x.meta["shape"]))
+        return backward.call(
+            f"unbroadcast.{node.target}.{k}", Unbroadcast(lead, axes), (pulled,), ("V", *x.meta["shape"])
+        )
 
     def reduce(self, backward: _Backward, quantities: Mapping[str, Quantity], used: Mapping[str, Used]) -> list[Job]:
         """Emit the statistics of every wanted parameter and say what is to be made of them."""

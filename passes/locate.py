@@ -8,6 +8,8 @@ ignores an input it depends on is an event of probability zero, so the probe nee
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -34,7 +36,11 @@ def locate(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     output = gm.graph.output_node().args[0]
     assert isinstance(output, fx.Node)
     if output.meta["batch_axis"] != 0:
-        where = "has no batch axis" if output.meta["batch_axis"] is None else f"has its samples at axis {output.meta['batch_axis']}"
+        where = (
+            "has no batch axis"
+            if output.meta["batch_axis"] is None
+            else f"has its samples at axis {output.meta['batch_axis']}"
+        )
         raise UnsupportedError(f"the output {where}", node=describe(output), remedy="return the samples along axis 0")
     return gm
 
@@ -63,12 +69,16 @@ def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> int | None:
     y = op(*xs)
     changed: list[Tensor] = []
     for n in range(SAMPLES):
-        redrawn = [_redrawn(x, value, n, generator) for x, value in zip(inputs, xs, strict=True) if isinstance(x, fx.Node)]
+        redrawn = [
+            _redrawn(x, value, n, generator) for x, value in zip(inputs, xs, strict=True) if isinstance(x, fx.Node)
+        ]
         changed.append(op(*redrawn) != y)
     if not any(bool(c.any()) for c in changed):
         return None
     for axis in (a for a in range(y.ndim) if y.shape[a] == SAMPLES):
-        if all(bool(c.movedim(axis, 0)[n].any()) and not _elsewhere(c.movedim(axis, 0), n) for n, c in enumerate(changed)):
+        if all(
+            bool(c.movedim(axis, 0)[n].any()) and not _elsewhere(c.movedim(axis, 0), n) for n, c in enumerate(changed)
+        ):
             return axis
     raise _mixing(node, "a sample of its output depends on other samples, or samples share an axis with something else")
 
@@ -80,7 +90,7 @@ def _elsewhere(changed: Tensor, n: int) -> bool:
 def _draw(x: fx.Node, generator: torch.Generator) -> Tensor:
     if x.meta["batch_axis"] is None and isinstance(constant := module_of(x), ops.Constant):
         return constant.value
-    return torch.randn(resolve(x.meta["shape"], SAMPLES), dtype=x.meta["dtype"], device=generator.device, generator=generator)
+    return _random(resolve(x.meta["shape"], SAMPLES), x.meta["dtype"], generator)
 
 
 def _redrawn(x: fx.Node, value: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -89,9 +99,22 @@ def _redrawn(x: fx.Node, value: Tensor, n: int, generator: torch.Generator) -> T
         return value
     fresh = value.clone()
     sample = fresh.select(axis, n)
-    sample.copy_(torch.randn(sample.shape, dtype=value.dtype, device=value.device, generator=generator))
+    sample.copy_(_random(sample.shape, value.dtype, generator))
     return fresh
 
 
+def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Normal numbers, fair coins, or zeros for integers, which are valid as indices."""
+    if dtype == torch.bool:
+        return torch.rand(shape, device=generator.device, generator=generator) < 0.5
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype, device=generator.device)
+    return torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
+
+
 def _mixing(node: fx.Node, why: str) -> UnsupportedError:
-    return UnsupportedError(f"samples of the batch mix here: {why}", node=describe(node), remedy="let each sample's output depend on that sample alone")
+    return UnsupportedError(
+        f"samples of the batch mix here: {why}",
+        node=describe(node),
+        remedy="let each sample's output depend on that sample alone",
+    )

@@ -14,6 +14,7 @@ from fxcurv.errors import CaptureError, InputError, UnsupportedError
 from fxcurv.spec import Batch, Source, shape_of
 from passes import lowerings
 from passes.lowerings import Slots, packet_of, where
+from passes.rewrite import free_target
 
 __all__ = ["lower"]
 
@@ -62,7 +63,9 @@ class _Lowering:
             return  # a number is a constant of the graph
         if not value.dtype.is_floating_point:
             dtype = str(value.dtype).removeprefix("torch.")
-            raise InputError(f"the input is of integer type {dtype}", node=f"'{node.name}'", remedy="convert it: x.float()")
+            raise InputError(
+                f"the input is of integer type {dtype}", node=f"'{node.name}'", remedy="convert it: x.float()"
+            )
         if shape_of(value, node.name)[0] != Batch():
             raise CaptureError(
                 f"the model works for one batch size only, {value.shape[0]}",
@@ -89,7 +92,9 @@ class _Lowering:
     def value(self, argument: Any, user: fx.Node) -> fx.Node:
         """The canonical node of an ATen node: its lowered value, or a constant."""
         if not isinstance(argument, fx.Node):
-            raise UnsupportedError(f"{argument!r} is no tensor", node=where(user), remedy="return a tensor that depends on the input")
+            raise UnsupportedError(
+                f"{argument!r} is no tensor", node=where(user), remedy="return a tensor that depends on the input"
+            )
         if argument not in self.values:
             source = self._source(argument)
             self._refuse_trainable(source, user)
@@ -103,7 +108,9 @@ class _Lowering:
         if argument is None:
             return None
         if argument in self.data:
-            raise UnsupportedError("a weight depends on the input", node=where(user), remedy="only constant weights have a rule")
+            raise UnsupportedError(
+                "a weight depends on the input", node=where(user), remedy="only constant weights have a rule"
+            )
         source = self._source(argument)
         if source.expression is not None:
             self._refuse_trainable(source, user)
@@ -125,7 +132,9 @@ class _Lowering:
             return Source((self.captured.sources[node.name],))
         ancestors = _ancestors(node)
         if any(n in self.data for n in ancestors):
-            raise UnsupportedError("a constant depends on the batch size", node=where(node), remedy="compute it from the input's values")
+            raise UnsupportedError(
+                "a constant depends on the batch size", node=where(node), remedy="compute it from the input's values"
+            )
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         for n in (n for n in node.graph.nodes if n in ancestors):
             copies[n] = graph.node_copy(n, copies.__getitem__)
@@ -133,28 +142,24 @@ class _Lowering:
         names = tuple(self.captured.sources[n.name] for n in copies if n.op == "placeholder")
         return Source(names, fx.GraphModule({}, graph))
 
-    def _call(self, node: fx.Node, path: str, op: nn.Module, args: tuple[fx.Node, ...], sources: dict[str, Source]) -> fx.Node:
-        target = self._unique(path)
+    def _call(
+        self, node: fx.Node, path: str, op: nn.Module, args: tuple[fx.Node, ...], sources: dict[str, Source]
+    ) -> fx.Node:
+        target = free_target(path, self.modules)
         self.modules[target] = op.eval()
         called = _annotated(self.graph.call_module(target, args), node)
         called.meta["slots"] = sources
         return called
 
-    def _unique(self, path: str) -> str:
-        """`path`, as `a_b` instead of `a.b` where `a` is an op already, and with a number behind it where it is taken."""
-        while any(path.startswith(f"{taken}.") for taken in self.modules):
-            parent, _, last = path.rpartition(".")
-            path = f"{parent}_{last}"
-        target, number = path, 0
-        while any(taken == target or taken.startswith(f"{target}.") for taken in self.modules):
-            number += 1
-            target = f"{path}_{number}"
-        return target
-
 
 def _annotated(new: fx.Node, old: fx.Node) -> fx.Node:
     value = old.meta["val"]
-    new.meta = {"shape": shape_of(value, where(old)), "dtype": value.dtype, "stack": old.meta.get("stack_trace"), "slots": {}}
+    new.meta = {
+        "shape": shape_of(value, where(old)),
+        "dtype": value.dtype,
+        "stack": old.meta.get("stack_trace"),
+        "slots": {},
+    }
     return new
 
 

@@ -5,6 +5,7 @@ An operator without a row becomes `Pointwise` where it is an elementwise functio
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -54,7 +55,9 @@ def unary(packet: str, make: Callable[[Arguments], nn.Module]) -> None:
 
 def lowering_of(node: fx.Node) -> Lowering:
     """The row of an ATen call."""
-    return LOWERINGS.get(packet_of(node)) or (_pointwise if _is_pointwise(node) else _opaque)
+    if not node.meta["val"].dtype.is_floating_point:
+        return _generic(ops.Discrete)
+    return LOWERINGS.get(packet_of(node)) or _generic(ops.Pointwise if _is_pointwise(node) else ops.Opaque)
 
 
 # Reading ATen calls -----------------------------------------------------------------------------------------------
@@ -69,7 +72,9 @@ def arguments(node: fx.Node) -> Arguments:
     """The arguments of an ATen call by name, defaults filled in."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        raise UnsupportedError(f"{node.target} is no operator", node=where(node), remedy="keep such calls out of forward")
+        raise UnsupportedError(
+            f"{node.target} is no operator", node=where(node), remedy="keep such calls out of forward"
+        )
     given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
     return {a.name: given.get(a.name, node.kwargs.get(a.name, a.default_value)) for a in schema.arguments}
 
@@ -110,7 +115,11 @@ def _dims(a: Arguments, key: str = "dim") -> tuple[int, ...]:
 def _hold(op: nn.Module, **slots: Tensor | None) -> nn.Module:
     """Put live tensors into the op's slots: parameters as they are, anything else as a frozen parameter."""
     for slot, tensor in slots.items():
-        value = tensor if isinstance(tensor, nn.Parameter) or tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+        value = (
+            tensor
+            if isinstance(tensor, nn.Parameter) or tensor is None
+            else nn.Parameter(tensor.detach(), requires_grad=False)
+        )
         setattr(op, slot, value)
     return op
 
@@ -133,7 +142,10 @@ def _conv(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     padding, extra = _padding(a["padding"], kernel, dilation)
     if any(extra):  # 'same' with an even kernel: one more row behind than in front
         x = low.emit(node, ops.Pad([p for e in reversed(extra) for p in (0, e)]), x)
-        x.meta["shape"] = (*x.args[0].meta["shape"][:2], *(s + e for s, e in zip(x.args[0].meta["shape"][2:], extra, strict=True)))  # pyright: ignore
+        x.meta["shape"] = (
+            *x.args[0].meta["shape"][:2],
+            *(s + e for s, e in zip(x.args[0].meta["shape"][2:], extra, strict=True)),
+        )  # pyright: ignore
     kind: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(kernel)]
     inputs, outputs = weight.shape[1] * a["groups"], weight.shape[0]
     op = kind(inputs, outputs, kernel, stride, padding, dilation, a["groups"], bias is not None, device="meta")
@@ -169,7 +181,10 @@ def _batch_norm(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 unary("relu", lambda a: nn.ReLU())
 unary("relu6", lambda a: nn.ReLU6())
-unary("hardtanh", lambda a: nn.ReLU6() if (a["min_val"], a["max_val"]) == (0, 6) else nn.Hardtanh(a["min_val"], a["max_val"]))
+unary(
+    "hardtanh",
+    lambda a: nn.ReLU6() if (a["min_val"], a["max_val"]) == (0, 6) else nn.Hardtanh(a["min_val"], a["max_val"]),
+)
 unary("threshold", lambda a: nn.Threshold(a["threshold"], a["value"]))
 unary("hardshrink", lambda a: nn.Hardshrink(a["lambd"]))
 unary("softshrink", lambda a: nn.Softshrink(a["lambd"]))
@@ -191,7 +206,7 @@ unary("neg", lambda a: ops.Neg())
 @lowers("elu")
 def _elu(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     if a["scale"] != 1 or a["input_scale"] != 1:
-        return _pointwise(low, node, a)
+        return _generic(ops.Pointwise)(low, node, a)
     return low.emit(node, nn.ELU(a["alpha"]), low.value(a["self"], node))
 
 
@@ -199,28 +214,36 @@ def _is_pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) and len(node.all_input_nodes) == 1
 
 
-def _pointwise(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    return _generic(ops.Pointwise, low, node)
+def _generic(kind: type[ops.Call]) -> Lowering:
+    """An operator as it stands, called on its tensors; or one of the tensors that it returns."""
+
+    def lowering(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+        if node.target is not operator.getitem:
+            return low.emit(node, *_call(kind, low, node))
+        whole, index = node.args
+        assert isinstance(whole, fx.Node) and isinstance(index, int)
+        op, *inputs = _call(kind, low, whole)
+        op.part = index
+        return low.emit(node, op, *inputs)
+
+    return lowering
 
 
-def _opaque(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    if not node.meta["val"].dtype.is_floating_point:
-        raise UnsupportedError("a tensor of integers or booleans is computed from the input", node=where(node))
-    return _generic(ops.Opaque, low, node)
-
-
-def _generic(kind: type[ops.Pointwise | ops.Opaque], low: Builder, node: fx.Node) -> fx.Node:
+def _call(kind: type[ops.Call], low: Builder, node: fx.Node) -> tuple[ops.Call, *tuple[fx.Node, ...]]:
+    """The call as a module, and the nodes of its tensors."""
     inputs: list[fx.Node] = []
 
     def take(argument: fx.Node) -> Any:
         if not isinstance(argument.meta.get("val"), Tensor):
-            raise UnsupportedError("an argument depends on the batch size", node=where(node), remedy="write it with -1 or another op")
+            raise UnsupportedError(
+                "an argument depends on the batch size", node=where(node), remedy="write it with -1 or another op"
+            )
         inputs.append(low.value(argument, node))
         return ops.INPUT
 
     args = fx.map_arg(node.args, take)
     kwargs = fx.map_arg(node.kwargs, take)
-    return low.emit(node, kind(node.target, args, kwargs), *inputs)  # pyright: ignore[reportArgumentType]
+    return kind(node.target, args, kwargs), *inputs
 
 
 # Arithmetic -------------------------------------------------------------------------------------------------------
@@ -254,8 +277,12 @@ def _mul(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 def _reshape(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     shape = shape_of(node.meta["val"], where(node))
     if sum(isinstance(size, Batch) for size in shape) != 1:
-        raise UnsupportedError("the result has no single batch axis", node=where(node), remedy="keep samples along one axis")
-    return low.emit(node, ops.Reshape([-1 if isinstance(size, Batch) else size for size in shape]), low.value(_first(a), node))
+        raise UnsupportedError(
+            "the result has no single batch axis", node=where(node), remedy="keep samples along one axis"
+        )
+    return low.emit(
+        node, ops.Reshape([-1 if isinstance(size, Batch) else size for size in shape]), low.value(_first(a), node)
+    )
 
 
 @lowers("permute", "transpose", "t", "movedim", "swapaxes", "T", "numpy_T")
@@ -268,7 +295,9 @@ def _permute(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 @lowers("expand", "expand_as")
 def _expand(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     shape = shape_of(node.meta["val"], where(node))
-    return low.emit(node, ops.Expand([-1 if isinstance(size, Batch) else size for size in shape]), low.value(_first(a), node))
+    return low.emit(
+        node, ops.Expand([-1 if isinstance(size, Batch) else size for size in shape]), low.value(_first(a), node)
+    )
 
 
 @lowers("slice")
@@ -302,7 +331,7 @@ def part(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
     if packet == "unbind":
         return low.emit(node, ops.Select(a["dim"], index % len(parts)), low.value(a["self"], node))
     if packet not in ("chunk", "split", "split_with_sizes"):
-        raise UnsupportedError("no lowering for an operator that returns several tensors", node=where(whole))
+        return _generic(ops.Opaque if node.meta["val"].dtype.is_floating_point else ops.Discrete)(low, node, {})
     sizes = [_number(p.shape[a["dim"]], node) for p in parts]
     start = sum(sizes[:index])
     return low.emit(node, ops.Slice(a["dim"], start, start + sizes[index]), low.value(a["self"], node))
@@ -331,14 +360,16 @@ unary("detach", lambda a: ops.Detach())
 def _to(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     x, dtype = low.value(a["self"], node), node.meta["val"].dtype
     if not dtype.is_floating_point:
-        raise UnsupportedError(f"the data is converted to {dtype}", node=where(node), remedy="keep it in floating point")
+        raise UnsupportedError(
+            f"the data is converted to {dtype}", node=where(node), remedy="keep it in floating point"
+        )
     return low.emit(node, nn.Identity() if x.meta["dtype"] == dtype else ops.Cast(dtype), x)
 
 
 def _dropout(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     if a["train"] and a["p"] > 0:
         raise InputError("Dropout draws at random in training mode", node=where(node), remedy="call model.eval()")
-    return low.emit(node, nn.Dropout(a["p"]), low.value(a["input"], node))
+    return low.emit(node, nn.Dropout(a["p"]), low.value(_first(a), node))
 
 
 for stochastic in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import fx, nn
 
 from fxcurv.spec import module_of
 
-__all__ = ["Rewrite", "copied", "rewrites"]
+__all__ = ["Rewrite", "copied", "free_target", "rewrites"]
 
 Rewrite = Callable[[fx.Node, nn.Module], fx.Node | None]
 
@@ -37,3 +37,17 @@ def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
                 gm.graph.erase_node(node)
                 break
     return fx.GraphModule(gm, gm.graph, class_name=type(gm).__name__)
+
+
+def free_target(path: str, taken: Collection[str]) -> str:
+    """`path`, as `a_b` instead of `a.b` where `a` is a module already, and with a number behind it where it is taken."""
+    while any(path.startswith(f"{t}.") for t in taken):
+        parent, _, last = path.rpartition(".")
+        path = f"{parent}_{last}"
+    target, number = path, 0
+    while hasattr(fx.GraphModule, target.rpartition(".")[2]) or any(
+        t == target or t.startswith(f"{target}.") for t in taken
+    ):
+        number += 1
+        target = f"{path}_{number}"
+    return target

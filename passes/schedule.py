@@ -30,7 +30,9 @@ def schedule(gm: fx.GraphModule) -> fx.GraphModule:
     inputs = gm.graph.find_nodes(op="placeholder")
     for node in (n for n in gm.graph.nodes if not _is_beside(n)):
         _emit(graph, node, values)
-        ready = due[node] if node.op != "placeholder" else [s for n in inputs for s in due[n]] if node is inputs[-1] else []
+        ready = (
+            due[node] if node.op != "placeholder" else [s for n in inputs for s in due[n]] if node is inputs[-1] else []
+        )
         for sink in ready:
             _emit(graph, sink, values)
     return fx.GraphModule(gm, graph, class_name=type(gm).__name__)

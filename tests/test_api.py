@@ -19,7 +19,14 @@ from fxcurv.losses import as_loss, loss_terms
 def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layers = (nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+        layers = (
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        )
         return nn.Sequential(*layers).to(dtype).eval()
 
 
@@ -70,15 +77,24 @@ def test_replaced_parameters_and_types_are_followed() -> None:
     assert compiled(x.float(), y)["diag_ggn"]["0.weight"].dtype == torch.float32
     model.double()
     model.requires_grad_(False)[5].requires_grad_(True)
-    assert compiled(x, y)["diag_ggn"].status == {name: "exact" if name.startswith("5") else "frozen" for name, _ in model.named_parameters()}
+    assert compiled(x, y)["diag_ggn"].status == {
+        name: "exact" if name.startswith("5") else "frozen" for name, _ in model.named_parameters()
+    }
 
 
 def test_input_size_may_change() -> None:
     with torch.random.fork_rng():
-        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)).double().eval()
+        model = (
+            nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+            .double()
+            .eval()
+        )
     compiled = fxcurv.compile(model, quantities="diag_ggn")
     for size in (5, 7, 5):
-        x, y = torch.randn(2, 2, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+        x, y = (
+            torch.randn(2, 2, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+            torch.tensor([0, 1]),
+        )
         expected = reference.diag_ggn(model, nn.CrossEntropyLoss(), x, y)
         torch.testing.assert_close(compiled(x, y)["diag_ggn"]["0.weight"], expected["0.weight"], rtol=1e-9, atol=1e-12)
 
@@ -121,7 +137,9 @@ def test_batches_add_up() -> None:
     compiled = fxcurv.compile(model, loss, ["diag_ggn", "kflr"])
     whole, parts = compiled(x, y), [compiled(x[:4], y[:4]), compiled(x[4:], y[4:])]
     for name in whole["diag_ggn"]:
-        torch.testing.assert_close(whole["diag_ggn"][name], sum(p["diag_ggn"][name] for p in parts), rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(
+            whole["diag_ggn"][name], sum(p["diag_ggn"][name] for p in parts), rtol=1e-10, atol=1e-14
+        )
     for factor, weights in (("G", (1, 1)), ("A", (4 / 6, 2 / 6))):
         total = sum(w * getattr(p["kflr"]["0.weight"], factor) for w, p in zip(weights, parts, strict=True))
         torch.testing.assert_close(getattr(whole["kflr"]["0.weight"], factor), total, rtol=1e-10, atol=1e-14)
@@ -199,7 +217,9 @@ class Returns(nn.Module):
         return (x, y) if self.container is tuple else {"hidden": x, "logits": y}
 
 
-@pytest.mark.parametrize(("container", "output"), [(tuple, 1), (tuple, -1), (tuple, lambda returned: 1 * returned[1]), (dict, "logits")])
+@pytest.mark.parametrize(
+    ("container", "output"), [(tuple, 1), (tuple, -1), (tuple, lambda returned: 1 * returned[1]), (dict, "logits")]
+)
 def test_output_selects_a_tensor(container: type, output: Output) -> None:
     model, (x, y) = Returns(container), batch(3)
     result = fxcurv.compile(model, quantities="diag_ggn", output=output)(x, y)
@@ -225,7 +245,10 @@ def test_several_inputs() -> None:
 
 def test_losses_by_name_module_and_function() -> None:
     model, (x, y) = net(), batch(3)
-    results = [diagonals(model, x, y, loss)["0.weight"] for loss in ("cross_entropy", nn.CrossEntropyLoss(), nn.functional.cross_entropy)]
+    results = [
+        diagonals(model, x, y, loss)["0.weight"]
+        for loss in ("cross_entropy", nn.CrossEntropyLoss(), nn.functional.cross_entropy)
+    ]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     assert isinstance(as_loss("mse"), nn.MSELoss)
@@ -240,7 +263,12 @@ def test_result_in_named_parameters_order_with_everything_at_hand(tmp_path: Path
     torch.testing.assert_close(result.loss, loss(model(x), y).detach())
     torch.testing.assert_close(result.output, model(x).detach())
     block = result["kfac"]["0.weight"]
-    assert (block.shape, block.status, block.reduction, block.parameters) == ((4, 2, 3, 3), "exact", "sum", ("0.weight",))
+    assert (block.shape, block.status, block.reduction, block.parameters) == (
+        (4, 2, 3, 3),
+        "exact",
+        "sum",
+        ("0.weight",),
+    )
     assert (block.A.shape, block.G.shape) == ((18, 18), (4, 4))
     assert "0.weight" in result.table()
     assert "<table>" in result._repr_html_()
@@ -264,7 +292,9 @@ def test_joint_blocks_cover_weight_and_bias() -> None:
     assert result["5.weight"] is result["5.bias"]
     assert (result["5.weight"].shape, result["5.weight"].parameters) == ((3, 17), ("5.weight", "5.bias"))
     model[5].bias.requires_grad_(False)  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue, reportAttributeAccessIssue]
-    assert fxcurv.compile(model, quantities=fxcurv.KFAC(fxcurv.Exact(), joint=True))(x, y)["kfac"]["5.weight"].shape == (3, 16)
+    assert fxcurv.compile(model, quantities=fxcurv.KFAC(fxcurv.Exact(), joint=True))(x, y)["kfac"][
+        "5.weight"
+    ].shape == (3, 16)
 
 
 def test_two_quantities_of_one_family_both_have_a_name() -> None:

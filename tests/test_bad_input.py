@@ -20,7 +20,9 @@ Y = torch.tensor([0, 1])
 def small() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(8, 2)).eval()
+        return nn.Sequential(
+            nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(8, 2)
+        ).eval()
 
 
 class Branch(nn.Module):
@@ -121,7 +123,11 @@ class Case:
 
 
 CASES = (
-    Case("batchnorm_train", "node '1.num_batches_tracked': .*BatchNorm in training mode.*; call model.eval", lambda: train(small(), nn.BatchNorm2d)),
+    Case(
+        "batchnorm_train",
+        "node '1.num_batches_tracked': .*BatchNorm in training mode.*; call model.eval",
+        lambda: train(small(), nn.BatchNorm2d),
+    ),
     Case("batchnorm_untracked", "node '0' aten.batch_norm.*statistics of the batch.*replace it", lambda: Untracked()),
     Case("dropout_train", "node '3' aten.dropout.*training mode; call model.eval", lambda: train(small(), nn.Dropout)),
     Case("loss_unsupported", "the loss L1Loss is not supported; use nn.CrossEntropyLoss", loss=nn.L1Loss()),
@@ -133,7 +139,11 @@ CASES = (
     Case("target_missing", "the target is a NoneType, not a tensor", y=None),
     Case("target_dtype", "class indices of type torch.int32; give torch.int64", y=Y.int()),
     Case("target_shape", r"class indices of shape \[2, 1\].*give indices of shape \[2\]", y=Y[:, None]),
-    Case("target_count", r"class indices of shape \[3\] for an output of shape \[2, 2\]", y=torch.zeros(3, dtype=torch.int64)),
+    Case(
+        "target_count",
+        r"class indices of shape \[3\] for an output of shape \[2, 2\]",
+        y=torch.zeros(3, dtype=torch.int64),
+    ),
     Case("target_range", "class index 2 for 2 classes; give indices from 0 to 1", y=torch.tensor([0, 2])),
     Case("target_negative", "class index -1 for 2 classes", y=torch.tensor([0, -1])),
     Case("target_all_ignored", "every target is ignored", y=torch.tensor([-100, -100])),
@@ -154,14 +164,30 @@ CASES = (
     Case("input_device", "the input is on meta, the model on cpu; move it", x=X.to("meta")),
     Case("input_shape", "cannot be traced", x=X[:, :2]),
     Case("output_nonfinite", "node output: the model's output holds NaN or infinity", exploding),
-    Case("output_tuple", "returns a tuple of 2 items, not a tensor; choose one with output=", lambda: Returns(lambda y: (y, y))),
-    Case("output_dict", "returns a dict of 'logits', not a tensor; choose one with output=", lambda: Returns(lambda y: {"logits": y})),
+    Case(
+        "output_tuple",
+        "returns a tuple of 2 items, not a tensor; choose one with output=",
+        lambda: Returns(lambda y: (y, y)),
+    ),
+    Case(
+        "output_dict",
+        "returns a dict of 'logits', not a tensor; choose one with output=",
+        lambda: Returns(lambda y: {"logits": y}),
+    ),
     Case("output_number", "returns a float", lambda: Returns(lambda y: 1.0)),
-    Case("control_flow", r"data-dependent control flow at .*test_bad_input.py:\d+ in \"forward\".*use torch.where", Branch),
+    Case(
+        "control_flow",
+        r"data-dependent control flow at .*test_bad_input.py:\d+ in \"forward\".*use torch.where",
+        Branch,
+    ),
     Case("input_overwritten", "node 'x': the model overwrites its input in place; .*clone", Overwrites),
     Case("batch_fixed", "one batch size only, 3; use -1 or x.shape", OneBatch),
     Case("samples_mix", r"samples of the batch mix here.* Opaque|samples of the batch mix here", BatchSoftmax),
-    Case("parameter_form", "parameter 'scale' is used in a way that has no rule; .*freeze it: model.get_parameter", Scaled),
+    Case(
+        "parameter_form",
+        "parameter 'scale' is used in a way that has no rule; .*freeze it: model.get_parameter",
+        Scaled,
+    ),
     Case("quantity_name", "no quantity is called 'kfca'; did you mean 'kfac'", quantities="kfca"),
     Case("quantity_none", "no quantity was asked for", quantities=[]),
     Case("quantity_kind", "5 is no quantity", quantities=[5]),
@@ -172,7 +198,10 @@ CASES = (
 
 def snapshot(model: nn.Module) -> tuple[object, ...]:
     """Everything of a model that a call must not change."""
-    tensors = {name: (id(t), t._version, t.detach().clone(), t.requires_grad, t.grad) for name, t in model.state_dict(keep_vars=True).items()}
+    tensors = {
+        name: (id(t), t._version, t.detach().clone(), t.requires_grad, t.grad)
+        for name, t in model.state_dict(keep_vars=True).items()
+    }
     modes = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for m in model.modules()]
     return tensors, modes
 
@@ -182,7 +211,8 @@ def same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
     assert isinstance(tensors, dict)
     assert isinstance(tensors_after, dict)
     equal = all(
-        t[:2] == u[:2] and torch.equal(t[2], u[2]) and t[3:] == u[3:] for t, u in zip(tensors.values(), tensors_after.values(), strict=True)
+        t[:2] == u[:2] and torch.equal(t[2], u[2]) and t[3:] == u[3:]
+        for t, u in zip(tensors.values(), tensors_after.values(), strict=True)
     )
     return equal and list(tensors) == list(tensors_after) and modes == modes_after
 
@@ -217,7 +247,9 @@ def test_a_call_changes_nothing_of_the_model() -> None:
     before = snapshot(model)
     fxcurv.compile(model, quantities=list(fxcurv.NAMES))(X, Y)
     assert same(before, snapshot(model))
-    assert all(p.grad is not None and torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert all(
+        p.grad is not None and torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True)
+    )
 
 
 def test_results_are_looked_up_by_names_that_exist() -> None:
@@ -248,7 +280,9 @@ def test_a_mode_changed_after_compiling_is_noticed() -> None:
     compiled(X, Y)
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), torch.enable_grad])
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), torch.enable_grad]
+)
 def test_contexts_make_no_difference(context: Callable[[], object]) -> None:
     model = small()
     expected = fxcurv.compile(model, quantities=["kflr", "diag_ggn", "grad"])(X, Y)

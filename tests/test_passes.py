@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 
-import passes
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import fxcurv
+import passes
 from fxcurv.capture import capture
 from fxcurv.contractions import Diagonal, DiagonalOfSinglePositions
 from fxcurv.quantities import named
@@ -62,7 +62,9 @@ def golden(expected: str) -> str:
 
 def test_capture_makes_in_place_ops_functional(model: nn.Module) -> None:
     captured = capture(model, X)
-    assert text(verify(captured.graph, "captured"), "target", "args").splitlines()[-9:] == golden("""
+    assert (
+        text(verify(captured.graph, "captured"), "target", "args").splitlines()[-9:]
+        == golden("""
         aten.conv2d.default (x, p_conv_weight, None, [1, 1], [1, 1])
         aten.batch_norm.default (conv2d, p_bn_weight, p_bn_bias, b_bn_running_mean, b_bn_running_var, False, 0.1, 1e-05, False)
         aten.conv2d.default (x, p_skip_weight, p_skip_bias)
@@ -73,6 +75,7 @@ def test_capture_makes_in_place_ops_functional(model: nn.Module) -> None:
         aten.linear.default (dropout, p_fc_weight, p_fc_bias)
         output (linear,)
     """).splitlines()
+    )
 
 
 def test_lower_names_nodes_after_the_model(model: nn.Module) -> None:
@@ -184,7 +187,12 @@ def test_schedule_takes_sums_early(model: nn.Module) -> None:
     canonical = passes.canonicalize(model, X, None, CPU)["canonical"]
     (backward,) = augment(canonical, named("diag_ggn"), ["fc.weight", "conv.weight"]).backwards.values()
     rows = text(verify(schedule(backward), "backward"), "name").splitlines()
-    assert rows[rows.index("s_fc") - 1 : rows.index("pull_mean")] == ["x_fc", "s_fc", "diag_ggn_fc_weight_diagonal", "pull_fc"]
+    assert rows[rows.index("s_fc") - 1 : rows.index("pull_mean")] == [
+        "x_fc",
+        "s_fc",
+        "diag_ggn_fc_weight_diagonal",
+        "pull_fc",
+    ]
 
 
 class TestGrammar:
@@ -198,12 +206,17 @@ class TestGrammar:
     def test_a_module_without_a_rule_is_not_canonical(self, model: nn.Module) -> None:
         gm = fxcurv.trace(model, X)
         gm.fc = nn.Bilinear(1, 1, 1, device="meta")
-        with pytest.raises(fxcurv.SpecError, match="node 'fc' call_module fc: not legal in a canonical graph: module type Bilinear has no rule"):
+        with pytest.raises(
+            fxcurv.SpecError,
+            match="node 'fc' call_module fc: not legal in a canonical graph: module type Bilinear has no rule",
+        ):
             verify(gm, "canonical")
 
     def test_an_in_place_operator_is_not_functional(self, model: nn.Module) -> None:
         graph = capture(model, X).graph
-        next(n for n in graph.graph.nodes if n.target is torch.ops.aten.relu.default).target = torch.ops.aten.relu_.default
+        next(
+            n for n in graph.graph.nodes if n.target is torch.ops.aten.relu.default
+        ).target = torch.ops.aten.relu_.default
         with pytest.raises(fxcurv.SpecError, match="an in-place operator"):
             verify(graph, "captured")
 

@@ -1,0 +1,347 @@
+"""The oracle: curvature by brute force in float64, from torch alone, obviously right and not fast.
+
+Axes: `n` sample, `v` column, `s` weight-sharing position, `g` group, `i`, `o` input, output feature, `c`, `d` outputs.
+A column is `S[v, n, *output.shape[1:]]` with the loss weight inside; exact means `Σ_v S_vn S_vnᵀ = ∇² of the loss`.
+Every model is run on ONE sample at a time, so whatever a layer sees besides its features is a position of that sample.
+Parameters go by their first name in `named_parameters()`; by default all functions answer for the trainable ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Approx = Literal["expand", "reduce"]
+Factors = dict[str, tuple[Tensor, Tensor]]
+
+
+# Jacobians and loss Hessians
+
+
+def trainable(model: nn.Module) -> list[str]:
+    """Names of the parameters that require gradients, tied copies once, in `named_parameters()` order."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def per_sample_jacobian(model: nn.Module, names: Iterable[str], x_n: Tensor) -> dict[str, Tensor]:
+    """J[c, *θ.shape] = ∂ f(x_n)_c / ∂θ for one sample `x_n` (no batch axis), `c` runs over `output.flatten()`.
+
+    On a copy: torch 2.15's functional_call leaves a module registered under two names with the wrong parameters.
+    """
+    _require_eval(model)
+    model = copy.deepcopy(model)
+    everything = {name: p.detach() for name, p in model.named_parameters()}
+
+    def f(chosen: dict[str, Tensor]) -> Tensor:
+        parameters = {**everything, **chosen}
+        return torch.func.functional_call(model, parameters, (x_n.unsqueeze(0),), tie_weights=True).flatten()
+
+    names = list(names)
+    output, pullback, *_ = torch.func.vjp(f, {name: everything[name] for name in names})
+    rows = [pullback(e_c)[0] for e_c in torch.eye(output.numel(), dtype=output.dtype)]
+    return {name: torch.stack([row[name] for row in rows]) for name in names}
+
+
+def jacobians(model: nn.Module, x: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """J[n, c, *θ.shape], one sample at a time."""
+    names = trainable(model) if names is None else list(names)
+    each = [per_sample_jacobian(model, names, x_n) for x_n in x]
+    return {name: torch.stack([J_n[name] for J_n in each]) for name in names}
+
+
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """f[n, *output], one sample at a time."""
+    _require_eval(model)
+    with torch.no_grad():
+        return torch.cat([model(x_n.unsqueeze(0)) for x_n in x])
+
+
+def loss_hessians(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
+    """H[n, c, d] = ∂²L/∂f_nc∂f_nd of the whole reduced loss L, after checking that no two samples mix."""
+    N, D = output.shape[0], output[0].numel()
+    jacrev = torch.func.jacrev  # twice backward: torch.func.hessian's forward mode warns of a deprecation
+    H = jacrev(jacrev(lambda f: loss(f, target)))(output.detach()).reshape(N, D, N, D)
+    blocks = torch.stack([H[n, :, n] for n in range(N)])
+    assert torch.equal(torch.block_diag(*blocks), H.reshape(N * D, N * D)), "the loss mixes samples"
+    return blocks
+
+
+def _require_eval(model: nn.Module) -> None:
+    assert not any(module.training for module in model.modules()), "the oracle wants model.eval()"
+
+
+# Columns of the factor
+
+
+def exact_columns(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
+    """S[v, n, *output] with Σ_v S_vn S_vnᵀ = H_n, from the eigenvectors of H_n; V = elements of one output."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(loss_hessians(loss, output, target))  # [n, v], [n, c, v]
+    assert eigenvalues.min() > -1e-12, "the loss is not convex in the output"
+    S = eigenvectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(1)
+    return S.permute(2, 0, 1).reshape(-1, *output.shape)
+
+
+def empirical_columns(loss: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+    """S[0, n, *output] = (∂L/∂f) / √ω, elementwise, and 0 where ω = 0."""
+    slope = torch.func.grad(lambda f: loss(f, target))(output.detach())
+    omega = term_weights(loss, output, target).expand_as(slope)
+    return torch.where(omega > 0, slope / omega.sqrt(), 0.0).unsqueeze(0)
+
+
+def term_weights(loss: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+    """ω, broadcastable to the output: what the total loss multiplies each loss term with.
+
+    Cross entropy `Σ_c w_c q_c`, mean divides by D; MSE 1, BCE with logits `weight (1 + (pos_weight - 1) y)`, for
+    both mean divides by the number of output elements.
+    """
+    match loss:
+        case nn.CrossEntropyLoss():
+            return _cross_entropy_weights(loss, output, target)
+        case nn.MSELoss():
+            omega = torch.ones_like(output)
+        case nn.BCEWithLogitsLoss():
+            weight = torch.ones_like(output) if loss.weight is None else loss.weight
+            pos_weight = torch.ones_like(output) if loss.pos_weight is None else loss.pos_weight
+            omega = weight * (1 + (pos_weight - 1) * target)
+        case _:
+            raise NotImplementedError(f"term_weights: no definition for {loss}")
+    return omega / output.numel() if loss.reduction == "mean" else omega
+
+
+def _cross_entropy_weights(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> Tensor:
+    """ω[n, 1, *positions] = Σ_c w_c q_c / D, with q the smoothed target and D what PyTorch's mean divides by."""
+    C = output.shape[1]
+    w = torch.ones(C, dtype=output.dtype) if loss.weight is None else loss.weight
+    w_c = w.reshape(1, C, *[1] * (output.ndim - 2))
+    if target.is_floating_point():
+        q, kept = target, torch.ones_like(target[:, :1])
+        divisor = kept.sum()
+    else:
+        kept = (target != loss.ignore_index).unsqueeze(1).to(output.dtype)
+        q = F.one_hot(target.where(target != loss.ignore_index, 0), C).movedim(-1, 1).to(output.dtype)
+        divisor = (kept * w_c * q).sum()
+    q = (1 - loss.label_smoothing) * q + loss.label_smoothing / C
+    omega = kept * (w_c * q).sum(1, keepdim=True)
+    return omega / divisor if loss.reduction == "mean" else omega
+
+
+# Dense, diagonal and first-order quantities, from Jacobians
+
+
+def ggn(
+    model: nn.Module, loss: Loss, x: Tensor, y: Tensor, names: Iterable[str] | None = None
+) -> dict[tuple[str, str], Tensor]:
+    """G[p, q] = Σ_n J_pᵀ H_n J_q `[numel p, numel q]` for every pair of parameters."""
+    J = {name: J_p.flatten(2) for name, J_p in jacobians(model, x, names).items()}
+    H = loss_hessians(loss, outputs(model, x), y)
+    return {(p, q): torch.einsum("nci,ncd,ndj->ij", J[p], H, J[q]) for p in J for q in J}
+
+
+def ggn_matrix(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Tensor:
+    """G `[P, P]` over all trainable parameters, each flattened row-major, in `named_parameters()` order."""
+    names = trainable(model)
+    G = ggn(model, loss, x, y, names)
+    return torch.cat([torch.cat([G[p, q] for q in names], dim=1) for p in names])
+
+
+def ggn_block(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, name: str) -> Tensor:
+    """Σ_n Jᵀ H_n J `[numel, numel]` for one parameter, acting on `θ.flatten()`."""
+    return ggn(model, loss, x, y, [name])[name, name]
+
+
+def diag_ggn(
+    model: nn.Module, loss: Loss, x: Tensor, y: Tensor, names: Iterable[str] | None = None
+) -> dict[str, Tensor]:
+    """diag(Σ_n Jᵀ H_n J), in each parameter's shape."""
+    H = loss_hessians(loss, outputs(model, x), y)
+    return {name: torch.einsum("nc...,ncd,nd...->...", J, H, J) for name, J in jacobians(model, x, names).items()}
+
+
+def grad(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """∂L/∂θ = Σ_n J_nᵀ ∂L/∂f_n, in each parameter's shape."""
+    slope = torch.func.grad(lambda f: loss(f, y))(outputs(model, x)).reshape(len(x), -1)
+    return {name: torch.einsum("nc...,nc->...", J, slope) for name, J in jacobians(model, x, names).items()}
+
+
+def column_gradients(
+    model: nn.Module, x: Tensor, columns: Tensor, names: Iterable[str] | None = None
+) -> dict[str, Tensor]:
+    """u[v, n, *θ.shape] = J_nᵀ S_vn."""
+    S = columns.reshape(*columns.shape[:2], -1)
+    return {name: torch.einsum("nc...,vnc->vn...", J, S) for name, J in jacobians(model, x, names).items()}
+
+
+def diagonal(model: nn.Module, x: Tensor, columns: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Σ_vn (J_nᵀ S_vn)², in each parameter's shape."""
+    return {name: u.square().sum((0, 1)) for name, u in column_gradients(model, x, columns, names).items()}
+
+
+def dense_block(model: nn.Module, x: Tensor, columns: Tensor, name: str) -> Tensor:
+    """Σ_vn u_vn u_vnᵀ `[numel, numel]`, u = J_nᵀ S_vn: the KFAC block of a bias, and of a BatchNorm's."""
+    u = column_gradients(model, x, columns, [name])[name].flatten(2)
+    return torch.einsum("vni,vnj->ij", u, u)
+
+
+# Kronecker factors
+
+
+@dataclass(frozen=True)
+class Use:
+    """A use `y[s, g, o] = Σ_i W[g, o, i] x[s, g, i] (+ b[g, o])` of a weight by one sample; S is `[v, s, g, o]`."""
+
+    weight: str
+    bias: str | None
+    x: Tensor
+    S: Tensor
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A linear or convolution call on real parameters, and the zero `z` that was added to its output."""
+
+    function: Callable[..., Tensor]
+    arguments: dict[str, Any]
+    z: Tensor
+
+
+ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+class _Recorder(TorchFunctionMode):
+    """Adds a zero `z` to the output of each linear and convolution: ∂f/∂z is what arrives there, in-place ops or no."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func is not F.linear and func not in CONVOLUTIONS:
+            return y
+        arguments: dict[str, Any] = {"bias": None, **dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
+        z = torch.zeros_like(y, requires_grad=True)
+        self.calls.append(_Call(func, {**arguments, "input": arguments["input"].detach().clone()}, z))
+        return y + z
+
+
+def kfac(
+    model: nn.Module, x: Tensor, columns: Tensor, approx: Approx = "expand", joint: bool = False
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, G) per weight. Expand: `A = 1/(N S_l) Σ_ns x xᵀ`, `G = Σ_vns S Sᵀ`; reduce: the same with x̄, ŝ for x, S.
+
+    Here `x̄ = mean_s x`, `ŝ = Σ_s S`, S_l = 1. A is `[i, i]`, G `[o, o]`, with groups `[g, i, i]`, `[g, o, o]`.
+    All uses of a weight are concatenated along `s`. `joint` appends 1 to `x` where one trainable bias belongs to this
+    weight alone. The answer holds exactly the trainable weights that reach the output and whose gradient lies wholly in
+    their linear and convolution uses (checked in numbers for each sample).
+    """
+    factors: Factors = {}
+    for n, x_n in enumerate(x):
+        for name, (x_sgi, S_vsgo) in _positions(model, x_n, columns[:, n], joint).items():
+            A, G = _kronecker_terms(x_sgi, S_vsgo, approx)
+            A_sum, G_sum = factors.get(name, (torch.zeros_like(A), torch.zeros_like(G)))
+            factors[name] = (A_sum + A / x.shape[0], G_sum + G)
+    ungrouped = {name: (A.squeeze(0), G.squeeze(0)) for name, (A, G) in factors.items()}
+    return {name: ungrouped[name] for name in trainable(model) if name in ungrouped}
+
+
+def kronecker_block(A: Tensor, G: Tensor) -> Tensor:
+    """G ⊗ A, for groups blockdiag_g(G_g ⊗ A_g): acts on `W.flatten()`, for a joint pair on `[W | b].flatten()`."""
+    if A.ndim == 2:
+        return torch.kron(G, A)
+    return torch.block_diag(*[torch.kron(G_g, A_g) for G_g, A_g in zip(G, A, strict=True)])
+
+
+def _kronecker_terms(x: Tensor, S: Tensor, approx: Approx) -> tuple[Tensor, Tensor]:
+    """One sample's summand: `x[s, g, i]`, `S[v, s, g, o]` -> A `[g, i, i]`, G `[g, o, o]`."""
+    if approx == "reduce":
+        return _kronecker_terms(x.mean(0, keepdim=True), S.sum(1, keepdim=True), "expand")
+    return torch.einsum("sgi,sgj->gij", x, x) / x.shape[0], torch.einsum("vsgo,vsgp->gop", S, S)
+
+
+def _positions(model: nn.Module, x_n: Tensor, S_n: Tensor, joint: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    """x[s, g, i], S[v, s, g, o] of each weight for one sample, all uses concatenated; x ends in 1 if a bias joins."""
+    all_uses, gradients = uses(model, x_n, S_n)
+    result: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in dict.fromkeys(use.weight for use in all_uses):
+        mine = [use for use in all_uses if use.weight == name]
+        x, S = torch.cat([use.x for use in mine]), torch.cat([use.S for use in mine], dim=1)
+        if not _same(torch.einsum("vsgo,sgi->vgoi", S, x).flatten(1), gradients[name].flatten(1)):
+            continue  # this weight is also consumed in another form
+        bias = mine[0].bias
+        if joint and bias is not None and _same(S.sum(1).flatten(1), gradients[bias].flatten(1)):
+            x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+        result[name] = (x, S)
+    return result
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and torch.allclose(left, right, rtol=1e-9, atol=1e-11)
+
+
+def uses(model: nn.Module, x_n: Tensor, S_n: Tensor) -> tuple[list[Use], dict[str, Tensor]]:
+    """One sample's uses of trainable weights that reach the output, and `J_nᵀ S_vn` `[v, *θ.shape]` per parameter."""
+    _require_eval(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    name_of = {id(p): name for name, p in parameters.items()}
+    with _Recorder() as recorder, torch.enable_grad():
+        output = model(x_n.unsqueeze(0))
+    calls = [call for call in recorder.calls if id(call.arguments["weight"]) in name_of]
+    wanted = [call.z for call in calls] + list(parameters.values())
+    pulled = _pull(output, wanted, S_n)  # one [v, ...] for each of `wanted`
+    found = [
+        Use(
+            weight=name_of[id(call.arguments["weight"])],
+            bias=name_of.get(id(call.arguments["bias"])),
+            x=_unfolded_input(call),
+            S=torch.stack([_split_groups(_features_last(call, S_v), call) for S_v in S_z]),
+        )
+        for call, S_z in zip(calls, pulled, strict=False)
+        if S_z is not None
+    ]
+    gradients = dict(zip(parameters, pulled[len(calls) :], strict=True))
+    return found, {name: u for name, u in gradients.items() if u is not None}
+
+
+def _pull(output: Tensor, wanted: list[Tensor], S_n: Tensor) -> list[Tensor | None]:
+    """(∂f/∂t)ᵀ S_vn `[v, *t.shape]` for each tensor t of `wanted`, None where t does not reach the output."""
+    columns = [
+        torch.autograd.grad(output, wanted, S_v.unsqueeze(0), retain_graph=True, allow_unused=True) for S_v in S_n
+    ]
+    by_tensor = zip(*columns, strict=True)
+    return [None if ts[0] is None else torch.stack([t for t in ts if t is not None]) for ts in by_tensor]
+
+
+def _unfolded_input(call: _Call) -> Tensor:
+    """x[s, g, i]: what the layer itself answers to the weight that is 1 at input entry `i` and 0 elsewhere, no bias."""
+    weight = call.arguments["weight"]
+    entries: list[Tensor] = []
+    for i in range(weight[0].numel()):
+        one_hot = torch.zeros_like(weight).flatten(1)
+        one_hot[:, i] = 1
+        y = call.function(**{**call.arguments, "weight": one_hot.view_as(weight), "bias": None})
+        entries.append(_split_groups(_features_last(call, y), call)[:, :, 0])  # all o of a group answer the same
+    return torch.stack(entries, dim=-1)
+
+
+def _features_last(call: _Call, y: Tensor) -> Tensor:
+    """y -> [s, O], whatever axes the layer's output has."""
+    if call.function in CONVOLUTIONS:
+        assert y.ndim == call.arguments["weight"].ndim, "a convolution without a batch axis"
+        y = y.movedim(1, -1)
+    return y.reshape(-1, y.shape[-1])
+
+
+def _split_groups(y: Tensor, call: _Call) -> Tensor:
+    """[s, O] -> [s, g, o]."""
+    return y.unflatten(1, (call.arguments.get("groups", 1), -1))
