@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import passes
-from fxcurv.blocks import Block
 from fxcurv.capture import Inputs, Output, as_call, batch_size
 from fxcurv.errors import FxcurvError, InputError, QuantityError
-from fxcurv.losses import LossTerms, as_loss, loss_terms
-from fxcurv.quantities import Factor, Quantity, named
-from fxcurv.result import Curvature, Entries, Entry
+from fxcurv.losses import as_loss
+from fxcurv.quantities import Quantity, named
+from fxcurv.result import Curvature
+from fxcurv.run import run
 from fxcurv.show import tabular
-from fxcurv.spec import module_of, resolve
 
 __all__ = ["Compiled", "compile", "trace"]
-
-COLUMN_BYTES = 1 << 29
-"""How much memory one chunk of columns may take at the widest place of the backward graph."""
 
 
 def compile(
@@ -35,14 +28,15 @@ def compile(
     example_inputs: Inputs | None = None,
     output: Output = None,
 ) -> Compiled:
-    """An object that computes `quantities` of every trainable parameter of `model`: `result = compiled(inputs, target)`.
+    """Compile a model for `quantities` of every trainable parameter: `result = compiled(inputs, target)`.
 
-    The model is traced at the first call (or now, on `example_inputs`) and never changed; its parameters stay its own, so
-    that later calls see later values. One compile serves every batch size.
+    The model is traced at the first call (or now, on `example_inputs`) and never changed; its parameters stay its own,
+    so that later calls see later values. One compile serves every batch size.
 
     - `loss`: nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss with reduction "mean" or "sum", or their names.
     - `quantities`: names from `fxcurv.NAMES` or objects such as `fxcurv.KFAC(fxcurv.Exact(), approx="reduce")`.
-    - `output`: which tensor of what the model returns to take, where it is not one tensor: an index, a name, a function.
+    - `output`: which of the tensors that the model returns to take, where there are several: an index, a name, or a
+      function of what it returns.
 
     Raises a `FxcurvError` that says node, cause and remedy for whatever it cannot do exactly or under a name.
     """
@@ -56,7 +50,6 @@ def trace(model: nn.Module, example_inputs: Inputs, output: Output = None) -> fx
     """The tracer alone: the canonical graph, an all-module GraphModule that computes what the model computes."""
     _check_inputs(model, example_inputs)
     gm = passes.canonicalize(model, example_inputs, output, _place(model, example_inputs))["canonical"]
-    gm.train(model.training)
     return gm
 
 
@@ -70,99 +63,23 @@ class Compiled:
         self._programs: dict[object, passes.Program] = {}
         self._latest: passes.Program | None = None
 
-    # Running
-
     def __call__(self, inputs: Inputs, target: Tensor, generator: torch.Generator | None = None) -> Curvature:
-        """The curvature at a batch; `generator` makes sampled factors reproducible (else they are seeded from entropy)."""
-        program = self.prepare(inputs)
-        with torch.no_grad(), _without_autocast():
-            bind(program.stages["canonical"], self.model)
-            args, kwargs = as_call(inputs)
-            output, kept, sums = program.forward(*pytree.tree_leaves((args, kwargs)))
-            _check_output(output)
-            terms = loss_terms(self.loss, output, target)
-            generator = generator or _fresh_generator(output.device)
-            for factor, backward in program.backwards.items():
-                sums |= self._pull_back(program, backward, kept, terms, factor, generator)
-            return self._assembled(program, sums, terms.value, output)
-
-    def _pull_back(
-        self,
-        program: passes.Program,
-        backward: fx.GraphModule,
-        kept: Mapping[str, Any],
-        terms: LossTerms,
-        factor: Factor,
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
-        """The sums of one factor, over chunks of its columns."""
-        names = [node.target for node in backward.graph.find_nodes(op="placeholder")][1:]
-        needed = {name: kept[name] for name in map(str, names)}
-        dtype = kept_dtype(program)
-        sums: dict[str, Tensor] = {}
-        for S in terms.columns(factor, _chunk(program, len(terms.gradient), terms.gradient.element_size()), generator):
-            for key, part in backward(S.to(dtype), **needed).items():
-                sums[key] = sums[key] + part if key in sums else part
-        return sums
-
-    def _assembled(
-        self, program: passes.Program, sums: Mapping[str, Tensor], loss: Tensor, output: Tensor
-    ) -> Curvature:
-        """Sums -> values, by quantity and parameter."""
-        reduction, samples = str(self.loss.reduction), len(output)
-        values: dict[tuple[str, str], Tensor | Block] = {}
-        for job in program.jobs:
-            value = job.quantity.finish(
-                job.used, {statistic: sums[key] for statistic, key in job.sums.items()}, samples
-            )
-            if isinstance(value, Block):
-                value = dataclasses.replace(value, parameters=job.parameters, status=job.status, reduction=reduction)
-            values |= {(job.name, parameter): value for parameter in job.parameters}
-        quantities = {
-            name: Entries(
-                [
-                    Entry(
-                        name,
-                        p,
-                        tuple(self.model.get_parameter(p).shape),
-                        status,
-                        str(quantity.factor),
-                        reduction,
-                        values.get((name, p)),
-                    )
-                    for p, status in self._statuses(program, name).items()
-                ]
-            )
-            for name, quantity in self.quantities.items()
-        }
-        return Curvature(quantities, loss, output, samples, reduction)
-
-    def _statuses(self, program: passes.Program, quantity: str) -> dict[str, str]:
-        found = {parameter: job.status for job in program.jobs if job.name == quantity for parameter in job.parameters}
-        parameters = self.model.named_parameters()
-        return {name: found.get(name, "unreached" if p.requires_grad else "frozen") for name, p in parameters}
-
-    def statuses(self, inputs: Inputs) -> dict[str, dict[str, str]]:
-        """What each quantity will say of each parameter for inputs like these: quantity -> parameter -> status; nothing is run."""
-        program = self.prepare(inputs)
-        return {quantity: self._statuses(program, quantity) for quantity in self.quantities}
-
-    # Compiling
+        """The curvature at a batch; with a `generator`, on the output's device, sampled factors are reproducible."""
+        return run(self.prepare(inputs), self.model, self.loss, (inputs, target), generator)
 
     def prepare(self, inputs: Inputs) -> passes.Program:
-        """The program for inputs of this kind: compiled when they are of a new shape, type or place, or the model's structure is new."""
+        """The program for inputs of this kind, compiled if their shape, type or place, or the model, is new."""
         _check_inputs(self.model, inputs)
         key = _signature(self.model, inputs)
         if key not in self._programs:
             stages = passes.canonicalize(self.model, inputs, self.output, _place(self.model, inputs))
-            wanted = [name for name, p in self.model.named_parameters() if p.requires_grad]
-            self._programs[key] = passes.compile_program(stages, self.quantities, wanted)
+            self._programs[key] = passes.compile_program(self.model, stages, self.quantities)
         self._latest = self._programs[key]
         return self._latest
 
     @property
     def stages(self) -> Mapping[str, fx.GraphModule]:
-        """The graph after each stage of the latest compilation: captured, lowered, canonical, forward, backward[factor]."""
+        """The latest program's graph after each stage: captured, lowered, canonical, forward, backward[factor]."""
         if self._latest is None:
             raise FxcurvError(
                 "nothing is compiled yet", remedy="call it on a batch first, or pass example_inputs= to compile()"
@@ -170,7 +87,7 @@ class Compiled:
         return self._latest.stages
 
     def print_tabular(self, stage: str | None = None) -> None:
-        """Print the graph of a stage (`"backward"` for those of all factors), by default the canonical and the backward graphs."""
+        """Print the graph of a stage (`"backward"`: of all factors), by default the canonical and backward graphs."""
         asked = ("canonical", "backward") if stage is None else (stage,)
         found = [name for name in self.stages if name in asked or name.partition("[")[0] in asked]
         if not found:
@@ -182,54 +99,12 @@ class Compiled:
 # What a call needs ------------------------------------------------------------------------------------------------
 
 
-def bind(canonical: fx.GraphModule, model: nn.Module) -> None:
-    """Point every slot at the model's tensors as they are now."""
-    tensors: dict[str, Tensor] = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    for node in canonical.graph.nodes:
-        for slot, source in node.meta.get("slots", {}).items():
-            if all(name in tensors for name in source.names):
-                value = source(tensors.__getitem__)
-                op = module_of(node)
-                held = slot in op._parameters and not isinstance(value, nn.Parameter)  # pyright: ignore[reportPrivateUsage]
-                setattr(op, slot, nn.Parameter(value, requires_grad=False) if held else value)
-
-
-def kept_dtype(program: passes.Program) -> torch.dtype:
-    """The type in which S starts: that of the model's output."""
-    (output,) = program.stages["canonical"].graph.output_node().all_input_nodes
-    return output.meta["dtype"]
-
-
-def _chunk(program: passes.Program, samples: int, itemsize: int) -> int:
-    """How many columns to pull back at once, so that the widest node's columns stay within `COLUMN_BYTES`."""
-    widest = max(
-        math.prod(resolve(n.meta["shape"], samples))
-        for n in program.stages["canonical"].graph.nodes
-        if "shape" in n.meta
-    )
-    return max(1, COLUMN_BYTES // (widest * itemsize))
-
-
-def _fresh_generator(device: torch.device) -> torch.Generator:
-    """A generator of its own, so that the caller's global one is left alone."""
-    generator = torch.Generator(device)
-    generator.seed()
-    return generator
-
-
-def _without_autocast() -> torch.autocast:
-    return torch.autocast("cuda" if torch.is_autocast_enabled("cuda") else "cpu", enabled=False)
-
-
 def _place(model: nn.Module, inputs: Inputs) -> torch.device:
     return next((t.device for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)), torch.device("cpu"))
 
 
 def _signature(model: nn.Module, inputs: Inputs) -> object:
-    """What a program depends on: the kind of the inputs and the structure of the model, but no values and no batch size."""
+    """What a program depends on: the kind of the inputs and the structure of the model; no values, no batch size."""
     leaves, structure = pytree.tree_flatten(as_call(inputs))
     kinds = tuple((tuple(t.shape[1:]), t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves)
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -240,7 +115,7 @@ def _signature(model: nn.Module, inputs: Inputs) -> object:
 
 
 def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
-    if not isinstance(inputs, Tensor | tuple | dict):
+    if not isinstance(inputs, Tensor | tuple | dict):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
             f"the input is a {type(inputs).__name__}", remedy="give a tensor, a tuple (positional) or a dict (keywords)"
         )
@@ -264,12 +139,3 @@ def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
             )
         if not bool(t.isfinite().all()):
             raise InputError("the input holds NaN or infinity", remedy="clean the data")
-
-
-def _check_output(output: Tensor) -> None:
-    if not bool(output.isfinite().all()):
-        raise InputError(
-            "the model's output holds NaN or infinity",
-            node="output",
-            remedy="check its parameters and the scale of the input",
-        )

@@ -18,7 +18,8 @@ __all__ = ["Block", "Dense", "Diagonal", "Kronecker"]
 class Block(ABC):
     """An operator on vectors of `shape` (the parameter's, or `[o, i+1]` for a joint weight and bias).
 
-    `parameters` says whose block it is, `status` whether it is exact to its definition, and `reduction` the loss's scaling.
+    `parameters` says whose block it is, `status` whether it is exact to its definition, and `reduction` how the loss
+    scales it.
     """
 
     shape: tuple[int, ...]

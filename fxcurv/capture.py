@@ -1,4 +1,4 @@
-"""capture: any eval-mode model -> one functional ATen graph, valid for every batch size. The only file that knows torch.export.
+"""capture: any eval-mode model -> one flat ATen graph, valid for every batch size, through torch.export.
 
 The graph's placeholders are the model's tensors (parameters, buffers, constants) and its inputs; `Captured.sources`
 says which tensor of the model each of the former is. The model itself is traced through a structural copy that shares
@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +92,7 @@ def _parts(returned: Any) -> str:
 
 
 def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured:
-    """Trace `model` on inputs shaped like `inputs` (values are not read) into a functional ATen graph; the batch axis stays free."""
+    """Trace `model` on inputs shaped like `inputs`, whose values are not read, for any length of the batch axis."""
     args, kwargs = pytree.tree_map_only(Tensor, _example, as_call(inputs))
     dynamic = pytree.tree_map_only(Tensor, lambda _: {0: Dim.AUTO}, (args, kwargs))
     dynamic = pytree.tree_map_only(_NOT_TENSORS, lambda _: None, dynamic)
@@ -114,12 +113,8 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
         raise _translated(error) from error
     graph = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     _keep_only_selected_output(graph, program)
-    sources, constants = _sources(program, model)
-    _functionalize(graph, sources)
     _check_plain(graph)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return Captured(graph, sources, constants)
+    return Captured(graph, *_sources(program, model))
 
 
 _NOT_TENSORS = (int, float, bool, str, type(None))
@@ -182,7 +177,7 @@ def _check_plain(graph: fx.GraphModule) -> None:
         if isinstance(node.target, torch._ops.HigherOrderOperator):  # pyright: ignore[reportPrivateUsage]
             raise CaptureError(
                 f"a block with a graph of its own ({node.target})",
-                node=_described(node),
+                node=f"'{node.name}'",
                 remedy="use x.detach() instead of torch.no_grad(), and torch.where instead of torch.cond",
             )
 
@@ -195,7 +190,7 @@ def _keep_only_selected_output(graph: fx.GraphModule, program: ExportedProgram) 
 
 
 def _sources(program: ExportedProgram, model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Placeholder -> name of the model's tensor, by identity (tied parameters share the first name); and lifted constants."""
+    """Placeholder -> name of the model's tensor, by identity (tied ones share the first); and lifted constants."""
     names = {id(t): name for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
     sources: dict[str, str] = {}
     constants: dict[str, Tensor] = {}
@@ -208,113 +203,3 @@ def _sources(program: ExportedProgram, model: nn.Module) -> tuple[dict[str, str]
         elif isinstance(tensor, Tensor):
             sources[spec.arg.name], constants[spec.target] = spec.target, tensor.detach().clone()
     return sources, constants
-
-
-# In-place ops become functional ------------------------------------------------------------------------------------
-
-VIEWS = frozenset(
-    "view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze slice select narrow expand expand_as"
-    " chunk split split_with_sizes unbind diagonal unfold movedim swapaxes alias detach contiguous view_as T".split()
-)
-"""ATen operators whose result may share memory with their first argument."""
-
-
-def _overwrites(placeholder: fx.Node, sources: dict[str, str]) -> CaptureError:
-    if placeholder.name not in sources:
-        return CaptureError(
-            "the model overwrites its input in place",
-            node=f"'{placeholder.name}'",
-            remedy="give the first op inplace=False, or clone the input in forward",
-        )
-    return CaptureError(
-        "the model updates this buffer, as BatchNorm in training mode does, which couples the samples of a batch",
-        node=f"'{sources[placeholder.name]}'",
-        remedy="call model.eval(), or keep state out of forward",
-    )
-
-
-def _functionalize(graph: fx.GraphModule, sources: dict[str, str]) -> None:
-    """Replace every `op_(x)` by `op(x)`, whose value later reads of x see; refuse where another live view of x would change too."""
-    storage: dict[fx.Node, fx.Node] = {}
-    for node in list(graph.graph.nodes):
-        source = _viewed(node)
-        storage[node] = storage.get(source, source) if source is not None else node
-        if not _is_inplace(node):
-            continue
-        target = node.args[0]
-        assert isinstance(target, fx.Node)
-        root = storage[target]
-        if root.op == "placeholder":
-            raise _overwrites(root, sources)
-        later = set(_nodes_after(node))
-        for alias in [n for n, r in storage.items() if r is root and n not in (target, node)]:
-            if not _same_tensor(alias, target, graph) and any(user in later for user in alias.users):
-                raise CaptureError(
-                    "an in-place op writes through a view that is read afterwards",
-                    node=_described(node),
-                    remedy="write it out of place: x = op(x) instead of op_(x)",
-                )
-        for name in [n for n, r in storage.items() if r is root and _same_tensor(n, target, graph) and n is not node]:
-            name.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)  # noqa: B023
-        node.target = _functional(node)
-        storage[node] = node
-
-
-def _nodes_after(node: fx.Node) -> Iterator[fx.Node]:
-    while (node := node.next).op != "root":
-        yield node
-
-
-def _viewed(node: fx.Node) -> fx.Node | None:
-    """The node whose memory this one may share."""
-    first = node.args[0] if node.args else None
-    if not isinstance(first, fx.Node) or node.op != "call_function":
-        return None
-    views = node.target is operator.getitem or _packet(node) in VIEWS or _is_inplace(node) or _is_inert_dropout(node)
-    return first if views else None
-
-
-def _same_tensor(a: fx.Node, b: fx.Node, graph: fx.GraphModule) -> bool:
-    """Whether a and b are one tensor under two names."""
-    while (source := _renamed(a)) is not None:
-        a = source
-    while (source := _renamed(b)) is not None:
-        b = source
-    return a is b
-
-
-def _renamed(node: fx.Node) -> fx.Node | None:
-    first = node.args[0] if node.args else None
-    same = node.op == "call_function" and (_packet(node) in ("alias", "contiguous") or _is_inert_dropout(node))
-    return first if same and isinstance(first, fx.Node) else None
-
-
-def _packet(node: fx.Node) -> str:
-    return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
-
-
-def _is_inert_dropout(node: fx.Node) -> bool:
-    return _packet(node).rstrip("_") in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
-
-
-def _is_inplace(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable and not _is_inert_dropout(node)
-
-
-def _functional(node: fx.Node) -> Any:
-    """The out-of-place overload of an in-place operator."""
-    name, overload = _packet(node), getattr(node.target, "_overloadname", "default")
-    packet = getattr(torch.ops.aten, name.rstrip("_"), None)
-    functional = getattr(packet, overload, None) if name.endswith("_") and packet is not None else None
-    if functional is None:
-        raise CaptureError(
-            f"{node.target} changes a tensor in place", node=_described(node), remedy="write it out of place"
-        )
-    return functional
-
-
-def _described(node: fx.Node) -> str:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    path = stack[-1][0] if stack else ""
-    return f"'{path or node.name}' {node.target}"

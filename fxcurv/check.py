@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from tabulate import tabulate
@@ -91,8 +91,9 @@ class Report:
             f"  {row.message}{f'; {row.suggestion}' if row.suggestion else ''}" for row in self.rows if not row.ok
         )
         counts = ", ".join(f"{count} {status}" for status, count in Counter(row.status for row in self.rows).items())
-        verdict = f"{self.target}: {len(first)} parameters: {counts} -> {'PASS' if self.ok else 'FAIL'}   {self.seconds:.1f} s"
-        return "\n".join((tabulate(rows, ("parameter", "module", "shape", *quantities)), *refusals, verdict))
+        verdict = "PASS" if self.ok else "FAIL"
+        last = f"{self.target}: {len(first)} parameters: {counts} -> {verdict}   {self.seconds:.1f} s"
+        return "\n".join((tabulate(rows, ("parameter", "module", "shape", *quantities)), *refusals, last))
 
 
 def check(
@@ -104,28 +105,28 @@ def check(
     output: Output = None,
     target: str | None = None,
 ) -> Report:
-    """Compile `model` for `quantities` on inputs of this shape and report what every parameter would get; nothing is run."""
+    """Compile `model` for inputs of this shape and report what every parameter would get; nothing is run."""
     started, asked, loss = time.perf_counter(), named(quantities), as_loss(loss)
     try:
-        statuses = Compiled(model, loss, asked, output).statuses(inputs)
+        statuses = Compiled(model, loss, asked, output).prepare(inputs).statuses
         rows = [_row(model, name, q, status) for q, found in statuses.items() for name, status in found.items()]
     except FxcurvError as error:
-        cause = f"node {error.node}: {error.cause}" if error.node else error.cause
-        rows = [
-            _refused(model, name, q, cause, error.remedy or "") for q in asked for name, _ in model.named_parameters()
-        ]
+        rows = [_refused(model, name, q, error) for q in asked for name, _ in model.named_parameters()]
     return Report(target or type(model).__name__, tuple(rows), time.perf_counter() - started)
 
 
-def _row(model: nn.Module, name: str, quantity: str, status: str, message: str = "", suggestion: str = "") -> Row:
+def _row(model: nn.Module, name: str, quantity: str, status: str) -> Row:
     module, parameter = name.rpartition(".")[0], model.get_parameter(name)
-    kind, shape = type(model.get_submodule(module)).__name__, tuple(parameter.shape)
-    return Row(name, module, kind, shape, parameter.numel(), quantity, status, message, suggestion)
+    kind = type(model.get_submodule(module)).__name__
+    return Row(name, module, kind, tuple(parameter.shape), parameter.numel(), quantity, status)
 
 
-def _refused(model: nn.Module, name: str, quantity: str, cause: str, remedy: str) -> Row:
-    status = "unsupported" if model.get_parameter(name).requires_grad else "frozen"
-    return _row(model, name, quantity, status, cause, remedy)
+def _refused(model: nn.Module, name: str, quantity: str, error: FxcurvError) -> Row:
+    if not model.get_parameter(name).requires_grad:
+        return _row(model, name, quantity, "frozen")
+    cause = f"node {error.node}: {error.cause}" if error.node else error.cause
+    row = _row(model, name, quantity, "unsupported")
+    return replace(row, message=cause, suggestion=error.remedy or "")
 
 
 def as_json(reports: Iterable[Report]) -> str:

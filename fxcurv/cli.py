@@ -1,4 +1,7 @@
-"""The command line: fxcurv compute | show | check | demo | env. Exit codes: 0 done or passed, 1 findings, 2 usage or refusal."""
+"""The command line: fxcurv compute | show | check | demo | env.
+
+Exit codes: 0 done or passed, 1 findings of `check`, 2 wrong usage or a refusal.
+"""
 
 from __future__ import annotations
 
@@ -83,10 +86,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _env(arguments: argparse.Namespace) -> int:
+    cuda = torch.version.cuda if torch.cuda.is_available() else "not available"
     print(f"python {platform.python_version()} on {platform.platform()}")
-    print(
-        f"fxcurv {fxcurv.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda if torch.cuda.is_available() else 'not available'}"
-    )
+    print(f"fxcurv {fxcurv.__version__}, {torch.get_num_threads()} threads, CUDA {cuda}")
     for package in (
         "torch",
         "torchvision",
@@ -137,7 +139,7 @@ def _example(arguments: argparse.Namespace, target: targets.Target) -> Tensor:
 
 
 def _targets(model: nn.Module, loss: nn.Module, batch: data.Batch, generator: torch.Generator) -> Tensor:
-    """Labels where the data have them and the model has such classes, else the model's own predictions; random ones for regression."""
+    """Labels where the data have any that the model knows, else the model's predictions; random ones for regression."""
     with torch.no_grad():
         output = model(batch.inputs)
     if not isinstance(output, Tensor):

@@ -33,7 +33,7 @@ CHUNK = 1 << 22
 
 
 class Statistic(nn.Module):
-    """A sum over samples and columns; `reads` says from what: "x" (once per batch), "S" or "xS" (once per chunk of v)."""
+    """A sum over samples and columns; `reads` says of what: "x" (once a batch), "S" or "xS" (once a chunk of v)."""
 
     reads: ClassVar[Literal["x", "S", "xS"]]
 
@@ -143,7 +143,7 @@ class Covariance(Statistic):
 
 
 class InputCovariance(Covariance):
-    """`Covariance` of the inputs, to which `ones` appends the constant 1 that the bias multiplies: the factor A, unscaled."""
+    """`Covariance` of the inputs, with `ones` that of the constant 1 behind them too: the factor A, unscaled."""
 
     reads = "x"
 

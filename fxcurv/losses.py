@@ -90,10 +90,10 @@ class SoftmaxTerms(LossTerms):
 
 
 def softmax_root(p: Tensor, start: int, stop: int) -> Tensor:
-    """Columns start … stop of the Cholesky factor of diag(p) - p pᵀ, `p[n,c] -> [v,n,c]` (Tanabe & Sagae 1992, eq. 5).
+    """Columns start … stop of the Cholesky factor of diag(p) - p pᵀ, `p[n,c] -> [v,n,c]` (Tanabe & Sagae 1992).
 
-    With the tail sums t_j = Σ_{k≥j} p_k, L_jj = √(p_j t_{j+1} / t_j) and L_ij = -p_i √(p_j / (t_j t_{j+1})) below it; the
-    last of the C columns vanishes. The tails are summed from the smallest end, so that nothing cancels.
+    With the tail sums t_j = Σ_{k≥j} p_k, L_jj = √(p_j t_{j+1} / t_j) and L_ij = -p_i √(p_j / (t_j t_{j+1})) below it;
+    the last of the C columns vanishes. The tails are sums of positive numbers, so that nothing cancels.
     """
     tails = F.pad(p.flip(-1).cumsum(-1).flip(-1), (0, 1))
     j = torch.arange(start, stop, device=p.device)
@@ -107,7 +107,7 @@ def softmax_root(p: Tensor, start: int, stop: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ScalarTerms(LossTerms):
-    """One term per output entry, with second derivative ω · `curvature`; `noise(generator)` has that variance over ω."""
+    """One term per output entry, with second derivative ω · `curvature`; `noise(generator)` has it as variance."""
 
     curvature: Tensor
     noise: Callable[[torch.Generator | None], Tensor]
@@ -134,32 +134,34 @@ BY_NAME: dict[str, Callable[[], nn.Module]] = {
     "mse": nn.MSELoss,
     "bce_with_logits": nn.BCEWithLogitsLoss,
 }
-_FUNCTIONS = {
+_FUNCTIONS: dict[object, str] = {
     F.cross_entropy: "cross_entropy",
     F.mse_loss: "mse",
     F.binary_cross_entropy_with_logits: "bce_with_logits",
 }
-_REMEDY = "use nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss (or 'cross_entropy', 'mse', 'bce_with_logits') with reduction 'mean' or 'sum'"
+_REMEDY = (
+    "use nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss (or 'cross_entropy', 'mse', 'bce_with_logits')"
+    " with reduction 'mean' or 'sum'"
+)
 
 
 def as_loss(loss: object) -> nn.Module:
     """A supported loss given as a module, by name, or as the function of torch.nn.functional."""
-    if isinstance(loss, str) or (callable(loss) and loss in _FUNCTIONS):
-        name = loss if isinstance(loss, str) else _FUNCTIONS[loss]
+    name = loss if isinstance(loss, str) else _FUNCTIONS.get(loss) if callable(loss) else None
+    if name is not None:
         if name not in BY_NAME:
             raise LossError(f"no loss is called {name!r}", remedy=_REMEDY)
         return BY_NAME[name]()
     known = next((kind for kind in _TERMS if isinstance(loss, kind)), None)
-    if known is None or type(loss).forward is not known.forward:
+    if known is None or not isinstance(loss, nn.Module) or type(loss).forward is not known.forward:
         raise LossError(f"the loss {type(loss).__name__} is not supported", remedy=_REMEDY)
-    assert isinstance(loss, nn.Module)
     if loss.reduction not in ("mean", "sum"):
         raise LossError(f"the loss has reduction {loss.reduction!r}", remedy=_REMEDY)
     return loss
 
 
 def loss_terms(loss: nn.Module, output: Tensor, target: Tensor) -> LossTerms:
-    """The loss at an output `[N, …]` (widened to float32 if it is narrower) and a target, checked against each other."""
+    """The loss at an output `[N, …]`, widened to float32 if it is narrower, and a target that fits it."""
     if not isinstance(target, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
             f"the target is a {type(target).__name__}, not a tensor", remedy="call it as curv(inputs, target)"
@@ -209,8 +211,7 @@ def _cross_entropy(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) ->
     omega = weighted.sum(1, keepdim=True)  # the mass of a term: Σ_c w_c q_c
     if loss.reduction == "mean":
         omega = omega / counts
-    loss = _on(loss, output)
-    return SoftmaxTerms(*_value_and_gradient(loss, output, target), omega, output.softmax(1))
+    return SoftmaxTerms(*_value_and_gradient(_on(loss, output), output, target), omega, output.softmax(1))
 
 
 def _on(loss: nn.Module, like: Tensor) -> nn.Module:

@@ -133,7 +133,10 @@ class Scale(nn.Module):
 
 
 class Affine(nn.Module):
-    """BatchNorm in eval mode: y[n,c,…] = γ[c] x̂[n,c,…] + β[c], x̂ = (x - μ)/√(σ² + ε); slots γ weight, β bias, μ mean, σ² var."""
+    """BatchNorm in eval mode: y[n,c,…] = γ[c] x̂[n,c,…] + β[c] with x̂ = (x - μ)/√(σ² + ε).
+
+    Its slots are γ `weight`, β `bias`, μ `mean` and σ² `var`.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
@@ -340,7 +343,7 @@ def _filled(argument: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 class Call(nn.Module):
-    """y = function(*args, **kwargs), the input tensors taking the places marked `INPUT`; or `part` of several results."""
+    """y = function(*args, **kwargs), its input tensors at the places marked `INPUT`; or `part` of several results."""
 
     part: int | None = None
 

@@ -47,7 +47,7 @@ class Pull(_OfOp):
 
 
 class Unbroadcast(nn.Module):
-    """Sum over the axes along which an input was repeated: `lead` of them in front, and `axes` of size one, which stay."""
+    """Sum over the axes along which an input was repeated: `lead` in front of it, and its `axes` of size one."""
 
     def __init__(self, lead: int, axes: Sequence[int]) -> None:
         super().__init__()

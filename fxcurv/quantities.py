@@ -40,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Exact:
-    """Columns with Σ_v S_v S_vᵀ = ∇²ℓ exactly: C-1 per loss term for cross entropy, one per output entry otherwise."""
+    """Columns with Σ_v S_v S_vᵀ = ∇²loss: C-1 per loss term for cross entropy, one per output entry otherwise."""
 
     def __str__(self) -> str:
         return "exact"
@@ -48,7 +48,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Sampled:
-    """k columns of gradients at targets drawn from the model's own distribution: unbiased for ∇²ℓ (the Monte-Carlo Fisher)."""
+    """k columns of gradients at targets that the model draws: unbiased for ∇²loss (the Monte-Carlo Fisher)."""
 
     k: int = 1
 
@@ -62,7 +62,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Empirical:
-    """One column per sample, its gradient at the given targets over the square root of the term's weight: the empirical Fisher."""
+    """One column, each term's gradient at its own target times √ω, ω the term's weight: the empirical Fisher."""
 
     def __str__(self) -> str:
         return "empirical"
@@ -84,7 +84,7 @@ Factor = Exact | Sampled | Empirical | LossGradient
 
 @dataclass(frozen=True)
 class Used:
-    """A parameter as its uses see it: `W[g,o,i]`, or a vector (a bias, a scale) with o = i = 1, over `positions` in all.
+    """A parameter as its uses see it, over `positions` in all: `W[g,o,i]`, or a vector (a bias, a scale).
 
     `partner` is the wanted bias that exactly the uses of this matrix add, and for that bias the matrix.
     """
@@ -126,7 +126,7 @@ class Quantity(Protocol):
         ...
 
     def finish(self, used: Used, sums: Sums, samples: int) -> Tensor | Block:
-        """The result, from the sums over all samples and columns."""
+        """The result, from the sums over all samples and columns, whose memory it may take over."""
         ...
 
     def approximation(self, used: Used) -> str | None:
@@ -140,7 +140,7 @@ DENSE_LIMIT = 8192
 
 @dataclass(frozen=True)
 class Grad:
-    """∇loss[o,i] = Σ_ns S[n,s,o] x[n,s,i] with S = ∂loss/∂output; a tensor of the parameter's shape, as autograd's `.grad`."""
+    """∇loss[o,i] = Σ_ns S[n,s,o] x[n,s,i] with S = ∂loss/∂output pulled back; a tensor of the parameter's shape."""
 
     factor: Factor = field(default=LossGradient(), init=False)
     family: str = field(default="grad", init=False, repr=False)
@@ -160,7 +160,7 @@ class Grad:
 
 @dataclass(frozen=True)
 class DiagGGN:
-    """diag(G)[o,i] = Σ_vn (Σ_s S[v,n,s,o] x[n,s,i])²; a tensor of the parameter's shape (Schraudolph 2002; Dangel et al. 2020)."""
+    """diag(G)[o,i] = Σ_vn (Σ_s S[v,n,s,o] x[n,s,i])², a tensor like the parameter (Schraudolph 2002; Dangel 2020)."""
 
     factor: Factor = Exact()
     family: str = field(default="diag_ggn", init=False, repr=False)
@@ -183,8 +183,9 @@ class KFAC:
     """G ⊗ A per weight (Martens & Grosse 2015; Grosse & Martens 2016; expand and reduce: Eschenhagen et al. 2023).
 
     expand: A = 1/(N·S_l) Σ_ns x xᵀ, G = Σ_vns S Sᵀ; reduce: A = 1/N Σ_n x̄ x̄ᵀ with x̄ = mean_s x, G = Σ_vn ŝ ŝᵀ with
-    ŝ = Σ_s S. One pair per group of a grouped convolution. A bias has its exact dense block, or with `joint` the constant
-    1 is appended to x and weight and bias share one block over the rows `[W | b]`. A scale has its exact dense block.
+    ŝ = Σ_s S. One pair per group of a grouped convolution. A bias has its exact dense block, or with `joint` the
+    constant 1 is appended to x and weight and bias share one block over the rows `[W | b]`. A scale has its exact dense
+    block.
     """
 
     factor: Factor = Sampled(1)
@@ -218,7 +219,7 @@ class KFAC:
         if self._form(used) == "diagonal":
             return Diagonal(used.shape, sums["diagonal"].reshape(used.shape))
         positions = used.positions**2 if self.approx == "reduce" else used.positions
-        A, G = sums["A"] / (samples * positions), sums["G"]
+        A, G = sums["A"].div_(samples * positions), sums["G"]
         A, G = (A, G) if used.groups > 1 else (A[0], G[0])
         return Kronecker((used.groups * used.outputs, used.inputs + 1) if self._joined(used) else used.shape, A, G)
 
@@ -238,8 +239,8 @@ NAMES: dict[str, Quantity] = {
 
 
 def named(quantities: str | Quantity | Iterable[str | Quantity]) -> dict[str, Quantity]:
-    """Quantities by the name that their results are found under: the given one, an object's family, or that and a number."""
-    asked = [quantities] if isinstance(quantities, str) or hasattr(quantities, "statistics") else list(quantities)  # pyright: ignore
+    """Quantities by the name that their results are found under: as given, or an object's family, numbered if taken."""
+    asked = list(quantities) if isinstance(quantities, Iterable) and not isinstance(quantities, str) else [quantities]
     result: dict[str, Quantity] = {}
     for item in asked:
         name, quantity = (item, _by_name(item)) if isinstance(item, str) else (_family_of(item), item)

@@ -46,7 +46,7 @@ class Entry:
 
 
 class Entries(Mapping[str, Any]):
-    """The values of one quantity by parameter name, in `named_parameters()` order; `.status[name]` says what each is."""
+    """The values of one quantity by parameter name, in `named_parameters()` order; `.status` says what each is."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.entries = {entry.parameter: entry for entry in entries}
@@ -109,7 +109,7 @@ class Curvature(Mapping[str, Entries]):
         return [entry for entries in self.quantities.values() for entry in entries.entries.values()]
 
     def table(self, fmt: str = "simple") -> str:
-        """One row per parameter × quantity: shape, status, form, the shapes of its tensors, and the trace."""
+        """One row per parameter × quantity: shape, factor, status, form, shapes of its tensors, and trace (or sum)."""
         rows = [
             (e.parameter, list(e.shape), e.quantity, e.factor, e.status, e.form(), _shapes(e), _trace(e))
             for e in self.entries
@@ -125,7 +125,7 @@ class Curvature(Mapping[str, Entries]):
         return self.table("html")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers: quantity -> parameter -> status, factor, shape and tensors; and loss, output, samples, reduction."""
+        """Plain containers: quantity -> parameter -> status, factor, shape and tensors; and the fields beside them."""
         quantities = {
             name: {
                 e.parameter: {

@@ -60,7 +60,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Rule:
-    """`keep(op, xs, y)` is what the forward graph saves; `pull(op, S, kept, k)` the cotangent of input k, `[v, *x_k.shape]`."""
+    """`keep(op, xs, y)` is what the forward graph saves, `pull(op, S, kept, k)` the cotangent of input k."""
 
     kind: Kind
     keep: Callable[[Any, tuple[Tensor, ...], Tensor], Any]
@@ -92,8 +92,8 @@ def _declare(op: type[nn.Module], rule: Rule) -> None:
 
 def elementwise(op: type[M], derivative: Callable[[M, Tensor, Tensor], Tensor] | None = None) -> None:
     """y = f(x) entry by entry, with f'(x) given as a function of (op, x, y), or taken from autograd."""
-    slope = derivative or _autograd_derivative
-    _declare(op, Rule("elementwise", lambda op, xs, y: slope(op, xs[0], y), lambda op, S, slope, k: S * slope))
+    slope: Callable[[M, Tensor, Tensor], Tensor] = derivative or _autograd_derivative
+    _declare(op, Rule("elementwise", lambda op, xs, y: slope(op, xs[0], y), lambda op, S, kept, k: S * kept))
 
 
 def linear(op: type[M], transpose: Callable[[M, Tensor, tuple[Shape, ...], int], Tensor] | None = None) -> None:
@@ -108,14 +108,14 @@ def bilinear(op: type[M], pull: Callable[[M, Tensor, tuple[Tensor, ...], int], T
 
 def selection(op: type[M], indices: Callable[[M, Tensor], Tensor], axes: int) -> None:
     """y = x[indices], where the indices count the entries of the last `axes` axes of x."""
-    _declare(
-        op,
-        Rule(
-            "selection",
-            lambda op, xs, y: (indices(op, xs[0]), xs[0].shape),
-            lambda op, S, kept, k: _scatter(S, *kept, axes),
-        ),
-    )
+
+    def keep(op: M, xs: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor, Shape]:
+        return indices(op, xs[0]), xs[0].shape
+
+    def pull(op: M, S: Tensor, kept: tuple[Tensor, Shape], k: int) -> Tensor:
+        return _scatter(S, *kept, axes)
+
+    _declare(op, Rule("selection", keep, pull))
 
 
 def affine(
@@ -125,7 +125,7 @@ def affine(
     S: Callable[[M, Tensor], Tensor],
     batch_first: bool = True,
 ) -> None:
-    """y = W x + b with the pullback of S to x, and the positions `x[n,s,g,i]`, `S[v,n,s,g,o]` at which W and b are used."""
+    """y = W x + b: the pullback of S to x, and the positions `x[n,s,g,i]`, `S[v,n,s,g,o]` at which W and b are used."""
     _declare(
         op,
         Rule(
@@ -148,12 +148,11 @@ def stop(op: type[nn.Module]) -> None:
 
 
 def _autograd_derivative(op: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    _, pull = torch.func.vjp(op, x)
-    return pull(torch.ones_like(y))[0]
+    return torch.func.vjp(op, x)[1](torch.ones_like(y))[0]
 
 
 def _autograd_pull(op: nn.Module, S: Tensor, xs: tuple[Tensor, ...], k: int) -> Tensor:
-    _, pull = torch.func.vjp(lambda x: op(*xs[:k], x, *xs[k + 1 :]), xs[k])
+    pull = torch.func.vjp(lambda x: op(*xs[:k], x, *xs[k + 1 :]), xs[k])[1]
     return torch.func.vmap(pull)(S)[0]
 
 
@@ -214,7 +213,7 @@ def _conv_pull(op: Conv, S: Tensor, shape: Shape) -> Tensor:
 
 
 def _patches(op: Conv, x: Tensor) -> Tensor:
-    """[n, c, …] -> [n, s, g, c/g·∏k]: what the kernel sees at each output pixel s, row-major as in `weight.flatten(1)`."""
+    """[n, c, …] -> [n, s, g, c/g·∏k]: what the kernel sees at output pixel s, row-major as in `weight.flatten(1)`."""
     axes = len(op.kernel_size)
     padding = [int(p) for p in op.padding]
     x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])

@@ -19,7 +19,7 @@ COLUMNS = ("opcode", "name", "target", "args", "kwargs", "shape", "module", "rul
 def tabular(
     gm: fx.GraphModule, columns: Sequence[str] = COLUMNS, fmt: str = "simple", max_width: int | None = 48
 ) -> str:
-    """The graph as a table: fx's five columns, and each node's shape, module type and kind of rule; cells up to `max_width`."""
+    """The graph as a table: fx's five columns, each node's shape, module and kind of rule; cells cut at `max_width`."""
     rows = [[_cut(_cell(node, column), max_width) for column in columns] for node in gm.graph.nodes]
     return tabulate(rows, list(columns), tablefmt=fmt, disable_numparse=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +13,19 @@ from fxcurv import pullback, rules
 from fxcurv.contractions import Statistic
 from fxcurv.errors import CaptureError, SpecError
 
-__all__ = ["Batch", "Shape", "Source", "Stage", "describe", "module_of", "resolve", "shape_of", "show_shape", "verify"]
+__all__ = [
+    "Batch",
+    "Shape",
+    "Source",
+    "Stage",
+    "describe",
+    "module_of",
+    "output_of",
+    "resolve",
+    "shape_of",
+    "show_shape",
+    "verify",
+]
 
 Stage = Literal["captured", "lowered", "canonical", "forward", "backward"]
 
@@ -44,7 +55,7 @@ def shape_of(value: Tensor, node: str) -> Shape:
 def _size(size: int | torch.SymInt, node: str) -> int | Batch:
     if isinstance(size, int):
         return size
-    expression = size.node.expr
+    expression: Any = size.node.expr
     symbols = expression.free_symbols
     if not symbols:
         return int(expression)
@@ -100,9 +111,8 @@ def describe(node: fx.Node) -> str:
 
 
 def _functional_aten(node: fx.Node) -> str | None:
-    if node.target is operator.getitem or not hasattr(node.target, "_schema"):
-        return None
-    return "an in-place operator" if node.target._schema.is_mutable and "dropout" not in str(node.target) else None  # pyright: ignore
+    schema = getattr(node.target, "_schema", None)
+    return "an in-place operator" if schema is not None and schema.is_mutable else None
 
 
 def _vocabulary(node: fx.Node) -> str | None:
@@ -165,6 +175,7 @@ def _frame(node: fx.Node, opcode: str) -> str | None:
     return None
 
 
-def output_of(gm: fx.GraphModule) -> Any:
-    """What the graph returns, as nodes."""
-    return gm.graph.output_node().args[0]
+def output_of(canonical: fx.GraphModule) -> fx.Node:
+    """The node that a canonical graph returns."""
+    (output,) = canonical.graph.output_node().all_input_nodes
+    return output

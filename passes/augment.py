@@ -19,30 +19,14 @@ import torch
 from torch import fx, nn
 
 from fxcurv.contractions import Statistic
+from fxcurv.program import Job
 from fxcurv.pullback import Accumulate, InputPositions, Keep, OutputPositions, Pull, Unbroadcast
 from fxcurv.quantities import Factor, Quantity, Used
 from fxcurv.rules import rule_of
-from fxcurv.spec import Shape, module_of, resolve
+from fxcurv.spec import Shape, module_of, output_of, resolve
 from passes.rewrite import free_target
 
-__all__ = ["Augmented", "Job", "augment", "parameter_uses"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One result to assemble: a quantity of a parameter (and of what is joined to it), from sums by their names."""
-
-    name: str
-    quantity: Quantity
-    used: Used
-    parameters: tuple[str, ...]
-    sums: Mapping[str, str]
-
-    @property
-    def status(self) -> str:
-        """`exact`, or `approx(<name>)` where something else than the definition is reported."""
-        approximation = self.quantity.approximation(self.used)
-        return f"approx({approximation})" if approximation else "exact"
+__all__ = ["Augmented", "augment"]
 
 
 @dataclass(frozen=True)
@@ -59,8 +43,8 @@ Uses = dict[str, list[tuple[fx.Node, Role]]]
 
 
 def augment(gm: fx.GraphModule, quantities: Mapping[str, Quantity], wanted: Iterable[str]) -> Augmented:
-    """Emit the forward graph and one backward graph per factor that computes `quantities` of the `wanted` parameters."""
-    uses = parameter_uses(gm, wanted)
+    """The forward graph, and one backward graph per factor that computes `quantities` of the `wanted` parameters."""
+    uses = _parameter_uses(gm, wanted)
     used = {name: _used(name, uses) for name in uses}
     emitter = _Emitter(gm, uses)
     jobs: list[Job] = []
@@ -76,7 +60,7 @@ def augment(gm: fx.GraphModule, quantities: Mapping[str, Quantity], wanted: Iter
 # What is wanted where ---------------------------------------------------------------------------------------------
 
 
-def parameter_uses(gm: fx.GraphModule, wanted: Iterable[str]) -> Uses:
+def _parameter_uses(gm: fx.GraphModule, wanted: Iterable[str]) -> Uses:
     """The nodes through which each wanted parameter reaches the output, and in which role."""
     wanted, reached, uses = set(wanted), _reaching(gm), Uses()
     for node in gm.graph.nodes:
@@ -89,7 +73,7 @@ def parameter_uses(gm: fx.GraphModule, wanted: Iterable[str]) -> Uses:
 
 def _reaching(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes on which the output depends differentiably."""
-    (output,) = gm.graph.output_node().all_input_nodes
+    output = output_of(gm)
     return {output} | nx.ancestors(_flow(gm), output)
 
 
@@ -204,7 +188,7 @@ class _Emitter:
     def pull_back(self) -> _Backward:
         """A backward graph that carries S from the output to every node that uses a wanted parameter."""
         backward = _Backward()
-        (output,) = self.gm.graph.output_node().all_input_nodes
+        output = output_of(self.gm)
         arriving: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
         arriving[output].append(backward.placeholder("S", ("V", *output.meta["shape"])))
         for node in reversed(self.gm.graph.nodes):

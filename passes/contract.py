@@ -1,4 +1,4 @@
-"""contract: definitions of sums over per-sample terms become cheaper equal contractions where the graph shows that they may."""
+"""contract: definitions become cheaper equal contractions where the graph shows that they may."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lower: functional ATen -> the all-module canonical graph, each node named after the module of the model it came from."""
+"""lower: functional ATen -> the all-module canonical graph, its nodes named after the modules of the model."""
 
 from __future__ import annotations
 
@@ -78,14 +78,15 @@ class _Lowering:
     def _lowered(self, node: fx.Node) -> fx.Node:
         if node.target is operator.getitem:
             whole, part = node.args
-            assert isinstance(whole, fx.Node) and isinstance(part, int)
+            assert isinstance(whole, fx.Node)
+            assert isinstance(part, int)
             return lowerings.part(self, node, whole, part)
         return lowerings.lowering_of(node)(self, node, lowerings.arguments(node))
 
     # What lowerings build with
 
     def emit(self, node: fx.Node, op: nn.Module, *args: fx.Node, slots: Slots | None = None) -> fx.Node:
-        """Call `op` on canonical nodes, named after the ATen node; `slots` names the ATen nodes of the tensors it holds."""
+        """Call `op` on canonical nodes, named after the ATen node; `slots` are ATen nodes of the tensors it holds."""
         sources = {slot: self._source(n) for slot, n in (slots or {}).items() if n is not None}
         return self._call(node, _path(node, self.model, bool(sources)), op, args, sources)
 

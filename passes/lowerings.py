@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from fxcurv import ops
 from fxcurv.errors import InputError, UnsupportedError
-from fxcurv.spec import Batch, shape_of
+from fxcurv.spec import Batch, Shape, shape_of
+from passes.functionalize import described
 
 __all__ = ["Builder", "Slots", "arguments", "lowering_of", "packet_of", "part", "where"]
 
@@ -80,12 +81,10 @@ def arguments(node: fx.Node) -> Arguments:
 
 
 def where(node: fx.Node) -> str:
-    """'layer1.0' aten.add.Tensor at "file", line 7: how errors name an ATen node."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    path = stack[-1][0] if stack else ""
+    """'layer1.0' aten.add.Tensor at "file.py", line 7, in forward: how errors name an ATen node."""
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
     frames = [line.removeprefix("File ") for line in lines if line.startswith("File")]
-    return f"'{path or node.name}' {node.target}{f' at {frames[-1]}' if frames else ''}"
+    return described(node) + (f" at {frames[-1]}" if frames else "")
 
 
 def _first(a: Arguments) -> Any:
@@ -141,11 +140,9 @@ def _conv(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     stride, dilation = _each(a["stride"], kernel), _each(a["dilation"], kernel)
     padding, extra = _padding(a["padding"], kernel, dilation)
     if any(extra):  # 'same' with an even kernel: one more row behind than in front
+        shape = x.meta["shape"]
         x = low.emit(node, ops.Pad([p for e in reversed(extra) for p in (0, e)]), x)
-        x.meta["shape"] = (
-            *x.args[0].meta["shape"][:2],
-            *(s + e for s, e in zip(x.args[0].meta["shape"][2:], extra, strict=True)),
-        )  # pyright: ignore
+        x.meta["shape"] = (*shape[:2], *(size + e for size, e in zip(shape[2:], extra, strict=True)))
     kind: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(kernel)]
     inputs, outputs = weight.shape[1] * a["groups"], weight.shape[0]
     op = kind(inputs, outputs, kernel, stride, padding, dilation, a["groups"], bias is not None, device="meta")
@@ -172,7 +169,8 @@ def _batch_norm(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
         )
     slots: Slots = {"weight": a["weight"], "bias": a["bias"], "mean": a["running_mean"], "var": a["running_var"]}
     weight, bias, mean, var = (low.slot(n, node) for n in slots.values())
-    assert mean is not None and var is not None
+    assert mean is not None
+    assert var is not None
     op = ops.Affine(mean, var, a["eps"])
     return low.emit(node, _hold(op, weight=weight, bias=bias), low.value(a["input"], node), slots=slots)
 
@@ -221,7 +219,8 @@ def _generic(kind: type[ops.Call]) -> Lowering:
         if node.target is not operator.getitem:
             return low.emit(node, *_call(kind, low, node))
         whole, index = node.args
-        assert isinstance(whole, fx.Node) and isinstance(index, int)
+        assert isinstance(whole, fx.Node)
+        assert isinstance(index, int)
         op, *inputs = _call(kind, low, whole)
         op.part = index
         return low.emit(node, op, *inputs)
@@ -241,9 +240,10 @@ def _call(kind: type[ops.Call], low: Builder, node: fx.Node) -> tuple[ops.Call, 
         inputs.append(low.value(argument, node))
         return ops.INPUT
 
-    args = fx.map_arg(node.args, take)
-    kwargs = fx.map_arg(node.kwargs, take)
-    return kind(node.target, args, kwargs), *inputs
+    args: Any = fx.map_arg(node.args, take)
+    kwargs: Any = fx.map_arg(node.kwargs, take)
+    function: Any = node.target
+    return kind(function, args, kwargs), *inputs
 
 
 # Arithmetic -------------------------------------------------------------------------------------------------------
@@ -280,24 +280,26 @@ def _reshape(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
         raise UnsupportedError(
             "the result has no single batch axis", node=where(node), remedy="keep samples along one axis"
         )
-    return low.emit(
-        node, ops.Reshape([-1 if isinstance(size, Batch) else size for size in shape]), low.value(_first(a), node)
-    )
+    return low.emit(node, ops.Reshape(_flexible(shape)), low.value(_first(a), node))
+
+
+def _flexible(shape: Shape) -> list[int]:
+    """The shape for any batch size."""
+    return [size if isinstance(size, int) else -1 for size in shape]
 
 
 @lowers("permute", "transpose", "t", "movedim", "swapaxes", "T", "numpy_T")
 def _permute(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     axes = torch.empty(tuple(range(1, 1 + _rank(node))), device="meta")  # every axis has a size of its own
-    moved = node.target(axes, *node.args[1:], **node.kwargs)  # pyright: ignore[reportCallIssue, reportUnknownVariableType]
+    operator: Any = node.target
+    moved = operator(axes, *node.args[1:], **node.kwargs)
     return low.emit(node, ops.Permute([size - 1 for size in moved.shape]), low.value(_first(a), node))
 
 
 @lowers("expand", "expand_as")
 def _expand(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     shape = shape_of(node.meta["val"], where(node))
-    return low.emit(
-        node, ops.Expand([-1 if isinstance(size, Batch) else size for size in shape]), low.value(_first(a), node)
-    )
+    return low.emit(node, ops.Expand(_flexible(shape)), low.value(_first(a), node))
 
 
 @lowers("slice")
@@ -373,7 +375,7 @@ def _dropout(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 
 for stochastic in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
-    lowers(stochastic, f"{stochastic}_")(_dropout)
+    lowers(stochastic)(_dropout)
 
 
 # Reductions and pooling -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The engine of node rewrites: a rewrite is a function of a node that returns its replacement, or None for «no match»."""
+"""The engine of rewrites: a rewrite is a function of a node that returns its replacement, or None for «no match»."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
-    """A copy of `gm` in which every node is replaced by what the first matching rule returns, from inputs to outputs."""
+    """A copy of `gm` with every node replaced by what the first matching rule returns, from inputs to outputs."""
     gm = copied(gm)
     for node in list(gm.graph.nodes):
         if node.op != "call_module":
@@ -40,7 +40,7 @@ def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
 
 
 def free_target(path: str, taken: Collection[str]) -> str:
-    """`path`, as `a_b` instead of `a.b` where `a` is a module already, and with a number behind it where it is taken."""
+    """`path`, as `a_b` instead of `a.b` where `a` is a module already, and with a number behind it if it is taken."""
     while any(path.startswith(f"{t}.") for t in taken):
         parent, _, last = path.rpartition(".")
         path = f"{parent}_{last}"

@@ -1,4 +1,4 @@
-"""schedule: every sum is taken as soon as the tensors it reads exist, so that these are freed before the walk goes on."""
+"""schedule: every sum is taken once the tensors it reads exist, so that these are freed before the walk goes on."""
 
 from __future__ import annotations
 
@@ -14,26 +14,23 @@ __all__ = ["schedule"]
 
 
 def schedule(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same computation in another order: the walk as it was, and behind each of its nodes the sums that then can be taken.
+    """The same computation in another order: behind each node of the walk the sums that can then be taken.
 
     The generated code drops a tensor at its last use, so the order decides the peak of memory.
     """
     needs: dict[fx.Node, set[fx.Node]] = {}
     due: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    last_input = gm.graph.find_nodes(op="placeholder")[-1]
     for node in gm.graph.nodes:
         beside = _is_beside(node)
         needs[node] = set().union(*(needs[x] for x in node.all_input_nodes)) if beside else {node}
         if beside and all(user.op == "output" for user in node.users):
-            due[max(needs[node], key=order.__getitem__)].append(node)
+            due[max({last_input} | needs[node], key=order.__getitem__)].append(node)
     graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
-    inputs = gm.graph.find_nodes(op="placeholder")
     for node in (n for n in gm.graph.nodes if not _is_beside(n)):
         _emit(graph, node, values)
-        ready = (
-            due[node] if node.op != "placeholder" else [s for n in inputs for s in due[n]] if node is inputs[-1] else []
-        )
-        for sink in ready:
+        for sink in due[node]:
             _emit(graph, sink, values)
     return fx.GraphModule(gm, graph, class_name=type(gm).__name__)
 

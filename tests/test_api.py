@@ -197,7 +197,7 @@ def test_sampled_quantities_use_their_columns() -> None:
 def test_columns_are_chunked_without_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (x, y) = net(), batch(3)
     whole = fxcurv.compile(model, quantities=["diag_ggn", "kflr"])(x, y)
-    monkeypatch.setattr("fxcurv.api.COLUMN_BYTES", 1)
+    monkeypatch.setattr("fxcurv.run.COLUMN_BYTES", 1)
     monkeypatch.setattr("fxcurv.contractions.CHUNK", 1)
     single = fxcurv.compile(model, quantities=["diag_ggn", "kflr"])(x, y)
     for name in whole["diag_ggn"]:
@@ -334,4 +334,6 @@ def test_the_tracer_alone() -> None:
 
 def test_statuses_are_known_without_running() -> None:
     model, (x, _) = net(), batch(2)
-    assert fxcurv.compile(model).statuses(x) == {"kfac": {name: "exact" for name, _ in model.named_parameters()}}
+    assert fxcurv.compile(model).prepare(x).statuses == {
+        "kfac": {name: "exact" for name, _ in model.named_parameters()}
+    }

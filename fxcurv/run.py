@@ -1,0 +1,123 @@
+"""run: a batch through a program's forward graph, chunks of columns through its backward graphs, sums into results."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxcurv.blocks import Block
+from fxcurv.capture import Inputs, as_call
+from fxcurv.errors import InputError
+from fxcurv.losses import LossTerms, loss_terms
+from fxcurv.program import Program
+from fxcurv.quantities import Factor
+from fxcurv.result import Curvature, Entries, Entry
+from fxcurv.spec import module_of, output_of, resolve
+
+__all__ = ["COLUMN_BYTES", "bind", "run"]
+
+COLUMN_BYTES = 1 << 29
+"""How much memory one chunk of columns may take at the widest place of the backward graph."""
+
+
+def run(
+    program: Program, model: nn.Module, loss: nn.Module, batch: tuple[Inputs, Tensor], generator: torch.Generator | None
+) -> Curvature:
+    """The curvature of `loss` at a batch `(inputs, target)`."""
+    inputs, target = batch
+    with torch.no_grad(), _without_autocast():
+        bind(program.canonical, model)
+        output, kept, sums = program.forward(*(t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)))
+        if not bool(output.isfinite().all()):
+            raise InputError(
+                "the model's output holds NaN or infinity",
+                node="output",
+                remedy="check its parameters and the scale of the input",
+            )
+        terms = loss_terms(loss, output, target)
+        generator = generator or _fresh_generator(output.device)
+        for factor in program.backwards:
+            sums |= _pull_back(program, factor, kept, terms, generator)
+        return _assembled(program, sums, terms.value, output, str(loss.reduction))
+
+
+def bind(canonical: fx.GraphModule, model: nn.Module) -> None:
+    """Point every slot at the model's tensors as they are now."""
+    parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    tensors: dict[str, Tensor] = {**dict(parameters), **dict(buffers)}
+    for node in canonical.graph.nodes:
+        for slot, source in node.meta.get("slots", {}).items():
+            if all(name in tensors for name in source.names):  # a constant of the graph itself never changes
+                _hold(module_of(node), slot, source(tensors.__getitem__))
+
+
+def _hold(op: nn.Module, slot: str, tensor: Tensor) -> None:
+    is_parameter = isinstance(tensor, nn.Parameter) or slot not in dict(op.named_parameters(recurse=False))
+    setattr(op, slot, tensor if is_parameter else nn.Parameter(tensor, requires_grad=False))
+
+
+def _pull_back(
+    program: Program, factor: Factor, kept: Mapping[str, Any], terms: LossTerms, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The sums of one factor, over chunks of its columns."""
+    backward = program.backwards[factor]
+    needed = {str(node.target): kept[str(node.target)] for node in backward.graph.find_nodes(op="placeholder")[1:]}
+    dtype = output_of(program.canonical).meta["dtype"]
+    sums: dict[str, Tensor] = {}
+    for S in terms.columns(factor, _chunk(program.canonical, terms.gradient), generator):
+        for key, part in backward(S.to(dtype), **needed).items():
+            sums[key] = sums[key] + part if key in sums else part
+    return sums
+
+
+def _chunk(canonical: fx.GraphModule, gradient: Tensor) -> int:
+    """How many columns to pull back at once, so that those of the widest node stay within `COLUMN_BYTES`."""
+    shapes = [node.meta["shape"] for node in canonical.graph.nodes if "shape" in node.meta]
+    widest = max(math.prod(resolve(shape, len(gradient))) for shape in shapes)
+    return max(1, COLUMN_BYTES // (widest * gradient.element_size()))
+
+
+def _assembled(program: Program, sums: Mapping[str, Tensor], loss: Tensor, output: Tensor, reduction: str) -> Curvature:
+    """Sums -> values, by quantity and parameter."""
+    samples, values = len(output), dict[tuple[str, str], Tensor | Block]()
+    owners = Counter(id(sums[key]) for job in program.jobs for key in job.sums.values())
+    for job in program.jobs:
+        own = {
+            name: sums[key] if owners[id(sums[key])] == 1 else sums[key].clone()  # results share no memory
+            for name, key in job.sums.items()
+        }
+        value = job.quantity.finish(job.used, own, samples)
+        if isinstance(value, Block):
+            value = dataclasses.replace(value, parameters=job.parameters, status=job.status, reduction=reduction)
+        values |= {(job.name, parameter): value for parameter in job.parameters}
+    return Curvature(
+        {
+            name: Entries(
+                Entry(name, p, program.shapes[p], status, str(quantity.factor), reduction, values.get((name, p)))
+                for p, status in program.statuses[name].items()
+            )
+            for name, quantity in program.quantities.items()
+        },
+        loss,
+        output,
+        samples,
+        reduction,
+    )
+
+
+def _fresh_generator(device: torch.device) -> torch.Generator:
+    """A generator of its own, so that the caller's global one is left alone."""
+    generator = torch.Generator(device)
+    generator.seed()
+    return generator
+
+
+def _without_autocast() -> torch.autocast:
+    return torch.autocast("cuda" if torch.is_autocast_enabled("cuda") else "cpu", enabled=False)
