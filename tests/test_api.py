@@ -1,4 +1,4 @@
-"""What compile() promises: live parameters, any batch, any layout and type, one entry per parameter, reproducible sampling."""
+"""What compile() promises: live parameters, any batch, layout and type, a row per parameter, reproducible samples."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def test_parameters_are_read_when_called() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
-    assert isinstance(norm := model[1], nn.BatchNorm2d)
+    norm = model[1]
+    assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
     norm.running_mean += 1
     expected = reference.diag_ggn(model, nn.CrossEntropyLoss(), x, y)

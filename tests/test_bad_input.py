@@ -1,4 +1,4 @@
-"""Wrong use gets an error that says node, cause and remedy, and leaves the model, its state and the caller's as they were."""
+"""Wrong use gets an error that says node, cause and remedy, and leaves the model and the caller as they were."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_results_are_looked_up_by_names_that_exist() -> None:
         result["diag_ggn"]
     with pytest.raises(fxcurv.QuantityError, match="the model has no parameter 'nope'"):
         result["kfac"]["nope"]
-    with pytest.raises(fxcurv.QuantityError, match="kfac of '0.bias' has no value: frozen; set requires_grad_"):
+    with pytest.raises(fxcurv.QuantityError, match=r"kfac of '0.bias' has no value: frozen; set requires_grad_"):
         result["kfac"]["0.bias"]
 
 
@@ -274,7 +274,7 @@ def test_a_mode_changed_after_compiling_is_noticed() -> None:
     compiled = fxcurv.compile(model)
     compiled(X, Y)
     model.train()
-    with pytest.raises(fxcurv.CaptureError, match="call model.eval"):
+    with pytest.raises(fxcurv.CaptureError, match=r"call model\.eval"):
         compiled(X, Y)
     model.eval()
     compiled(X, Y)

@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Generated(nn.Module):
-    """A feature map that every step transforms, adds to, multiplies or concatenates with an earlier one, then a classifier."""
+    """A feature map that each step transforms, adds to, multiplies or joins with an earlier one, then a classifier."""
 
     def __init__(self, steps: list[tuple[str, int]], channels: int) -> None:
         super().__init__()

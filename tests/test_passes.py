@@ -69,10 +69,12 @@ def captured(model: nn.Module, x: Tensor = X) -> Captured:
 
 def test_functionalize_makes_in_place_ops_functional(model: nn.Module) -> None:
     assert (
-        text(verify(captured(model).graph, "captured"), "target", "args").splitlines()[-9:]
+        text(verify(captured(model).graph, "captured"), "target", "args")
+        .replace("0.1, 1e-05, False", "...")
+        .splitlines()[-9:]
         == golden("""
         aten.conv2d.default (x, p_conv_weight, None, [1, 1], [1, 1])
-        aten.batch_norm.default (conv2d, p_bn_weight, p_bn_bias, b_bn_running_mean, b_bn_running_var, False, 0.1, 1e-05, False)
+        aten.batch_norm.default (conv2d, p_bn_weight, p_bn_bias, b_bn_running_mean, b_bn_running_var, False, ...)
         aten.conv2d.default (x, p_skip_weight, p_skip_bias)
         aten.add.Tensor (batch_norm, conv2d_1)
         aten.relu.default (add_,)

@@ -1,0 +1,242 @@
+"""What goes wrong elsewhere, one test each: the right number or a refusal, and that the wrong number differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import reference
+import samples
+import torch
+from test_samples import assert_close, check_against_oracle
+from torch import Tensor, nn
+
+import fxcurv
+
+EXACT = fxcurv.KFAC(fxcurv.Exact())
+
+
+def differ(wrong: Tensor, right: Tensor) -> None:
+    """Apart by more than one percent of the largest entry."""
+    assert wrong.shape == right.shape
+    assert (wrong - right).abs().max() > 0.01 * right.abs().max()
+
+
+def seeded(*layers: Callable[[], nn.Module]) -> nn.Module:
+    return samples.seeded(lambda: nn.Sequential(*(layer() for layer in layers)), "regressions")
+
+
+def data(*shape: int, classes: int = 3) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(shape, dtype=torch.float64, generator=g), torch.randint(classes, (shape[0],), generator=g)
+
+
+def factors(model: nn.Module, x: Tensor, y: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    loss = nn.CrossEntropyLoss()
+    return reference.kfac(model, x, reference.exact_columns(loss, reference.outputs(model, x), y))[name]
+
+
+def test_grouped_convolutions_are_not_averaged_over_groups() -> None:
+    model, (x, y) = seeded(lambda: nn.Conv2d(4, 6, 3, groups=2), nn.Flatten, lambda: nn.Linear(24, 3)), data(2, 4, 4, 4)
+    block = fxcurv.compile(model, quantities=EXACT)(x, y)["kfac"]["0.weight"]
+    A, G = factors(model, x, y, "0.weight")
+    assert_close(block.A, A, "A")
+    assert_close(block.G, G, "G")
+    averaged = torch.kron(torch.block_diag(*G), A.mean(0))
+    differ(averaged, block.dense())
+
+
+def test_dilation_counts() -> None:
+    model, (x, y) = (
+        seeded(lambda: nn.Conv2d(2, 3, 2, dilation=2), nn.Flatten, lambda: nn.Linear(12, 3)),
+        data(2, 2, 4, 4),
+    )
+    A = fxcurv.compile(model, quantities=EXACT)(x, y)["kfac"]["0.weight"].A
+    assert_close(A, factors(model, x, y, "0.weight")[0], "A")
+    undilated = torch.nn.functional.unfold(x, 2).transpose(1, 2).flatten(0, 1)
+    differ(undilated.T @ undilated / len(undilated), A)
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(torch.tensor([1.0, 9.0, 0.1]).double()), nn.CrossEntropyLoss(ignore_index=1)]
+)
+def test_class_weights_and_ignored_targets_count(loss: nn.CrossEntropyLoss) -> None:
+    model, x, y = seeded(lambda: nn.Linear(4, 3)), data(3, 4)[0], torch.tensor([0, 1, 2])
+    value = fxcurv.compile(model, loss, "diag_ggn")(x, y)["diag_ggn"]["0.weight"]
+    assert_close(value, reference.diag_ggn(model, loss, x, y)["0.weight"], "diagonal")
+    differ(fxcurv.compile(model, nn.CrossEntropyLoss(), "diag_ggn")(x, y)["diag_ggn"]["0.weight"], value)
+
+
+def test_positions_that_mix_have_columns_of_their_own() -> None:
+    """One column for all positions of a sample adds cross terms that the Hessian does not have."""
+
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(3, 3), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            h = h + (h @ h.mT).softmax(-1) @ h
+            return self.head(h).transpose(1, 2)
+
+    model, x = samples.seeded(Mixing, "mixing"), data(2, 5, 3)[0]
+    y = torch.tensor([[0, 1, 2, 3, 0], [1, 1, 2, 0, 3]])
+    value = fxcurv.compile(model, quantities="diag_ggn")(x, y)["diag_ggn"]["embed.weight"]
+    assert_close(value, reference.diag_ggn(model, nn.CrossEntropyLoss(), x, y)["embed.weight"], "diagonal")
+    columns = reference.exact_columns(nn.CrossEntropyLoss(), reference.outputs(model, x), y)
+    merged = columns.sum(0, keepdim=True)
+    differ(reference.diagonal(model, x, merged)["embed.weight"], value)
+
+
+def test_convolutions_are_expand_or_reduce_and_nothing_between() -> None:
+    model, (x, y) = seeded(lambda: nn.Conv2d(2, 3, 3), nn.Flatten, lambda: nn.Linear(48, 3)), data(2, 2, 6, 6)
+    expand = fxcurv.compile(model, quantities=EXACT)(x, y)["kfac"]["0.weight"]
+    reduce = fxcurv.compile(model, quantities=fxcurv.KFAC(fxcurv.Exact(), approx="reduce"))(x, y)["kfac"]["0.weight"]
+    for block, approx in ((expand, "expand"), (reduce, "reduce")):
+        columns = reference.exact_columns(nn.CrossEntropyLoss(), reference.outputs(model, x), y)
+        A, G = reference.kfac(model, x, columns, approx)["0.weight"]
+        assert_close(block.A, A, f"A {approx}")
+        assert_close(block.G, G, f"G {approx}")
+    between = 16 * expand.A.trace() * reduce.G.trace()  # A summed over positions with the G of reduce
+    assert between > 5 * expand.trace()
+
+
+TIED = [s for s in samples.PARAMETERS if any(word in s.name for word in ("tied", "tie", "reuse", "twice", "siamese"))]
+
+
+@pytest.mark.parametrize("sample", TIED, ids=lambda sample: sample.name)
+def test_tied_and_reused_parameters_keep_their_cross_terms(sample: samples.Sample) -> None:
+    check_against_oracle(sample)
+
+
+def test_data_changed_in_place_is_seen() -> None:
+    """Nothing is cached by the address of a tensor."""
+    model, (x, y) = seeded(lambda: nn.Linear(4, 3)), data(3, 4)
+    compiled = fxcurv.compile(model, quantities="diag_ggn")
+    before = compiled(x, y)["diag_ggn"]["0.weight"]
+    x.mul_(2)
+    differ(compiled(x, y)["diag_ggn"]["0.weight"], before)
+    assert_close(
+        compiled(x, y)["diag_ggn"]["0.weight"],
+        reference.diag_ggn(model, nn.CrossEntropyLoss(), x, y)["0.weight"],
+        "diagonal",
+    )
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_padding_modes_count(mode: str) -> None:
+    model = seeded(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode), nn.Flatten, lambda: nn.Linear(48, 3))
+    x, y = data(2, 2, 4, 4)
+    A = fxcurv.compile(model, quantities=EXACT)(x, y)["kfac"]["0.weight"].A
+    assert_close(A, factors(model, x, y, "0.weight")[0], "A")
+    zeros = torch.nn.functional.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)
+    differ(zeros.T @ zeros / len(zeros), A)
+
+
+def test_channels_last_inputs() -> None:
+    model, (x, y) = seeded(lambda: nn.Conv2d(3, 3, 2), nn.ReLU, nn.Flatten, lambda: nn.Linear(27, 3)), data(2, 3, 4, 4)
+    result = fxcurv.compile(model, quantities=["grad", "diag_ggn"])(x.to(memory_format=torch.channels_last), y)
+    assert_close(
+        result["diag_ggn"]["0.weight"], reference.diag_ggn(model, nn.CrossEntropyLoss(), x, y)["0.weight"], "diagonal"
+    )
+    assert_close(result["grad"]["0.weight"], reference.grad(model, nn.CrossEntropyLoss(), x, y)["0.weight"], "gradient")
+
+
+def test_a_linear_layer_on_tokens_has_n_samples_not_n_times_t() -> None:
+    model, (x, y) = seeded(lambda: nn.Linear(3, 4), lambda: nn.Flatten(), lambda: nn.Linear(20, 3)), data(2, 5, 3)
+    value = fxcurv.compile(model, quantities="diag_ggn")(x, y)["diag_ggn"]["0.weight"]
+    assert_close(value, reference.diag_ggn(model, nn.CrossEntropyLoss(), x, y)["0.weight"], "diagonal")
+    columns = reference.exact_columns(nn.CrossEntropyLoss(), reference.outputs(model, x), y)
+    with torch.no_grad():
+        S = torch.einsum("vnc,ctd->vntd", columns, model.get_parameter("2.weight").view(3, 5, 4))
+    differ(torch.einsum("vnto,nti->oi", S.square(), x.square()), value)  # the squares alone, without cross terms
+
+
+class Standardized(nn.Conv2d):
+    """A convolution whose weight is standardised before it is used."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean, std = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
+        return torch.nn.functional.conv2d(input, (self.weight - mean) / std, self.bias)
+
+
+class Positioned(nn.Module):
+    """Tokens with a learned position embedding, a class token and a layer scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed, self.token = nn.Parameter(torch.zeros(1, 6, 3)), nn.Parameter(torch.zeros(1, 1, 3))
+        self.scale, self.head = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
+        return self.head(self.scale * x[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: seeded(lambda: Standardized(2, 3, 2), nn.Flatten, lambda: nn.Linear(27, 3)), (2, 2, 4, 4)),
+        (lambda: samples.seeded(Positioned, "positioned"), (2, 5, 3)),
+        (lambda: seeded(lambda: nn.LayerNorm(3), lambda: nn.Linear(3, 3)), (2, 3)),
+        (lambda: seeded(lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Flatten), (2, 3, 4)),
+    ],
+    ids=["weight_standardised", "position_embedding", "layer_norm", "attention"],
+)
+def test_parameters_are_never_dropped(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    """Every parameter has a right value or the model is refused, naming the parameter or the node."""
+    model, (x, y) = build(), data(*shape)
+    try:
+        result = fxcurv.compile(model, quantities="diag_ggn")(x, y)["diag_ggn"]
+    except fxcurv.UnsupportedError as error:
+        message = str(error)
+    else:
+        message = ""
+        for name, value in reference.diag_ggn(model, nn.CrossEntropyLoss(), x, y).items():
+            assert_close(result[name], value, name)
+    assert not message or "parameter '" in message or "node '" in message
+
+
+def test_the_empirical_fisher_is_not_the_square_of_the_mean_gradient() -> None:
+    model, (x, y) = seeded(lambda: nn.Linear(4, 3)), data(5, 4)
+    result = fxcurv.compile(model, quantities=["grad", fxcurv.DiagGGN(fxcurv.Empirical())])(x, y)
+    columns = reference.empirical_columns(nn.CrossEntropyLoss(), reference.outputs(model, x), y)
+    assert_close(result["diag_ggn"]["0.weight"], reference.diagonal(model, x, columns)["0.weight"], "diagonal")
+    differ(result["grad"]["0.weight"].square(), result["diag_ggn"]["0.weight"])
+
+
+def test_nothing_is_traced_again_for_another_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = seeded(lambda: nn.Linear(4, 3))
+    compiled = fxcurv.compile(model, quantities="diag_ggn", example_inputs=data(2, 4)[0])
+
+    def traced(*_: object) -> None:
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr("passes.capture", traced)
+    for n in (1, 7, 3):
+        compiled(*data(n, 4))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_modules_keep_their_settings(inplace: bool) -> None:
+    model = seeded(
+        lambda: nn.Conv2d(2, 3, 2),
+        lambda: nn.BatchNorm2d(3),
+        lambda: nn.ReLU(inplace),
+        nn.Flatten,
+        lambda: nn.Linear(27, 3),
+    )
+    settings = [(type(m), m.training, getattr(m, "inplace", None), m.extra_repr()) for m in model.modules()]
+    tracked = int(model.get_buffer("1.num_batches_tracked"))
+    fxcurv.compile(model, quantities=list(fxcurv.NAMES))(*data(2, 2, 4, 4))
+    assert settings == [(type(m), m.training, getattr(m, "inplace", None), m.extra_repr()) for m in model.modules()]
+    assert tracked == int(model.get_buffer("1.num_batches_tracked"))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_the_global_random_state_is_not_consumed() -> None:
+    model, (x, y) = seeded(lambda: nn.Linear(4, 3)), data(2, 4)
+    state = torch.get_rng_state()
+    fxcurv.compile(model, quantities=["kfac", "diag_ggn_mc"])(x, y)
+    assert torch.equal(state, torch.get_rng_state())
