@@ -14,7 +14,7 @@ from fxcurv.errors import FxcurvError, InputError, QuantityError
 from fxcurv.losses import as_loss
 from fxcurv.quantities import Quantity, named
 from fxcurv.result import Curvature
-from fxcurv.run import run
+from fxcurv.run import Batch, run
 from fxcurv.show import tabular
 
 __all__ = ["Compiled", "compile", "trace"]
@@ -63,9 +63,15 @@ class Compiled:
         self._programs: dict[object, passes.Program] = {}
         self._latest: passes.Program | None = None
 
-    def __call__(self, inputs: Inputs, target: Tensor, generator: torch.Generator | None = None) -> Curvature:
-        """The curvature at a batch; with a `generator`, on the output's device, sampled factors are reproducible."""
-        return run(self.prepare(inputs), self.model, self.loss, (inputs, target), generator)
+    def __call__(
+        self, inputs: Inputs, target: Tensor, generator: torch.Generator | None = None, progress: bool = False
+    ) -> Curvature:
+        """The curvature at a batch.
+
+        Sampled factors are reproducible with a `generator`, on the output's device; `progress` shows a bar over the
+        columns on a terminal, where they are many.
+        """
+        return run(self.prepare(inputs), self.model, self.loss, Batch(inputs, target, generator, progress))
 
     def prepare(self, inputs: Inputs) -> passes.Program:
         """The program for inputs of this kind, compiled if their shape, type or place, or the model, is new."""

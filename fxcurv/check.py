@@ -112,6 +112,8 @@ def check(
         rows = [_row(model, name, q, status) for q, found in statuses.items() for name, status in found.items()]
     except FxcurvError as error:
         rows = [_refused(model, name, q, error) for q in asked for name, _ in model.named_parameters()]
+        if not rows:
+            raise
     return Report(target or type(model).__name__, tuple(rows), time.perf_counter() - started)
 
 

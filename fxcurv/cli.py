@@ -41,13 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compute(arguments: argparse.Namespace) -> int:
+    if arguments.save and not arguments.save.parent.is_dir():
+        raise InputError(f"there is no folder {arguments.save.parent}", remedy="create it, or choose another --save")
     target = targets.resolve(arguments.target, seed=arguments.seed)
-    model, loss = target.model, as_loss(arguments.loss)
+    model, loss, like = target.model, as_loss(arguments.loss), _like(target)
     batch = data.load(arguments.data, _batch(arguments), _shape(arguments, target), seed=arguments.seed)
-    generator = torch.Generator().manual_seed(arguments.seed)
-    y = _targets(model, loss, batch, generator)
     compiled = fxcurv.compile(model, loss, _names(arguments.quantities))
-    result = compiled(batch.inputs, y, generator=generator)
+    inputs, generator = batch.inputs.to(like), torch.Generator(like.device).manual_seed(arguments.seed)
+    y = _targets(model, loss, inputs, batch.targets, generator)
+    result = compiled(inputs, y, generator, progress=True)
     print(f"{target.name}: {batch.description}\n{result}")
     if arguments.save:
         result.save(arguments.save)
@@ -60,9 +62,11 @@ def _show(arguments: argparse.Namespace) -> int:
     compiled = fxcurv.compile(
         target.model, arguments.loss, _names(arguments.quantities), example_inputs=_example(arguments, target)
     )
-    stages = {name: gm for name, gm in compiled.stages.items() if name.partition("[")[0] in arguments.stage.split(",")}
-    if not stages:
-        raise FxcurvError(f"no stage is called {arguments.stage!r}", remedy=f"there are {', '.join(compiled.stages)}")
+    asked, families = arguments.stage.split(","), {name: name.partition("[")[0] for name in compiled.stages}
+    for name in asked:
+        if name not in {*families, *families.values()}:
+            raise InputError(f"no stage is called {name!r}", remedy=f"there are {', '.join(families)}")
+    stages = {name: gm for name, gm in compiled.stages.items() if name in asked or families[name] in asked}
     for name, gm in stages.items():
         print(f"{name}\n{gm.code if arguments.code else tabular(gm)}\n")
     return 0
@@ -95,6 +99,7 @@ def _env(arguments: argparse.Namespace) -> int:
         "timm",
         "networkx",
         "tabulate",
+        "tqdm",
         "safetensors",
         "scikit-learn",
         "matplotlib",
@@ -114,7 +119,8 @@ def _names(quantities: str) -> list[str]:
 
 
 def _batch(arguments: argparse.Namespace) -> int:
-    return arguments.batch or (2 if arguments.data == "photos" else 8)
+    default = 2 if arguments.data == "photos" else 8
+    return default if arguments.batch is None else arguments.batch
 
 
 def _shape(arguments: argparse.Namespace, target: targets.Target) -> tuple[int, ...]:
@@ -125,34 +131,50 @@ def _shape(arguments: argparse.Namespace, target: targets.Target) -> tuple[int, 
                 f"{target.name} does not say the shape of its input", remedy="give --input, e.g. --input 3x32x32"
             )
         return target.input_shape
-    try:
-        return tuple(int(size) for size in arguments.input.split("x"))
-    except ValueError:
-        raise InputError(
-            f"--input {arguments.input} is no shape", remedy="give the sizes of one input, e.g. 3x32x32"
-        ) from None
+    sizes = arguments.input.split("x")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise InputError(f"--input {arguments.input} is no shape", remedy="give the sizes of one input, e.g. 3x32x32")
+    return tuple(map(int, sizes))
 
 
 def _example(arguments: argparse.Namespace, target: targets.Target) -> Tensor:
-    parameter = next(target.model.parameters(), torch.empty(0))
-    return torch.zeros(2, *_shape(arguments, target), dtype=parameter.dtype, device=parameter.device)
+    return _like(target).new_zeros(2, *_shape(arguments, target))
 
 
-def _targets(model: nn.Module, loss: nn.Module, batch: data.Batch, generator: torch.Generator) -> Tensor:
+def _like(target: targets.Target) -> Tensor:
+    """A tensor of the type and on the device that the model computes with."""
+    return next(target.model.parameters(), torch.empty(0)).detach()
+
+
+def _targets(
+    model: nn.Module, loss: nn.Module, inputs: Tensor, labels: Tensor | None, generator: torch.Generator
+) -> Tensor:
     """Labels where the data have any that the model knows, else the model's predictions; random ones for regression."""
-    with torch.no_grad():
-        output = model(batch.inputs)
+    output = _output(model, inputs)
+    if isinstance(loss, nn.CrossEntropyLoss):
+        if output.ndim < 2:
+            raise InputError(f"the model returns {list(output.shape)}: no classes", remedy="choose another --loss")
+        usable = labels is not None and output.ndim == 2 and int(labels.max()) < output.shape[1]
+        return labels.to(output.device) if usable and labels is not None else output.argmax(1)
+    noise = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
+    return noise if isinstance(loss, nn.MSELoss) else (noise > 0).to(output.dtype)
+
+
+def _output(model: nn.Module, inputs: Tensor) -> Tensor:
+    try:
+        with torch.no_grad():
+            output = model(inputs)
+    except Exception as error:
+        raise InputError(
+            f"the model fails on an input of shape {list(inputs.shape)}: {type(error).__name__}: {error}",
+            remedy="give --input, e.g. --input 3x32x32",
+        ) from error
     if not isinstance(output, Tensor):
         raise InputError(
             f"the model returns a {type(output).__name__}, not a tensor",
             remedy="use fxcurv.compile(..., output=...) in Python",
         )
-    if isinstance(loss, nn.CrossEntropyLoss):
-        labels = batch.targets
-        usable = labels is not None and output.ndim == 2 and int(labels.max()) < output.shape[1]
-        return labels if usable and labels is not None else output.argmax(1)
-    noise = torch.randn(output.shape, generator=generator)
-    return noise if isinstance(loss, nn.MSELoss) else (noise > 0).to(output.dtype)
+    return output
 
 
 def _parser() -> argparse.ArgumentParser:

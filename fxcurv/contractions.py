@@ -85,6 +85,8 @@ class Gradient(Statistic):
 def _product(S: Tensor, x: Tensor) -> Tensor:
     """Σ_m S[m,g,o] x[m,g,i], m over all leading axes: `[g,o,i]`."""
     S, x = S.flatten(0, -3), x.flatten(0, -3)
+    if S.shape[1] == 1:
+        return (S[:, 0].T @ x[:, 0]).unsqueeze(0)
     return S.permute(1, 2, 0) @ x.transpose(0, 1)
 
 

@@ -50,6 +50,8 @@ def load(kind: Kind, batch: int, shape: Sequence[int], classes: int | None = Non
         raise InputError(f"there are no data named {kind!r}", remedy=f"choose one of {', '.join(get_args(Kind))}")
     if batch < 1 or any(n < 1 for n in shape):
         raise InputError(f"a batch of {batch} inputs of shape {tuple(shape)} is empty")
+    if classes is not None and classes < 1:
+        raise InputError(f"there are no labels below {classes}", remedy="give at least one class")
     generator = seed if isinstance(seed, Generator) else Generator().manual_seed(seed)
     return _LOADERS[kind](_Request(batch, tuple(shape), classes, generator))
 

@@ -120,7 +120,10 @@ class DemoReport:
 
 def run(output: Path, *, seed: int = 0, say: Callable[[str], None] = print) -> DemoReport:
     """The whole demo: its files go to `output`, what it finds to `say`, its progress bars to a terminal's stderr."""
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"cannot write to {output}: {error.strerror}", remedy="choose another --output") from error
     with _one_thread():
         return _run(output, seed, say)
 

@@ -48,6 +48,10 @@ class LossTerms(ABC):
         """One column, √ω times the gradient of every term at its own target: `[N, …]`."""
         return torch.where(self.omega > 0, self.gradient / self.omega.sqrt(), 0)
 
+    def count(self, factor: Factor) -> int:
+        """How many columns per sample the factor has."""
+        return self.exact_columns if isinstance(factor, Exact) else factor.k if isinstance(factor, Sampled) else 1
+
     def columns(self, factor: Factor, chunk: int, generator: torch.Generator | None) -> Iterator[Tensor]:
         """The factor's columns `[v, N, …]` in chunks of at most `chunk`."""
         if isinstance(factor, Exact):

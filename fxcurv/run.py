@@ -6,11 +6,13 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from tqdm import tqdm
 
 from fxcurv.blocks import Block
 from fxcurv.capture import Inputs, as_call
@@ -21,30 +23,39 @@ from fxcurv.quantities import Factor
 from fxcurv.result import Curvature, Entries, Entry
 from fxcurv.spec import module_of, output_of, resolve
 
-__all__ = ["COLUMN_BYTES", "bind", "run"]
+__all__ = ["COLUMN_BYTES", "Batch", "bind", "run"]
 
 COLUMN_BYTES = 1 << 29
 """How much memory one chunk of columns may take at the widest place of the backward graph."""
 
 
-def run(
-    program: Program, model: nn.Module, loss: nn.Module, batch: tuple[Inputs, Tensor], generator: torch.Generator | None
-) -> Curvature:
-    """The curvature of `loss` at a batch `(inputs, target)`."""
-    inputs, target = batch
+@dataclass(frozen=True)
+class Batch:
+    """What a program is run on; `generator` draws sampled columns, `progress` shows a bar on a terminal."""
+
+    inputs: Inputs
+    target: Tensor
+    generator: torch.Generator | None = None
+    progress: bool = False
+
+
+def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch) -> Curvature:
+    """The curvature of `loss` at a batch."""
     with torch.no_grad(), _without_autocast():
         bind(program.canonical, model)
-        output, kept, sums = program.forward(*(t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)))
+        output, kept, sums = program.forward(
+            *(t for t in pytree.tree_leaves(as_call(batch.inputs)) if isinstance(t, Tensor))
+        )
         if not bool(output.isfinite().all()):
             raise InputError(
                 "the model's output holds NaN or infinity",
                 node="output",
                 remedy="check its parameters and the scale of the input",
             )
-        terms = loss_terms(loss, output, target)
-        generator = generator or _fresh_generator(output.device)
+        terms = loss_terms(loss, output, batch.target)
+        batch = dataclasses.replace(batch, generator=batch.generator or _fresh_generator(output.device))
         for factor in program.backwards:
-            sums |= _pull_back(program, factor, kept, terms, generator)
+            sums |= _pull_back(program, factor, kept, terms, batch)
         return _assembled(program, sums, terms.value, output, str(loss.reduction))
 
 
@@ -64,14 +75,17 @@ def _hold(op: nn.Module, slot: str, tensor: Tensor) -> None:
 
 
 def _pull_back(
-    program: Program, factor: Factor, kept: Mapping[str, Any], terms: LossTerms, generator: torch.Generator
+    program: Program, factor: Factor, kept: Mapping[str, Any], terms: LossTerms, batch: Batch
 ) -> dict[str, Tensor]:
     """The sums of one factor, over chunks of its columns."""
     backward = program.backwards[factor]
     needed = {str(node.target): kept[str(node.target)] for node in backward.graph.find_nodes(op="placeholder")[1:]}
     dtype = output_of(program.canonical).meta["dtype"]
     sums: dict[str, Tensor] = {}
-    for S in terms.columns(factor, _chunk(program.canonical, terms.gradient), generator):
+    chunk = _chunk(program.canonical, terms.gradient)
+    columns = terms.columns(factor, chunk, batch.generator)
+    chunks = -(-terms.count(factor) // chunk)
+    for S in tqdm(columns, str(factor), chunks, disable=None if batch.progress and chunks > 1 else True):
         for key, part in backward(S.to(dtype), **needed).items():
             sums[key] = sums[key] + part if key in sums else part
     return sums

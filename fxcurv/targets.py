@@ -213,10 +213,11 @@ def _suggestion(name: str, known: Iterable[str]) -> str | None:
 
 def _without_download(kwargs: dict[str, Any]) -> str | None:
     """Take `weights` and `pretrained` out of `kwargs`, and refuse what would make the library download."""
-    if kwargs.pop("pretrained", False):
-        raise TargetError("pretrained=True would download weights", remedy=_WEIGHTS)
+    for key in ("pretrained", "weights_backbone"):
+        if value := kwargs.pop(key, None):
+            raise TargetError(f"{key}={value} would download weights", remedy=_WEIGHTS)
     weights: Any = kwargs.pop("weights", None)
-    if weights is None or weights in PACKAGED or (isinstance(weights, str) and Path(weights).is_file()):
+    if weights is None or (isinstance(weights, str) and (weights in PACKAGED or Path(weights).is_file())):
         return weights
     raise TargetError(f"weights={weights!r} is neither a file nor the name of installed weights", remedy=_WEIGHTS)
 
