@@ -110,6 +110,12 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
     except FxcurvError:
         raise
     except Exception as error:
+        integers = [str(t.dtype) for t in pytree.tree_leaves((args, kwargs)) if _is_integer(t)]
+        if integers and not _mentions_data(error):
+            remedy = "convert it: x.float(), unless the model expects indices"
+            raise InputError(
+                f"the input is of type {integers[0]}, and the model cannot be traced on it: {error}", remedy=remedy
+            ) from error
         raise _translated(error) from error
     graph = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     _keep_only_selected_output(graph, program)
@@ -143,12 +149,22 @@ def _dynamic_shapes(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
+def _mentions_data(error: Exception) -> bool:
+    """Whether the error of tracing is a branch on values."""
+    text = f"{type(error).__name__}: {error}"
+    return any(hint in text for hint in ("data-dependent", "DataDependent", "bool on", "item()"))
+
+
 def _translated(error: Exception) -> CaptureError:
     """An error of tracing as cause and remedy, with the line of the model that it came from."""
     text, frame = str(error), _user_frame(error)
     where = f" at {frame}" if frame else ""
     name = type(error).__name__
-    if "data-dependent" in text or "GuardOnDataDependent" in name or "bool on" in text or "item()" in text:
+    if _mentions_data(error):
         return CaptureError(
             f"data-dependent control flow{where}: {text.splitlines()[0]}",
             remedy="decide on shapes or constants instead of values, or use torch.where",

@@ -88,7 +88,7 @@ def _mnist_table() -> Tensor:
 
     file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxcurv" / "mnist-5k.npz"
     try:
-        with np.load(file) as cached:
+        with file.open("rb") as stream, np.load(stream) as cached:
             table = torch.from_numpy(cached["table"])
         if table.shape == (5000, 785) and table.dtype is torch.uint8:
             return table

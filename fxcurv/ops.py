@@ -28,8 +28,10 @@ __all__ = [
     "Neg",
     "Opaque",
     "Pad",
+    "Parameter",
     "Permute",
     "Pointwise",
+    "Repeat",
     "Reshape",
     "Scale",
     "Select",
@@ -102,6 +104,39 @@ class Constant(nn.Module):
 
     def extra_repr(self) -> str:
         return str(tuple(self.value.shape))
+
+
+class Parameter(nn.Module):
+    """y = a trainable parameter of the model, used otherwise than as the weight or bias of an op; slot `value`."""
+
+    value: nn.Parameter
+
+    def __init__(self, value: nn.Parameter) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self) -> Tensor:
+        return self.value
+
+    def extra_repr(self) -> str:
+        return str(tuple(self.value.shape))
+
+
+class Repeat(nn.Module):
+    """y = x.expand(shape) for every sample of a batch: -1 in `shape` stands for the batch size of `like`, at `axis`."""
+
+    broadcasts: ClassVar = True
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.axis = self.shape.index(-1)
+
+    def forward(self, x: Tensor, like: Tensor) -> Tensor:
+        return x.expand(*self.shape[: self.axis], like.shape[0], *self.shape[self.axis + 1 :])
+
+    def extra_repr(self) -> str:
+        return str(self.shape)
 
 
 class Shift(nn.Module):

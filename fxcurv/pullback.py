@@ -11,9 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcurv.rules import rule_of
+from fxcurv.rules import autograd_pull, autograd_pull_each, rule_of
 
-__all__ = ["Accumulate", "InputPositions", "Keep", "OutputPositions", "Pull", "Unbroadcast"]
+__all__ = [
+    "Accumulate",
+    "InputPositions",
+    "Keep",
+    "OutputPositions",
+    "ParameterPositions",
+    "Pull",
+    "PullToParameter",
+    "Unbroadcast",
+]
 
 
 class _OfOp(nn.Module):
@@ -36,29 +45,76 @@ class Keep(_OfOp):
 
 
 class Pull(_OfOp):
-    """S[v, *y.shape] -> S[v, *x_k.shape], before broadcasting is undone."""
+    """S[v, *y.shape] -> S[v, *x_k.shape], before broadcasting is undone; with `per_sample`, S[v, n, …] at constants.
 
-    def __init__(self, op: nn.Module, k: int) -> None:
+    With `together`, the columns of an opaque op are pulled back at once.
+    """
+
+    def __init__(self, op: nn.Module, k: int, per_sample: bool = False, together: bool = False) -> None:
         super().__init__(op)
-        self.k = k
+        self.k, self.per_sample, self.together = k, per_sample, together
 
     def forward(self, S: Tensor, kept: Any) -> Tensor:
-        return self.rule.pull(self.op, S, kept, self.k)
+        pull = autograd_pull if self.together else self.rule.pull
+        if not self.per_sample:
+            return pull(self.op, S, kept, self.k)
+        return pull(self.op, S.flatten(0, 1), kept, self.k).unflatten(0, S.shape[:2])
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, per_sample={self.per_sample}, together={self.together}"
+
+
+class PullToParameter(_OfOp):
+    """S[v, *y.shape] -> S[v, n, *θ.shape] where input k of `op`, θ, is the same for all samples.
+
+    `batch_axes` are those of the inputs, and that of the output last; each sample is pulled back alone by autograd, one
+    after the other or all `together`.
+    """
+
+    def __init__(self, op: nn.Module, k: int, batch_axes: Sequence[int | None], together: bool = False) -> None:
+        super().__init__(op)
+        self.k, self.batch_axes, self.together = k, tuple(batch_axes), together
+
+    def forward(self, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
+        *axes, last = self.batch_axes
+        assert last is not None
+        if self.together:
+            return torch.func.vmap(self._one_sample, (last + 1, *axes), 1)(S, *kept)
+        samples = S.movedim(last + 1, 0)
+        return torch.stack([self._one_sample(S, *_sample(kept, axes, n)) for n, S in enumerate(samples)], 1)
+
+    def _one_sample(self, S: Tensor, *xs: Tensor) -> Tensor:
+        """S[v, …] and inputs without the batch axis -> S[v, *θ.shape]."""
+        *axes, last = self.batch_axes
+        assert last is not None
+        inputs = [x if axis is None else x.unsqueeze(axis) for x, axis in zip(xs, axes, strict=True)]
+        pull = autograd_pull if self.together else autograd_pull_each
+        return pull(self.op, S.unsqueeze(last + 1), inputs, self.k)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, batch_axes={self.batch_axes}, together={self.together}"
+
+
+def _sample(xs: Sequence[Tensor], axes: Sequence[int | None], n: int) -> list[Tensor]:
+    return [x if axis is None else x.select(axis, n) for x, axis in zip(xs, axes, strict=True)]
 
 
 class Unbroadcast(nn.Module):
-    """Sum over the axes along which an input was repeated: `lead` in front of it, and its `axes` of size one."""
+    """Sum over the axes along which an input was repeated: `lead` in front of it, and its `axes` of size one.
 
-    def __init__(self, lead: int, axes: Sequence[int]) -> None:
+    They are counted behind the first `columns` axes of S.
+    """
+
+    def __init__(self, lead: int, axes: Sequence[int], columns: int = 1) -> None:
         super().__init__()
-        self.lead, self.axes = lead, tuple(axes)
+        self.lead, self.axes, self.columns = lead, tuple(axes), columns
 
     def forward(self, S: Tensor) -> Tensor:
-        S = S.sum(tuple(range(1, 1 + self.lead))) if self.lead else S
-        return S.sum(tuple(axis + 1 for axis in self.axes), keepdim=True) if self.axes else S
+        S = S.sum(tuple(range(self.columns, self.columns + self.lead))) if self.lead else S
+        return S.sum(tuple(axis + self.columns for axis in self.axes), keepdim=True) if self.axes else S
 
     def extra_repr(self) -> str:
-        return f"lead={self.lead}, axes={self.axes}"
+        return f"lead={self.lead}, axes={self.axes}, columns={self.columns}"
 
 
 class Accumulate(nn.Module):
@@ -86,6 +142,13 @@ class InputPositions(_OfOp):
     def forward(self, x: Tensor) -> Tensor:
         assert self.rule.use is not None
         return self.rule.use.x(self.op, _accurate(x).movedim(self.batch_axis, 0))
+
+
+class ParameterPositions(nn.Module):
+    """S[v, n, *θ.shape] -> S[v,n,s,g,o] with one position and one group: a parameter as a bias of its own."""
+
+    def forward(self, S: Tensor) -> Tensor:
+        return _accurate(S).reshape(*S.shape[:2], 1, 1, -1)
 
 
 class OutputPositions(_OfOp):

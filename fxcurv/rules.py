@@ -11,7 +11,8 @@ An affine rule also says how the op uses its parameters, as `y[n,s,g,o] = Σ_i W
 | bilinear    | B(a, b)                    | a, b           | B(·, b)ᵀ S, B(a, ·)ᵀ S                      |
 | selection   | x[indices]                 | indices, shape | S scattered to the indices                  |
 | affine      | W x + b                    | shape          | Wᵀ S; and the positions of x and S, for W, b |
-| opaque      | f(x, …)                    | x, …           | vmap(vjp(f))                                |
+| opaque      | f(x, …)                    | x, …           | vjp(f), column by column                    |
+| parameter   | θ                          | nothing        | S is what arrives at θ, for each sample     |
 | stop        | x                          | nothing        | nothing                                     |
 """
 
@@ -35,6 +36,8 @@ __all__ = [
     "Rule",
     "Use",
     "affine",
+    "autograd_pull",
+    "autograd_pull_each",
     "bilinear",
     "elementwise",
     "linear",
@@ -43,7 +46,7 @@ __all__ = [
     "selection",
 ]
 
-Kind = Literal["elementwise", "linear", "bilinear", "selection", "affine", "opaque", "stop"]
+Kind = Literal["elementwise", "linear", "bilinear", "selection", "affine", "opaque", "parameter", "stop"]
 Shape = Sequence[int]
 M = TypeVar("M", bound=nn.Module)
 
@@ -135,8 +138,8 @@ def affine(
 
 
 def opaque(op: type[nn.Module]) -> None:
-    """Any differentiable op without parameters."""
-    _declare(op, Rule("opaque", lambda op, xs, y: xs, _autograd_pull))
+    """Any differentiable op without parameters; passes/contract.py vectorizes the columns where that is right."""
+    _declare(op, Rule("opaque", lambda op, xs, y: xs, autograd_pull_each))
 
 
 def stop(op: type[nn.Module]) -> None:
@@ -151,13 +154,23 @@ def _autograd_derivative(op: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return torch.func.vjp(op, x)[1](torch.ones_like(y))[0]
 
 
-def _autograd_pull(op: nn.Module, S: Tensor, xs: tuple[Tensor, ...], k: int) -> Tensor:
-    pull = torch.func.vjp(lambda x: op(*xs[:k], x, *xs[k + 1 :]), xs[k])[1]
-    return torch.func.vmap(pull)(S)[0]
+def _vjp(op: nn.Module, xs: Sequence[Tensor], k: int) -> Callable[[Tensor], tuple[Tensor]]:
+    return torch.func.vjp(lambda x: op(*xs[:k], x, *xs[k + 1 :]), xs[k])[1]
+
+
+def autograd_pull_each(op: nn.Module, S: Tensor, xs: Sequence[Tensor], k: int) -> Tensor:
+    """S[v, *y.shape] -> S[v, *x_k.shape], one column after the other."""
+    pull = _vjp(op, xs, k)
+    return torch.stack([pull(column)[0] for column in S])
+
+
+def autograd_pull(op: nn.Module, S: Tensor, xs: Sequence[Tensor], k: int) -> Tensor:
+    """S[v, *y.shape] -> S[v, *x_k.shape], all columns at once: as right as the batching rules of torch for this op."""
+    return torch.func.vmap(_vjp(op, xs, k))(S)[0]
 
 
 def _autograd_transpose(op: nn.Module, S: Tensor, shapes: tuple[Shape, ...], k: int) -> Tensor:
-    return _autograd_pull(op, S, tuple(S.new_zeros(shape) for shape in shapes), k)
+    return autograd_pull(op, S, [S.new_zeros(shape) for shape in shapes], k)
 
 
 # Pullbacks with a body --------------------------------------------------------------------------------------------
@@ -326,6 +339,8 @@ selection(nn.MaxPool3d, _pool_indices(torch.ops.aten.max_pool3d_with_indices), a
 # the rest
 opaque(ops.Opaque)
 _declare(ops.Cast, Rule("linear", lambda op, xs, y: xs[0].dtype, lambda op, S, dtype, k: S.to(dtype)))
+linear(ops.Repeat, lambda op, S, shapes, k: S)  # undone as a broadcast
+_declare(ops.Parameter, Rule("parameter", lambda op, xs, y: None, lambda op, S, kept, k: S))
 stop(ops.Detach)
 stop(ops.Constant)
 stop(ops.Discrete)

@@ -93,8 +93,9 @@ def _pull_back(
 
 def _chunk(canonical: fx.GraphModule, gradient: Tensor) -> int:
     """How many columns to pull back at once, so that those of the widest node stay within `COLUMN_BYTES`."""
-    shapes = [node.meta["shape"] for node in canonical.graph.nodes if "shape" in node.meta]
-    widest = max(math.prod(resolve(shape, len(gradient))) for shape in shapes)
+    N, nodes = len(gradient), [node for node in canonical.graph.nodes if "shape" in node.meta]
+    sizes = [math.prod(resolve(n.meta["shape"], N)) * (N if n.meta["batch_axis"] is None else 1) for n in nodes]
+    widest = max(sizes)
     return max(1, COLUMN_BYTES // (widest * gradient.element_size()))
 
 

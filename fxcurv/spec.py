@@ -137,13 +137,8 @@ def _augmentation(node: fx.Node) -> str | None:
 
 def _backward(node: fx.Node) -> str | None:
     op = module_of(node)
-    kinds = (
-        pullback.Pull,
-        pullback.Unbroadcast,
-        pullback.Accumulate,
-        pullback.InputPositions,
-        pullback.OutputPositions,
-    )
+    kinds = (pullback.Pull, pullback.PullToParameter, pullback.Unbroadcast, pullback.Accumulate)
+    kinds += (pullback.InputPositions, pullback.OutputPositions, pullback.ParameterPositions)
     if isinstance(op, kinds) or (isinstance(op, Statistic) and op.reads != "x"):
         return None
     return f"module type {type(op).__name__} does not belong here"

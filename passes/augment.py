@@ -8,23 +8,32 @@ back only where a wanted parameter lies below.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import networkx as nx
-import torch
 from torch import fx, nn
 
+from fxcurv import ops
 from fxcurv.contractions import Statistic
 from fxcurv.program import Job
-from fxcurv.pullback import Accumulate, InputPositions, Keep, OutputPositions, Pull, Unbroadcast
+from fxcurv.pullback import (
+    Accumulate,
+    InputPositions,
+    Keep,
+    OutputPositions,
+    ParameterPositions,
+    Pull,
+    PullToParameter,
+    Unbroadcast,
+)
 from fxcurv.quantities import Factor, Quantity, Used
 from fxcurv.rules import rule_of
-from fxcurv.spec import Shape, module_of, output_of, resolve
+from fxcurv.spec import Shape, module_of, output_of
 from passes.rewrite import free_target
+from passes.uses import Uses, flow_of, layout_of, parameter_uses, reaching, used
 
 __all__ = ["Augmented", "augment"]
 
@@ -38,90 +47,19 @@ class Augmented:
     jobs: tuple[Job, ...]
 
 
-Role = Literal["weight", "bias"]
-Uses = dict[str, list[tuple[fx.Node, Role]]]
-
-
 def augment(gm: fx.GraphModule, quantities: Mapping[str, Quantity], wanted: Iterable[str]) -> Augmented:
     """The forward graph, and one backward graph per factor that computes `quantities` of the `wanted` parameters."""
-    uses = _parameter_uses(gm, wanted)
-    used = {name: _used(name, uses) for name in uses}
+    uses = parameter_uses(gm, wanted)
+    described = {name: used(name, uses) for name in uses}
     emitter = _Emitter(gm, uses)
     jobs: list[Job] = []
     backwards: dict[Factor, fx.GraphModule] = {}
     for factor in dict.fromkeys(quantity.factor for quantity in quantities.values()):
         asked = {name: quantity for name, quantity in quantities.items() if quantity.factor == factor}
         backward = emitter.pull_back()
-        jobs += emitter.reduce(backward, asked, used)
+        jobs += emitter.reduce(backward, asked, described)
         backwards[factor] = backward.finished()
     return Augmented(emitter.forward.finished(), backwards, tuple(jobs))
-
-
-# What is wanted where ---------------------------------------------------------------------------------------------
-
-
-def _parameter_uses(gm: fx.GraphModule, wanted: Iterable[str]) -> Uses:
-    """The nodes through which each wanted parameter reaches the output, and in which role."""
-    wanted, reached, uses = set(wanted), _reaching(gm), Uses()
-    for node in gm.graph.nodes:
-        for role in ("weight", "bias"):
-            source = node.meta.get("slots", {}).get(role)
-            if source is not None and source.expression is None and source.names[0] in wanted and node in reached:
-                uses.setdefault(source.names[0], []).append((node, role))
-    return uses
-
-
-def _reaching(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes on which the output depends differentiably."""
-    output = output_of(gm)
-    return {output} | nx.ancestors(_flow(gm), output)
-
-
-def _flow(gm: fx.GraphModule) -> nx.DiGraph[fx.Node]:
-    """Node -> its consumers, as far as they are differentiable in it."""
-    flow: nx.DiGraph[fx.Node] = nx.DiGraph()
-    flow.add_nodes_from(gm.graph.nodes)
-    for node in gm.graph.nodes:
-        if node.op == "call_module" and rule_of(module_of(node)).kind != "stop":
-            flow.add_edges_from((x, node) for x in node.all_input_nodes)
-    return flow
-
-
-def _used(name: str, uses: Uses) -> Used:
-    """A parameter's description, from the shapes of its uses."""
-    layouts = {_layout(node) for node, _ in uses[name]}
-    node, role = uses[name][0]
-    shape = tuple(getattr(module_of(node), role).shape)
-    groups, outputs = next(iter(layouts))
-    matrix = len(shape) > 1 and len(layouts) == 1 and all(role == "weight" for _, role in uses[name])
-    inputs = math.prod(shape) // (groups * outputs) if role == "weight" else 1
-    positions = sum(_positions(node) for node, _ in uses[name])
-    return Used(name, shape, groups, outputs, inputs, positions, matrix, _partner(name, uses))
-
-
-def _output_shape(node: fx.Node) -> tuple[int, ...]:
-    """[s, g, o] of a use."""
-    S = torch.empty(1, *resolve(node.meta["shape"], 1), device="meta")
-    return tuple(OutputPositions(module_of(node), node.meta["batch_axis"])(S).shape[2:])
-
-
-def _layout(node: fx.Node) -> tuple[int, int]:
-    return _output_shape(node)[1], _output_shape(node)[2]
-
-
-def _positions(node: fx.Node) -> int:
-    return _output_shape(node)[0]
-
-
-def _partner(name: str, uses: Uses) -> str | None:
-    """The bias that exactly the uses of this matrix add, or for that bias the matrix."""
-    nodes = [node for node, _ in uses[name]]
-    for other in uses:
-        weight, bias = (name, other) if uses[name][0][1] == "weight" else (other, name)
-        roles = {role for _, role in uses[weight]} == {"weight"} and {role for _, role in uses[bias]} == {"bias"}
-        if other != name and roles and [node for node, _ in uses[other]] == nodes:
-            return other if getattr(module_of(nodes[0]), "weight").ndim > 1 else None  # noqa: B009
-    return None
 
 
 # Emission ---------------------------------------------------------------------------------------------------------
@@ -140,13 +78,7 @@ class _Graph:
 
     def call(self, target: str, module: nn.Module, args: tuple[Any, ...], shape: Shape | None = None) -> fx.Node:
         """The node that calls `module` on `args`."""
-        key = (
-            type(module),
-            module.extra_repr(),
-            id(getattr(module, "op", None)),
-            getattr(module, "k", None),
-            _hashable(args),
-        )
+        key = (type(module), module.extra_repr(), id(getattr(module, "op", None)), _hashable(args))
         if key not in self.calls:
             target = free_target(target, self.modules)
             self.modules[target] = module.eval()
@@ -181,16 +113,16 @@ class _Emitter:
         self.gm, self.uses = gm, uses
         self.forward = _Forward(gm)
         self.using = {node for nodes in uses.values() for node, _ in nodes}
-        flow = _flow(gm)
+        flow = flow_of(gm)
         below = self.using.union(*(nx.descendants(flow, node) for node in self.using))
-        self.pulled = below & _reaching(gm)
+        self.pulled = below & reaching(gm)
 
     def pull_back(self) -> _Backward:
         """A backward graph that carries S from the output to every node that uses a wanted parameter."""
         backward = _Backward()
         output = output_of(self.gm)
         arriving: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
-        arriving[output].append(backward.placeholder("S", ("V", *output.meta["shape"])))
+        arriving[output].append(backward.placeholder("S", _columns(output)))
         for node in reversed(self.gm.graph.nodes):
             if node not in self.pulled or node not in arriving:
                 continue
@@ -203,16 +135,24 @@ class _Emitter:
         return backward
 
     def _pull(self, backward: _Backward, node: fx.Node, S: fx.Node, k: int, x: fx.Node) -> fx.Node:
-        kept = backward.placeholder(self.forward.keep(node))
-        name = f"pull.{node.target}" if len(node.all_input_nodes) == 1 else f"pull.{node.target}.{k}"
+        """S at an input of a node; from there on for each sample alone where the input is the same for all samples."""
+        name = f"pull.{node.target}" if len(_inputs(node)) == 1 else f"pull.{node.target}.{k}"
+        op, own = module_of(node), node.meta["batch_axis"] is None
+        if x.meta["batch_axis"] is None and not own:
+            axes = [n.meta["batch_axis"] for n in (*_inputs(node), node)]
+            return backward.call(name, PullToParameter(op, k, axes), (S, self._saved(backward, node)), _columns(x))
+        opaque = rule_of(op).kind == "opaque"
+        kept = self._saved(backward, node) if opaque else backward.placeholder(self.forward.keep(node))
         lead, axes = _broadcast(x.meta["shape"], node)
-        shape = node.meta["shape"] if lead or axes else x.meta["shape"]
-        pulled = backward.call(name, Pull(module_of(node), k), (S, kept), ("V", *shape))
+        pulled = backward.call(name, Pull(op, k, own), (S, kept), _columns(node if lead or axes else x, own))
         if not lead and not axes:
             return pulled
-        return backward.call(
-            f"unbroadcast.{node.target}.{k}", Unbroadcast(lead, axes), (pulled,), ("V", *x.meta["shape"])
-        )
+        undo = Unbroadcast(lead, axes, 2 if own else 1)
+        return backward.call(f"unbroadcast.{node.target}.{k}", undo, (pulled,), _columns(x))
+
+    def _saved(self, backward: _Backward, node: fx.Node) -> list[fx.Node]:
+        """The inputs of a node, as the backward graph finds them."""
+        return [backward.saved(self.forward.save(x), x) for x in _inputs(node)]
 
     def reduce(self, backward: _Backward, quantities: Mapping[str, Quantity], used: Mapping[str, Used]) -> list[Job]:
         """Emit the statistics of every wanted parameter and say what is to be made of them."""
@@ -242,7 +182,17 @@ class _Emitter:
 
     def _input(self, backward: _Backward, node: fx.Node) -> fx.Node:
         (x,) = node.all_input_nodes
-        return backward.input_positions(node, backward.placeholder(self.forward.save(x), x.meta["shape"]))
+        return backward.input_positions(node, backward.saved(self.forward.save(x), x))
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    return [x for x in node.args if isinstance(x, fx.Node)]
+
+
+def _columns(node: fx.Node, own: bool = False) -> Shape:
+    """The shape of S at a node: columns, samples where the node has none of its own, and the node's shape."""
+    alone = node.meta["batch_axis"] is None or own
+    return ("V", "N", *node.meta["shape"]) if alone else ("V", *node.meta["shape"])
 
 
 def _broadcast(shape: Shape, node: fx.Node) -> tuple[int, tuple[int, ...]]:
@@ -295,14 +245,22 @@ class _Backward(_Graph):
         super().__init__("Backward")
         self.S: dict[fx.Node, fx.Node] = {}
 
+    def saved(self, name: str, x: fx.Node) -> fx.Node:
+        """The placeholder of a value that the forward graph saved."""
+        placeholder = self.placeholder(name, x.meta["shape"])
+        placeholder.meta["dtype"] = x.meta["dtype"]
+        return placeholder
+
     def accumulated(self, node: fx.Node, arriving: list[fx.Node]) -> fx.Node:
         if len(arriving) == 1:
             return arriving[0]
-        return self.call(f"sum.{node.target}", Accumulate(), tuple(arriving), ("V", *node.meta["shape"]))
+        return self.call(f"sum.{node.target}", Accumulate(), tuple(arriving), _columns(node))
 
     def output_positions(self, node: fx.Node, S: fx.Node) -> fx.Node:
-        op = OutputPositions(module_of(node), node.meta["batch_axis"])
-        return self.call(f"S.{node.target}", op, (S,), ("V", "N", *_output_shape(node)))
+        op = module_of(node)
+        held = isinstance(op, ops.Parameter)
+        positions = ParameterPositions() if held else OutputPositions(op, node.meta["batch_axis"])
+        return self.call(f"S.{node.target}", positions, (S,), ("V", "N", *layout_of(node)))
 
     def input_positions(self, node: fx.Node, x: fx.Node) -> fx.Node:
         return self.call(f"x.{node.target}", InputPositions(module_of(node), node.meta["batch_axis"]), (x,))

@@ -50,6 +50,8 @@ def _batch_axis(node: fx.Node, op: nn.Module, device: torch.device) -> int | Non
     if all(axis is None for axis in axes):
         return None
     rule = rule_of(op)
+    if isinstance(op, ops.Repeat):
+        return op.axis
     if rule.kind == "elementwise":
         return axes[0]
     if rule.use is not None:
@@ -63,24 +65,35 @@ def _batch_axis(node: fx.Node, op: nn.Module, device: torch.device) -> int | Non
 
 def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> int | None:
     """The axis along which redrawing sample n of the inputs changes entry n of the output and nothing else."""
-    generator = torch.Generator(device).manual_seed(0)
-    inputs = list(node.args)
-    xs = [_draw(x, generator) for x in inputs if isinstance(x, fx.Node)]
-    y = op(*xs)
-    changed: list[Tensor] = []
-    for n in range(SAMPLES):
-        redrawn = [
-            _redrawn(x, value, n, generator) for x, value in zip(inputs, xs, strict=True) if isinstance(x, fx.Node)
-        ]
-        changed.append(op(*redrawn) != y)
+    y, changed = _redraw_each(node, op, torch.Generator(device).manual_seed(0), positive=False)
+    if bool(y.isnan().any()):  # a square root or a logarithm
+        y, changed = _redraw_each(node, op, torch.Generator(device).manual_seed(0), positive=True)
     if not any(bool(c.any()) for c in changed):
+        if bool(y.isnan().any()):
+            raise _mixing(node, "it cannot be told, for random inputs give NaN")
         return None
     for axis in (a for a in range(y.ndim) if y.shape[a] == SAMPLES):
-        if all(
-            bool(c.movedim(axis, 0)[n].any()) and not _elsewhere(c.movedim(axis, 0), n) for n, c in enumerate(changed)
-        ):
+        moved = [c.movedim(axis, 0) for c in changed]
+        if all(bool(c[n].any()) and not _elsewhere(c, n) for n, c in enumerate(moved)):
             return axis
     raise _mixing(node, "a sample of its output depends on other samples, or samples share an axis with something else")
+
+
+def _redraw_each(
+    node: fx.Node, op: nn.Module, generator: torch.Generator, positive: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The output at random inputs, and for each sample which entries change when that sample is redrawn."""
+
+    def run(tensors: list[Tensor]) -> Tensor:
+        return op(*(t.abs() if positive and t.is_floating_point() else t for t in tensors))
+
+    inputs = [x for x in node.args if isinstance(x, fx.Node)]
+    xs = [_draw(x, generator) for x in inputs]
+    y, changed = run(xs), list[Tensor]()
+    for n in range(SAMPLES):
+        other = run([_redrawn(x, value, n, generator) for x, value in zip(inputs, xs, strict=True)])
+        changed.append((other != y) & ~(other.isnan() & y.isnan()))
+    return y, changed
 
 
 def _elsewhere(changed: Tensor, n: int) -> bool:

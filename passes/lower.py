@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
 from fxcurv import ops
 from fxcurv.capture import Captured
-from fxcurv.errors import CaptureError, InputError, UnsupportedError
+from fxcurv.errors import CaptureError, UnsupportedError
 from fxcurv.spec import Batch, Source, shape_of
 from passes import lowerings
 from passes.lowerings import Slots, packet_of, where
@@ -29,12 +30,16 @@ def lower(captured: Captured, model: nn.Module) -> fx.GraphModule:
 
 @dataclass
 class _Lowering:
-    """The graph under construction, and what each ATen node became: a value that depends on an input, or a constant."""
+    """The graph under construction, and what each ATen node became.
+
+    `live` nodes depend on an input or on a trainable parameter, `data` nodes on an input; all others are constants.
+    """
 
     captured: Captured
     model: nn.Module
     graph: fx.Graph = field(default_factory=fx.Graph)
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    live: set[fx.Node] = field(default_factory=set)
     data: set[fx.Node] = field(default_factory=set)
     values: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
@@ -46,14 +51,18 @@ class _Lowering:
     # The walk
 
     def visit(self, node: fx.Node) -> None:
-        """Lower one ATen node, if it depends on an input."""
+        """Lower one ATen node, if it depends on an input or a trainable parameter."""
         if node.op == "output":
             self.graph.output(self.value(node.args[0], node))
         elif node.op == "placeholder":
             if node.name not in self.captured.sources:
                 self._input(node)
-        elif any(n in self.data for n in node.all_input_nodes):
-            self.data.add(node)
+            elif self.captured.sources[node.name] in self.trainable:
+                self.live.add(node)
+        elif any(n in self.live for n in node.all_input_nodes):
+            self.live.add(node)
+            if any(n in self.data and isinstance(n.meta.get("val"), Tensor | Sequence) for n in node.all_input_nodes):
+                self.data.add(node)
             if isinstance(node.meta.get("val"), Tensor):  # else a size or several tensors: lowered where it is read
                 self.values[node] = self._lowered(node)
 
@@ -61,17 +70,13 @@ class _Lowering:
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return  # a number is a constant of the graph
-        if not value.dtype.is_floating_point:
-            dtype = str(value.dtype).removeprefix("torch.")
-            raise InputError(
-                f"the input is of integer type {dtype}", node=f"'{node.name}'", remedy="convert it: x.float()"
-            )
         if shape_of(value, node.name)[0] != Batch():
             raise CaptureError(
                 f"the model works for one batch size only, {value.shape[0]}",
                 node=f"'{node.name}'",
                 remedy="use -1 or x.shape[0] where it reshapes",
             )
+        self.live.add(node)
         self.data.add(node)
         self.values[node] = _annotated(self.graph.placeholder(node.name), node)
 
@@ -91,48 +96,42 @@ class _Lowering:
         return self._call(node, _path(node, self.model, bool(sources)), op, args, sources)
 
     def value(self, argument: Any, user: fx.Node) -> fx.Node:
-        """The canonical node of an ATen node: its lowered value, or a constant."""
+        """The canonical node of an ATen node: its lowered value, a parameter, or a constant."""
         if not isinstance(argument, fx.Node):
             raise UnsupportedError(
                 f"{argument!r} is no tensor", node=where(user), remedy="return a tensor that depends on the input"
             )
         if argument not in self.values:
             source = self._source(argument)
-            self._refuse_trainable(source, user)
-            op = ops.Constant(source(self.tensors.__getitem__).detach())
+            tensor = source(self.tensors.__getitem__)
+            held = source.expression is None and source.names[0] in self.trainable
+            op = ops.Parameter(cast("nn.Parameter", tensor)) if held else ops.Constant(tensor.detach())
             path = source.names[0] if source.expression is None else argument.name
             self.values[argument] = self._call(argument, path, op, (), {"value": source})
         return self.values[argument]
 
-    def slot(self, argument: fx.Node | None, user: fx.Node) -> Tensor | None:
-        """The live tensor that an op holds: a parameter itself, or an expression of constants."""
-        if argument is None:
-            return None
-        if argument in self.data:
-            raise UnsupportedError(
-                "a weight depends on the input", node=where(user), remedy="only constant weights have a rule"
-            )
-        source = self._source(argument)
-        if source.expression is not None:
-            self._refuse_trainable(source, user)
-        return source(self.tensors.__getitem__)
+    def batch(self) -> fx.Node:
+        """An input, whose axis 0 is the batch."""
+        return next(value for node, value in self.values.items() if node.op == "placeholder" and node in self.data)
 
-    def _refuse_trainable(self, source: Source, user: fx.Node) -> None:
-        held = [name for name in source.names if name in self.trainable]
-        if held:
-            raise UnsupportedError(
-                f"parameter {held[0]!r} is used in a way that has no rule",
-                node=where(user),
-                remedy=f"use it as the weight or bias of a Linear, convolution or BatchNorm, or freeze it: "
-                f"model.get_parameter({held[0]!r}).requires_grad_(False)",
-            )
+    def depends(self, argument: Any) -> bool:
+        """Whether an ATen node depends on an input."""
+        return argument in self.data
+
+    def holdable(self, *arguments: fx.Node | None) -> bool:
+        """Whether an op can hold these tensors: parameters as they are, constants, nothing computed from either."""
+        return all(n is None or n.op == "placeholder" or n not in self.live for n in arguments)
+
+    def slot(self, argument: fx.Node | None) -> Tensor | None:
+        """The live tensor that an op holds: a parameter itself, or an expression of constants."""
+        return None if argument is None else self._source(argument)(self.tensors.__getitem__)
 
     def _source(self, node: fx.Node) -> Source:
         """Where a tensor that depends on no input comes from."""
         if node.op == "placeholder":
             return Source((self.captured.sources[node.name],))
         ancestors = _ancestors(node)
-        if any(n in self.data for n in ancestors):
+        if any(n in self.live and n.op != "placeholder" for n in ancestors):
             raise UnsupportedError(
                 "a constant depends on the batch size", node=where(node), remedy="compute it from the input's values"
             )

@@ -30,7 +30,13 @@ class Builder(Protocol):
 
     def value(self, argument: Any, user: fx.Node) -> fx.Node: ...
 
-    def slot(self, argument: fx.Node | None, user: fx.Node) -> Tensor | None: ...
+    def slot(self, argument: fx.Node | None) -> Tensor | None: ...
+
+    def holdable(self, *arguments: fx.Node | None) -> bool: ...
+
+    def depends(self, argument: Any) -> bool: ...
+
+    def batch(self) -> fx.Node: ...
 
 
 Lowering = Callable[[Builder, fx.Node, Arguments], fx.Node]
@@ -125,7 +131,9 @@ def _hold(op: nn.Module, **slots: Tensor | None) -> nn.Module:
 
 @lowers("linear")
 def _linear(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    weight, bias = low.slot(a["weight"], node), low.slot(a["bias"], node)
+    if not low.depends(a["input"]) or not low.holdable(a["weight"], a["bias"]):
+        return _generic(ops.Opaque)(low, node, a)
+    weight, bias = low.slot(a["weight"]), low.slot(a["bias"])
     assert weight is not None
     op = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     x = low.value(a["input"], node)
@@ -134,7 +142,9 @@ def _linear(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 @lowers("conv1d", "conv2d", "conv3d")
 def _conv(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    weight, bias = low.slot(a["weight"], node), low.slot(a["bias"], node)
+    if not low.depends(a["input"]) or not low.holdable(a["weight"], a["bias"]):
+        return _generic(ops.Opaque)(low, node, a)
+    weight, bias = low.slot(a["weight"]), low.slot(a["bias"])
     assert weight is not None
     kernel, x = tuple(weight.shape[2:]), low.value(a["input"], node)
     stride, dilation = _each(a["stride"], kernel), _each(a["dilation"], kernel)
@@ -168,7 +178,9 @@ def _batch_norm(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
             remedy="call model.eval() (with track_running_stats=True), or replace it",
         )
     slots: Slots = {"weight": a["weight"], "bias": a["bias"], "mean": a["running_mean"], "var": a["running_var"]}
-    weight, bias, mean, var = (low.slot(n, node) for n in slots.values())
+    if not low.depends(a["input"]) or not low.holdable(*slots.values()):
+        return _generic(ops.Opaque)(low, node, a)
+    weight, bias, mean, var = (low.slot(n) for n in slots.values())
     assert mean is not None
     assert var is not None
     op = ops.Affine(mean, var, a["eps"])
@@ -199,6 +211,17 @@ unary("softplus", lambda a: nn.Softplus(a["beta"], a["threshold"]))
 unary("hardsigmoid", lambda a: nn.Hardsigmoid())
 unary("hardswish", lambda a: nn.Hardswish())
 unary("neg", lambda a: ops.Neg())
+
+
+@lowers("prelu")
+def _prelu(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    """relu(x) + w · (x - relu(x)), w along axis 1."""
+    x, weight = low.value(a["self"], node), low.value(a["weight"], node)
+    positive = low.emit(node, nn.ReLU(), x)
+    negative = low.emit(node, ops.Sub(), x, positive)
+    per_channel = low.emit(node, ops.Reshape((-1, *(1,) * (_rank(a["self"]) - 2))), weight)
+    per_channel.meta["shape"] = (weight.meta["shape"][0], *(1,) * (_rank(a["self"]) - 2))
+    return low.emit(node, ops.Add(), positive, low.emit(node, ops.Mul(), negative, per_channel))
 
 
 @lowers("elu")
@@ -276,7 +299,7 @@ def _mul(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 @lowers("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as")
 def _reshape(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     shape = shape_of(node.meta["val"], where(node))
-    if sum(isinstance(size, Batch) for size in shape) != 1:
+    if sum(isinstance(size, Batch) for size in shape) != int(low.depends(_first(a))):
         raise UnsupportedError(
             "the result has no single batch axis", node=where(node), remedy="keep samples along one axis"
         )
@@ -298,8 +321,10 @@ def _permute(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 @lowers("expand", "expand_as")
 def _expand(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    shape = shape_of(node.meta["val"], where(node))
-    return low.emit(node, ops.Expand(_flexible(shape)), low.value(_first(a), node))
+    shape, x = shape_of(node.meta["val"], where(node)), _first(a)
+    if not low.depends(x) and any(isinstance(size, Batch) for size in shape):
+        return low.emit(node, ops.Repeat(_flexible(shape)), low.value(x, node), low.batch())
+    return low.emit(node, ops.Expand(_flexible(shape)), low.value(x, node))
 
 
 @lowers("slice")

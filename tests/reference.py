@@ -186,7 +186,8 @@ def diagonal(model: nn.Module, x: Tensor, columns: Tensor, names: Iterable[str] 
 
 def dense_block(model: nn.Module, x: Tensor, columns: Tensor, name: str) -> Tensor:
     """Σ_vn u_vn u_vnᵀ `[numel, numel]`, u = J_nᵀ S_vn: the KFAC block of a bias, and of a BatchNorm's."""
-    u = column_gradients(model, x, columns, [name])[name].flatten(2)
+    u = column_gradients(model, x, columns, [name])[name]
+    u = u.reshape(*u.shape[:2], -1)
     return torch.einsum("vni,vnj->ij", u, u)
 
 

@@ -1,0 +1,84 @@
+"""uses: through which nodes each wanted parameter reaches the output, and what that says about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import networkx as nx
+import torch
+from torch import fx
+
+from fxcurv import ops
+from fxcurv.pullback import OutputPositions
+from fxcurv.quantities import Used
+from fxcurv.rules import rule_of
+from fxcurv.spec import module_of, output_of, resolve
+
+__all__ = ["Uses", "flow_of", "layout_of", "parameter_uses", "reaching", "used"]
+
+Role = Literal["weight", "bias", "value"]
+Uses = dict[str, list[tuple[fx.Node, Role]]]
+"""Parameter -> the nodes that hold it, and in which slot."""
+
+
+def parameter_uses(gm: fx.GraphModule, wanted: Iterable[str]) -> Uses:
+    """The nodes through which each wanted parameter reaches the output, and in which role."""
+    wanted, reached, uses = set(wanted), reaching(gm), Uses()
+    for node in gm.graph.nodes:
+        for role in ("weight", "bias", "value"):
+            source = node.meta.get("slots", {}).get(role)
+            if source is not None and source.expression is None and source.names[0] in wanted and node in reached:
+                uses.setdefault(source.names[0], []).append((node, role))
+    return uses
+
+
+def reaching(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes on which the output depends differentiably."""
+    output = output_of(gm)
+    return {output} | nx.ancestors(flow_of(gm), output)
+
+
+def flow_of(gm: fx.GraphModule) -> nx.DiGraph[fx.Node]:
+    """Node -> its consumers, as far as they are differentiable in it."""
+    flow: nx.DiGraph[fx.Node] = nx.DiGraph()
+    flow.add_nodes_from(gm.graph.nodes)
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and rule_of(module_of(node)).kind != "stop":
+            flow.add_edges_from((x, node) for x in node.all_input_nodes)
+    return flow
+
+
+def used(name: str, uses: Uses) -> Used:
+    """A parameter's description, from the shapes of its uses."""
+    layouts = [layout_of(node) for node, _ in uses[name]]
+    node, role = uses[name][0]
+    shape = tuple(getattr(module_of(node), role).shape)
+    _, groups, outputs = layouts[0]
+    roles = {role for _, role in uses[name]}
+    matrix = len(shape) > 1 and len({layout[1:] for layout in layouts}) == 1 and roles == {"weight"}
+    inputs = math.prod(shape) // (groups * outputs) if role == "weight" else 1
+    positions = sum(layout[0] for layout in layouts)
+    return Used(name, shape, groups, outputs, inputs, positions, matrix, _partner(name, uses))
+
+
+def layout_of(node: fx.Node) -> tuple[int, int, int]:
+    """[s, g, o] of a use: positions, groups, outputs per group."""
+    op = module_of(node)
+    if isinstance(op, ops.Parameter):
+        return 1, 1, op.value.numel()
+    S = torch.empty(1, *resolve(node.meta["shape"], 1), device="meta")
+    s, g, o = OutputPositions(op, node.meta["batch_axis"])(S).shape[2:]
+    return s, g, o
+
+
+def _partner(name: str, uses: Uses) -> str | None:
+    """The bias that exactly the uses of this matrix add, or for that bias the matrix."""
+    nodes = [node for node, _ in uses[name]]
+    for other in uses:
+        weight, bias = (name, other) if uses[name][0][1] == "weight" else (other, name)
+        roles = {role for _, role in uses[weight]} == {"weight"} and {role for _, role in uses[bias]} == {"bias"}
+        if other != name and roles and [node for node, _ in uses[other]] == nodes:
+            return other if getattr(module_of(nodes[0]), "weight").ndim > 1 else None  # noqa: B009
+    return None
