@@ -171,7 +171,8 @@ def _translated(error: Exception) -> CaptureError:
         )
     first = next((line for line in text.splitlines() if line.strip()), name)
     return CaptureError(
-        f"the model cannot be traced{where}: {name}: {first}", remedy="see the error above for its origin"
+        f"the model cannot be traced{where}: {name}: {first}",
+        remedy="give inputs of the shape that the model takes; the error that it was raised from has the whole trace",
     )
 
 

@@ -148,6 +148,8 @@ class Curvature(Mapping[str, Entries]):
             from safetensors.torch import save_file
         except ImportError:
             raise FxcurvError("saving needs the safetensors package", remedy='pip install "fxcurv[save]"') from None
+        if not Path(path).parent.is_dir():
+            raise FxcurvError(f"there is no folder {Path(path).parent}", remedy="create it first")
         tensors = {
             f"{e.quantity}/{e.parameter}/{name}": t.contiguous().clone()
             for e in self.entries

@@ -281,8 +281,6 @@ elementwise(nn.Hardshrink, lambda op, x, y: y != 0)
 elementwise(nn.Softshrink, lambda op, x, y: y != 0)
 elementwise(nn.Sigmoid, lambda op, x, y: y * (1 - y))
 elementwise(nn.Tanh, lambda op, x, y: 1 - y * y)
-elementwise(nn.Softsign, lambda op, x, y: (1 - y.abs()).square())
-elementwise(nn.Tanhshrink, lambda op, x, y: (x - y).square())
 elementwise(nn.LogSigmoid, lambda op, x, y: torch.sigmoid(-x))
 elementwise(nn.SiLU, lambda op, x, y: torch.sigmoid(x) * (1 - y) + y)
 # elementwise: by autograd

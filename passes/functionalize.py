@@ -31,6 +31,9 @@ def functionalize(gm: fx.GraphModule, sources: Mapping[str, str]) -> fx.GraphMod
 def _replace(node: fx.Node, sources: Mapping[str, str]) -> None:
     target = node.args[0]
     assert isinstance(target, fx.Node)
+    if node.target is torch.ops.aten.detach_.default:  # changes no entries
+        node.target = torch.ops.aten.detach.default
+        return
     later = set(_after(node))
     aliases = [n for n in node.graph.nodes if n not in later and n is not node and _memory(n) == _memory(target)]
     for alias in aliases:

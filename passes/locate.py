@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fxcurv import ops
 from fxcurv.errors import UnsupportedError
 from fxcurv.rules import rule_of
-from fxcurv.spec import describe, module_of, resolve
+from fxcurv.spec import Batch, describe, module_of, resolve
 from passes.rewrite import copied
 
 __all__ = ["locate"]
@@ -71,7 +71,7 @@ def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> int | None:
     if not any(bool(c.any()) for c in changed):
         if bool(y.isnan().any()):
             raise _mixing(node, "it cannot be told, for random inputs give NaN")
-        return None
+        return next((a for a, size in enumerate(node.meta["shape"]) if isinstance(size, Batch)), None)  # ones_like
     for axis in (a for a in range(y.ndim) if y.shape[a] == SAMPLES):
         moved = [c.movedim(axis, 0) for c in changed]
         if all(bool(c[n].any()) and not _elsewhere(c, n) for n, c in enumerate(moved)):

@@ -2,8 +2,8 @@
 
 A sample is a network with parameters before and after the op under test, so that the pullback through it and the uses
 on both sides are tried. `SAMPLES` and `LOSSES` are what the compiler must get right, `MODELS` are whole networks.
-`TRICKY` (aliases, detached parts, a batch axis that moves) and `BEYOND` (parameters in forms without a rule yet) must
-come out right or be refused with a cause; `MIXING` mixes the samples of a batch and must be refused.
+`TRICKY` (aliases, detached parts, a batch axis that moves) must come out right or be refused with a cause; `MIXING`
+mixes the samples of a batch and must be refused.
 `build()` is seeded, gives a fresh model in eval mode each time, and leaves the global random state alone.
 """
 
@@ -92,7 +92,7 @@ def targets(sample: Sample, batch: int = 2, seed: int = 0) -> Tensor:
 
 def find(name: str) -> Sample:
     """The sample of that name, from any group."""
-    groups = (*SAMPLES, *LOSSES, *MODELS, *TRICKY, *BEYOND, *MIXING)
+    groups = (*SAMPLES, *LOSSES, *MODELS, *TRICKY, *MIXING)
     return next(row for row in groups if row.name == name)
 
 
@@ -1171,21 +1171,31 @@ class Free(nn.Module):
         return self.join(x, self.free)
 
 
-BEYOND = modules(
-    "beyond",
-    TOKENS,
-    {
-        "additive": lambda: Free((1, 3, 4), lambda x, p: x + p),
-        "scale": lambda: Free((4,), lambda x, p: x * p),
-        "token": lambda: Free((1, 1, 4), lambda x, p: torch.cat([p.expand(x.shape[0], -1, -1), x], dim=1)),
-        "matmul": lambda: Free((4, 2), lambda x, p: x @ p),
-        "computed_weight": lambda: Free((2, 4), lambda x, p: F.linear(x, p - p.mean(1, keepdim=True))),
-        "weight_and_penalty": lambda: Free((2, 4), lambda x, p: F.linear(x, p) * p.square().sum()),
-        "temperature": lambda: Free((), lambda x, p: x * p.exp()),
-        "prelu": lambda: nn.PReLU(3),
-        "layer_norm": lambda: nn.LayerNorm(4),
-        "conv_transpose": lambda: nn.ConvTranspose1d(3, 2, 2),
-    },
+FREE = (
+    *modules(
+        "free",
+        TOKENS,
+        {
+            "additive": lambda: Free((1, 3, 4), lambda x, p: x + p),
+            "scale": lambda: Free((4,), lambda x, p: x * p),
+            "token": lambda: Free((1, 1, 4), lambda x, p: torch.cat([p.expand(x.shape[0], -1, -1), x], dim=1)),
+            "matmul": lambda: Free((4, 2), lambda x, p: x @ p),
+            "computed_weight": lambda: Free((2, 4), lambda x, p: F.linear(x, p - p.mean(1, keepdim=True))),
+            "weight_and_penalty": lambda: Free((2, 4), lambda x, p: F.linear(x, p) * p.square().sum()),
+            "temperature": lambda: Free((), lambda x, p: x * p.exp()),
+            "prelu": lambda: nn.PReLU(3),
+            "prelu_shared": lambda: nn.PReLU(),
+            "rms_norm": lambda: nn.RMSNorm(4),
+            "sliced": lambda: Free((3, 5, 4), lambda x, p: x + p[:, 1]),
+            "interpolated": lambda: Free((1, 2, 4), lambda x, p: x + F.interpolate(p.mT, 3, mode="linear").mT),
+            "gathered": lambda: Free((7, 4), lambda x, p: x + p[torch.tensor([0, 5, 5])]),
+            "used_twice": lambda: Free((4,), lambda x, p: (x * p).relu() + p),
+            "through_mlp": lambda: Free((4, 4), lambda x, p: x + (torch.eye(4, dtype=x.dtype) @ p).tanh()[:3]),
+            "layer_norm": lambda: nn.LayerNorm(4),
+            "conv_transpose": lambda: nn.ConvTranspose1d(3, 2, 2),
+        },
+    ),
+    *modules("free", VECTOR, {"prelu_of_vector": lambda: nn.PReLU(4)}),
 )
 
 MIXING = functions(
@@ -1412,5 +1422,5 @@ MODELS = (
 
 SAMPLES = (
     *(*LINEAR, *CONVS, *NORMS, *ACTIVATIONS, *ARITHMETIC, *POOLS, *REDUCTIONS),
-    *(*SHAPES, *CUTS, *PADS, *IDENTITIES, *PARAMETERS, *FALLBACKS),
+    *(*SHAPES, *CUTS, *PADS, *IDENTITIES, *PARAMETERS, *FREE, *FALLBACKS),
 )

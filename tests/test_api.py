@@ -131,6 +131,23 @@ def test_single_precision_is_accurate_and_half_precision_is_widened() -> None:
             assert (block - exact["kflr"][name].dense()).norm() <= tolerance * block.norm()
 
 
+def test_a_cast_inside_the_model() -> None:
+    class Widened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net(torch.float32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).double().tanh()
+
+    model, (x, y) = Widened(), batch(3, torch.float32)
+    compiled = fxcurv.compile(model, quantities="diag_ggn")
+    value = compiled(x, y)["diag_ggn"]["net.0.weight"]
+    assert "Cast" in fxcurv.tabular(compiled.stages["canonical"])
+    expected = reference.diag_ggn(model, nn.CrossEntropyLoss(), x, y)["net.0.weight"]
+    assert (value - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_batches_add_up() -> None:
     """With reduction "sum" the curvature of a batch is the sum over its parts."""
     model, (x, y) = net(), batch(6)

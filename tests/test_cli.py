@@ -298,9 +298,18 @@ def test_check_of_several_targets_as_json(nets: str, capsys: Capture) -> None:
     assert all(row["message"].startswith("node 'mean'") and row["suggestion"] for row in reports[1]["rows"])
 
 
-def test_check_takes_the_loss_and_the_shape(nets: str, capsys: Capture) -> None:
+def test_check_takes_the_loss_and_the_shape(nets: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[object] = []
+
+    def checked(model: nn.Module, x: Tensor, quantities: list[str], *, loss: str, target: str) -> fxcurv.Report:
+        losses.append(loss)
+        assert x.shape == (2, 7, 4)
+        return fxcurv.check(model, x, quantities, loss=loss, target=target)
+
+    monkeypatch.setattr("fxcurv.cli.check", checked)
     code, out, _ = run(capsys, "check", f"{nets}:shapeless", "--input", "7x4", "--loss", "mse")
     assert code == 0
+    assert losses == ["mse"]
     assert "2 parameters: 4 exact -> PASS" in out
 
 

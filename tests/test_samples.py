@@ -10,7 +10,7 @@ from samples import Sample
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv import rules
+from fxcurv import ops, rules
 from fxcurv.spec import module_of
 
 QUANTITIES = {
@@ -74,11 +74,18 @@ def check_blocks(
     assert matrices == set(factors)
 
 
-@pytest.mark.parametrize("sample", samples.SAMPLES, ids=names(samples.SAMPLES))
-def test_rule(sample: Sample) -> None:
-    compiled = check_against_oracle(sample)
+REACHED: set[type[nn.Module]] = set()
+"""The module types of the canonical graphs that have been checked."""
+
+
+def note_reached(compiled: fxcurv.Compiled) -> None:
     nodes = compiled.stages["canonical"].graph.nodes
     REACHED.update(type(module_of(node)) for node in nodes if node.op == "call_module")
+
+
+@pytest.mark.parametrize("sample", samples.SAMPLES, ids=names(samples.SAMPLES))
+def test_rule(sample: Sample) -> None:
+    note_reached(check_against_oracle(sample))
 
 
 @pytest.mark.parametrize("sample", samples.LOSSES, ids=names(samples.LOSSES))
@@ -92,12 +99,12 @@ def test_model(sample: Sample) -> None:
     check_against_oracle(sample)
 
 
-@pytest.mark.parametrize("sample", samples.TRICKY + samples.BEYOND, ids=names(samples.TRICKY + samples.BEYOND))
+@pytest.mark.parametrize("sample", samples.TRICKY, ids=names(samples.TRICKY))
 def test_right_or_refused(sample: Sample) -> None:
     """Where there is no rule there is an error with a cause, never a number that is wrong."""
     refusals: list[fxcurv.FxcurvError] = []
     try:
-        check_against_oracle(sample)
+        note_reached(check_against_oracle(sample))
     except fxcurv.FxcurvError as error:
         refusals.append(error)
     assert all(error.cause and error.remedy for error in refusals)
@@ -109,21 +116,17 @@ def test_mixing_is_refused(sample: Sample) -> None:
         fxcurv.compile(sample.build(), sample.loss(), example_inputs=samples.inputs(sample))
 
 
-REACHED: set[type[nn.Module]] = set()
-"""The module types of the canonical graphs that `test_rule` has checked."""
-
-
-def test_every_rule_has_a_sample(request: pytest.FixtureRequest) -> None:
-    """A row of the table that no sample reaches fails the suite (what `fold` removes never meets its rule)."""
-    ran = {item.name for item in request.session.items if item.name.startswith("test_rule[")}
-    if len(ran) < len(samples.SAMPLES):
-        pytest.skip("needs the whole of test_rule in one run")
-    missing = set(rules.RULES) - REACHED - {nn.Identity, nn.Dropout}
-    assert not missing, f"no sample for {sorted(op.__name__ for op in missing)}"
-
-
 def test_the_checker_can_fail() -> None:
     with pytest.raises(AssertionError, match="off by"):
         assert_close(torch.ones(2), torch.ones(2) * (1 + 1e-7), "a deliberate error")
     with pytest.raises(AssertionError, match="shape"):
         assert_close(torch.ones(2), torch.ones(1, 2), "a deliberate error")
+
+
+def test_every_rule_has_a_sample(request: pytest.FixtureRequest) -> None:
+    """A row of the table that no sample reaches fails the suite (two are folded; a cast is tried in test_api)."""
+    ran = {item.name for item in request.session.items if item.name.startswith("test_rule[")}
+    if len(ran) < len(samples.SAMPLES):
+        pytest.skip("needs the whole of test_rule in one run")
+    missing = set(rules.RULES) - REACHED - {nn.Identity, nn.Dropout, ops.Cast}
+    assert not missing, f"no sample for {sorted(op.__name__ for op in missing)}"
