@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxcurv.rules import autograd_pull, autograd_pull_each, rule_of
+from fxcurv.shapes import Samples
 
 __all__ = [
     "Accumulate",
@@ -67,36 +69,28 @@ class Pull(_OfOp):
 class PullToParameter(_OfOp):
     """S[v, *y.shape] -> S[v, n, *θ.shape] where input k of `op`, θ, is the same for all samples.
 
-    `batch_axes` are those of the inputs, and that of the output last; each sample is pulled back alone by autograd, one
-    after the other or all `together`.
+    `places` says where the inputs, and last the output, hold their samples; each sample is pulled back alone by
+    autograd, one after the other or all `together`.
     """
 
-    def __init__(self, op: nn.Module, k: int, batch_axes: Sequence[int | None], together: bool = False) -> None:
+    def __init__(self, op: nn.Module, k: int, places: Sequence[Samples | None], together: bool = False) -> None:
         super().__init__(op)
-        self.k, self.batch_axes, self.together = k, tuple(batch_axes), together
+        self.k, self.places, self.together = k, tuple(places), together
 
     def forward(self, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
-        *axes, last = self.batch_axes
+        *places, last = self.places
         assert last is not None
+        S = last.apart(S, lead=1)  # [v, n, …]
+        xs = [x if place is None else place.apart(x) for x, place in zip(kept, places, strict=True)]
+        pull = partial(autograd_pull if self.together else autograd_pull_each, self.op, k=self.k)
         if self.together:
-            return torch.func.vmap(self._one_sample, (last + 1, *axes), 1)(S, *kept)
-        samples = S.movedim(last + 1, 0)
-        return torch.stack([self._one_sample(S, *_sample(kept, axes, n)) for n, S in enumerate(samples)], 1)
-
-    def _one_sample(self, S: Tensor, *xs: Tensor) -> Tensor:
-        """S[v, …] and inputs without the batch axis -> S[v, *θ.shape]."""
-        *axes, last = self.batch_axes
-        assert last is not None
-        inputs = [x if axis is None else x.unsqueeze(axis) for x, axis in zip(xs, axes, strict=True)]
-        pull = autograd_pull if self.together else autograd_pull_each
-        return pull(self.op, S.unsqueeze(last + 1), inputs, self.k)
+            axes = [None if place is None else 0 for place in places]
+            return torch.func.vmap(lambda S, *xs: pull(S, xs), (1, *axes), 1)(S, *xs)
+        own = [[x if place is None else x[n] for x, place in zip(xs, places, strict=True)] for n in range(S.shape[1])]
+        return torch.stack([pull(S[:, n], inputs) for n, inputs in enumerate(own)], 1)
 
     def extra_repr(self) -> str:
-        return f"k={self.k}, batch_axes={self.batch_axes}, together={self.together}"
-
-
-def _sample(xs: Sequence[Tensor], axes: Sequence[int | None], n: int) -> list[Tensor]:
-    return [x if axis is None else x.select(axis, n) for x, axis in zip(xs, axes, strict=True)]
+        return f"k={self.k}, places=({', '.join(map(str, self.places))}), together={self.together}"
 
 
 class Unbroadcast(nn.Module):
@@ -133,15 +127,19 @@ def _accurate(t: Tensor) -> Tensor:
 
 
 class InputPositions(_OfOp):
-    """x -> x[n,s,g,i]: where the parameters of `op` meet its input, whose samples lie along `batch_axis`."""
+    """x -> x[n,s,g,i]: where the parameters of `op` meet its input, whose samples lie at `place`."""
 
-    def __init__(self, op: nn.Module, batch_axis: int) -> None:
+    def __init__(self, op: nn.Module, place: Samples) -> None:
         super().__init__(op)
-        self.batch_axis = batch_axis
+        self.place = place
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.rule.use is not None
-        return self.rule.use.x(self.op, _accurate(x).movedim(self.batch_axis, 0))
+        x = self.rule.use.x(self.op, _accurate(x).movedim(self.place.axis, 0))
+        return self.place.regrouped(x)
+
+    def extra_repr(self) -> str:
+        return f"samples at {self.place}"
 
 
 class ParameterPositions(nn.Module):
@@ -152,12 +150,16 @@ class ParameterPositions(nn.Module):
 
 
 class OutputPositions(_OfOp):
-    """S -> S[v,n,s,g,o]: the cotangents where the parameters of `op` meet its output."""
+    """S -> S[v,n,s,g,o]: the cotangents where the parameters of `op` meet its output, whose samples lie at `place`."""
 
-    def __init__(self, op: nn.Module, batch_axis: int) -> None:
+    def __init__(self, op: nn.Module, place: Samples) -> None:
         super().__init__(op)
-        self.batch_axis = batch_axis
+        self.place = place
 
     def forward(self, S: Tensor) -> Tensor:
         assert self.rule.use is not None
-        return self.rule.use.S(self.op, _accurate(S).movedim(self.batch_axis + 1, 1))
+        S = self.rule.use.S(self.op, _accurate(S).movedim(self.place.axis + 1, 1))
+        return self.place.regrouped(S, lead=1)
+
+    def extra_repr(self) -> str:
+        return f"samples at {self.place}"

@@ -58,7 +58,7 @@ class Use:
     x: Callable[[Any, Tensor], Tensor]
     S: Callable[[Any, Tensor], Tensor]
     batch_first: bool = True
-    """Whether axis 0 of the input must hold the samples; otherwise any axis but the last may."""
+    """Whether the samples must lie along axis 0 of the input; otherwise any axis but the last will do."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from fxcurv.losses import LossTerms, loss_terms
 from fxcurv.program import Program
 from fxcurv.quantities import Factor
 from fxcurv.result import Curvature, Entries, Entry
-from fxcurv.spec import module_of, output_of, resolve
+from fxcurv.shapes import resolve
+from fxcurv.spec import module_of, output_of
 
 __all__ = ["COLUMN_BYTES", "Batch", "bind", "run"]
 
@@ -94,7 +95,7 @@ def _pull_back(
 def _chunk(canonical: fx.GraphModule, gradient: Tensor) -> int:
     """How many columns to pull back at once, so that those of the widest node stay within `COLUMN_BYTES`."""
     N, nodes = len(gradient), [node for node in canonical.graph.nodes if "shape" in node.meta]
-    sizes = [math.prod(resolve(n.meta["shape"], N)) * (N if n.meta["batch_axis"] is None else 1) for n in nodes]
+    sizes = [math.prod(resolve(n.meta["shape"], N)) * (N if n.meta["samples"] is None else 1) for n in nodes]
     widest = max(sizes)
     return max(1, COLUMN_BYTES // (widest * gradient.element_size()))
 

@@ -9,7 +9,8 @@ from torch import fx
 
 from fxcurv.pullback import Keep, Pull
 from fxcurv.rules import RULES
-from fxcurv.spec import module_of, show_shape
+from fxcurv.shapes import show_shape
+from fxcurv.spec import module_of
 
 __all__ = ["COLUMNS", "tabular"]
 

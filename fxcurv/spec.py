@@ -1,80 +1,21 @@
-"""What is legal at each stage: the shape language, and an executable grammar checked before and after every pass."""
+"""What is legal at each stage: an executable grammar, checked before and after every pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxcurv import pullback, rules
 from fxcurv.contractions import Statistic
-from fxcurv.errors import CaptureError, SpecError
+from fxcurv.errors import SpecError
+from fxcurv.shapes import show_shape
 
-__all__ = [
-    "Batch",
-    "Shape",
-    "Source",
-    "Stage",
-    "describe",
-    "module_of",
-    "output_of",
-    "resolve",
-    "shape_of",
-    "show_shape",
-    "verify",
-]
+__all__ = ["Source", "Stage", "describe", "module_of", "output_of", "verify"]
 
 Stage = Literal["captured", "lowered", "canonical", "forward", "backward"]
-
-
-# Shapes: sizes that are numbers, or multiples of the batch size ---------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A size of `multiple` · N."""
-
-    multiple: int = 1
-
-    def __str__(self) -> str:
-        return "N" if self.multiple == 1 else f"{self.multiple}N"
-
-
-Shape = tuple[int | Batch | str, ...]
-"""Sizes; V stands for the number of columns."""
-
-
-def shape_of(value: Tensor, node: str) -> Shape:
-    """The shape of a traced tensor."""
-    return tuple(_size(size, node) for size in value.shape)
-
-
-def _size(size: int | torch.SymInt, node: str) -> int | Batch:
-    if isinstance(size, int):
-        return size
-    expression: Any = size.node.expr
-    symbols = expression.free_symbols
-    if not symbols:
-        return int(expression)
-    multiple = expression / next(iter(symbols)) if len(symbols) == 1 else None
-    if multiple is None or not multiple.is_Integer:
-        raise CaptureError(
-            f"a size of {expression} is no multiple of the batch size", node=node, remedy="keep samples apart"
-        )
-    return Batch(int(multiple))
-
-
-def resolve(shape: Shape, batch: int) -> tuple[int, ...]:
-    """The shape for a given batch size."""
-    return tuple(size.multiple * batch if isinstance(size, Batch) else int(size) for size in shape)
-
-
-def show_shape(shape: Shape) -> str:
-    """[N, 64, 8, 8]."""
-    return f"[{', '.join(map(str, shape))}]"
 
 
 # Nodes ------------------------------------------------------------------------------------------------------------
@@ -125,7 +66,7 @@ def _vocabulary(node: fx.Node) -> str | None:
 
 
 def _located(node: fx.Node) -> str | None:
-    return _vocabulary(node) or (None if "batch_axis" in node.meta else "unknown batch axis")
+    return _vocabulary(node) or (None if "samples" in node.meta else "unknown where the samples are")
 
 
 def _augmentation(node: fx.Node) -> str | None:

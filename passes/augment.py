@@ -31,7 +31,8 @@ from fxcurv.pullback import (
 )
 from fxcurv.quantities import Factor, Quantity, Used
 from fxcurv.rules import rule_of
-from fxcurv.spec import Shape, module_of, output_of
+from fxcurv.shapes import Shape
+from fxcurv.spec import module_of, output_of
 from passes.rewrite import free_target
 from passes.uses import Uses, flow_of, layout_of, parameter_uses, reaching, used
 
@@ -137,9 +138,9 @@ class _Emitter:
     def _pull(self, backward: _Backward, node: fx.Node, S: fx.Node, k: int, x: fx.Node) -> fx.Node:
         """S at an input of a node; from there on for each sample alone where the input is the same for all samples."""
         name = f"pull.{node.target}" if len(_inputs(node)) == 1 else f"pull.{node.target}.{k}"
-        op, own = module_of(node), node.meta["batch_axis"] is None
-        if x.meta["batch_axis"] is None and not own:
-            axes = [n.meta["batch_axis"] for n in (*_inputs(node), node)]
+        op, own = module_of(node), node.meta["samples"] is None
+        if x.meta["samples"] is None and not own:
+            axes = [n.meta["samples"] for n in (*_inputs(node), node)]
             return backward.call(name, PullToParameter(op, k, axes), (S, self._saved(backward, node)), _columns(x))
         opaque = rule_of(op).kind == "opaque"
         kept = self._saved(backward, node) if opaque else backward.placeholder(self.forward.keep(node))
@@ -191,7 +192,7 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
 
 def _columns(node: fx.Node, own: bool = False) -> Shape:
     """The shape of S at a node: columns, samples where the node has none of its own, and the node's shape."""
-    alone = node.meta["batch_axis"] is None or own
+    alone = node.meta["samples"] is None or own
     return ("V", "N", *node.meta["shape"]) if alone else ("V", *node.meta["shape"])
 
 
@@ -231,7 +232,7 @@ class _Forward(_Graph):
 
     def input_positions(self, node: fx.Node) -> fx.Node:
         here = self.nodes[node]
-        return self.call(f"x.{node.target}", InputPositions(module_of(node), node.meta["batch_axis"]), here.args)
+        return self.call(f"x.{node.target}", InputPositions(module_of(node), node.meta["samples"]), here.args)
 
     def finished(self) -> fx.GraphModule:
         self.graph.output((self.output, self.kept, self.results))
@@ -259,8 +260,8 @@ class _Backward(_Graph):
     def output_positions(self, node: fx.Node, S: fx.Node) -> fx.Node:
         op = module_of(node)
         held = isinstance(op, ops.Parameter)
-        positions = ParameterPositions() if held else OutputPositions(op, node.meta["batch_axis"])
+        positions = ParameterPositions() if held else OutputPositions(op, node.meta["samples"])
         return self.call(f"S.{node.target}", positions, (S,), ("V", "N", *layout_of(node)))
 
     def input_positions(self, node: fx.Node, x: fx.Node) -> fx.Node:
-        return self.call(f"x.{node.target}", InputPositions(module_of(node), node.meta["batch_axis"]), (x,))
+        return self.call(f"x.{node.target}", InputPositions(module_of(node), node.meta["samples"]), (x,))

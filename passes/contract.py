@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from fxcurv.contractions import Diagonal, DiagonalOfSinglePositions
 from fxcurv.pullback import Pull, PullToParameter
-from fxcurv.spec import resolve
+from fxcurv.shapes import resolve
 from passes.rewrite import rewrites
 
 __all__ = ["contract", "single_positions", "together"]
@@ -36,7 +36,7 @@ def together(node: fx.Node, op: nn.Module) -> fx.Node | None:
     torch's batching rules are not right for every operator, so each use of them is tried on random numbers in float64.
     """
     if isinstance(op, PullToParameter) and not op.together:
-        candidate: nn.Module = PullToParameter(op.op, op.k, op.batch_axes, together=True)
+        candidate: nn.Module = PullToParameter(op.op, op.k, op.places, together=True)
     elif isinstance(op, Pull) and op.rule.kind == "opaque" and not op.together:
         candidate = Pull(op.op, op.k, op.per_sample, together=True)
     else:

@@ -1,14 +1,15 @@
-"""locate: which axis of every tensor holds the samples; an op that lets samples mix is refused.
+"""locate: where every tensor holds its samples; an op that lets samples mix is refused.
 
 Per-sample curvature is only defined where sample n of the output depends on sample n of the input alone. For ops with
-parameters and elementwise ops the axis follows from the kind of their rule. Any other op is probed: it is run on random
-inputs, one sample is redrawn, and only that sample's entries of the output may change. A random real function that
-ignores an input it depends on is an event of probability zero, so the probe needs no row per op and cannot go stale.
+parameters and elementwise ops the place follows from the kind of their rule. Any other op is probed: it is run on
+random inputs, one sample is redrawn, and only that sample's entries of the output may change. A random real function
+that ignores an input it depends on is an event of probability zero, so the probe needs no row per op and cannot go
+stale. Samples may lie along any axis, and share it with other positions (tokens or windows folded into the batch).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +17,8 @@ from torch import Tensor, fx, nn
 from fxcurv import ops
 from fxcurv.errors import UnsupportedError
 from fxcurv.rules import rule_of
-from fxcurv.spec import Batch, describe, module_of, resolve
+from fxcurv.shapes import Batch, Samples, resolve
+from fxcurv.spec import describe, module_of
 from passes.rewrite import copied
 
 __all__ = ["locate"]
@@ -25,58 +27,64 @@ SAMPLES = 3
 
 
 def locate(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """The canonical graph with `batch_axis` on every node: the axis of its samples, or None for a constant."""
+    """The canonical graph with `samples` on every node: where they lie, or None for what all share."""
     gm = copied(gm)
     with torch.no_grad():
         for node in gm.graph.nodes:
             if node.op == "placeholder":
-                node.meta["batch_axis"] = 0
+                node.meta["samples"] = Samples(0)
             elif node.op == "call_module":
-                node.meta["batch_axis"] = _batch_axis(node, module_of(node), device)
+                node.meta["samples"] = _place(node, module_of(node), device)
     output = gm.graph.output_node().args[0]
     assert isinstance(output, fx.Node)
-    if output.meta["batch_axis"] != 0:
-        where = (
-            "has no batch axis"
-            if output.meta["batch_axis"] is None
-            else f"has its samples at axis {output.meta['batch_axis']}"
-        )
+    if output.meta["samples"] != Samples(0):
+        place = output.meta["samples"]
+        where = "does not depend on the input" if place is None else f"has its samples at axis {place}"
         raise UnsupportedError(f"the output {where}", node=describe(output), remedy="return the samples along axis 0")
     return gm
 
 
-def _batch_axis(node: fx.Node, op: nn.Module, device: torch.device) -> int | None:
-    axes = [x.meta["batch_axis"] for x in node.all_input_nodes]
-    if all(axis is None for axis in axes):
+def _place(node: fx.Node, op: nn.Module, device: torch.device) -> Samples | None:
+    places: list[Samples | None] = [x.meta["samples"] for x in node.all_input_nodes]
+    if all(place is None for place in places):
         return None
     rule = rule_of(op)
     if isinstance(op, ops.Repeat):
-        return op.axis
+        return Samples(op.axis)
     if rule.kind == "elementwise":
-        return axes[0]
-    if rule.use is not None:
-        x = node.all_input_nodes[0]
-        last = len(x.meta["shape"]) - 1
-        if axes[0] == last or (axes[0] != 0 and rule.use.batch_first):
-            raise _mixing(node, f"it treats the samples along axis {axes[0]} as features")
-        return axes[0]
+        return places[0]
+    if rule.use is not None and places[0] is not None:
+        axis, last = places[0].axis, len(node.all_input_nodes[0].meta["shape"]) - 1
+        if axis == last or (axis != 0 and rule.use.batch_first):
+            raise _mixing(node, f"it treats the samples along axis {axis} as features")
+        return places[0]
     return _probed(node, op, device)
 
 
-def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> int | None:
-    """The axis along which redrawing sample n of the inputs changes entry n of the output and nothing else."""
+def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> Samples | None:
+    """The place where redrawing sample n of the inputs changes sample n of the output and nothing else."""
     y, changed = _redraw_each(node, op, torch.Generator(device).manual_seed(0), positive=False)
     if bool(y.isnan().any()):  # a square root or a logarithm
         y, changed = _redraw_each(node, op, torch.Generator(device).manual_seed(0), positive=True)
+    axes = {axis: size.multiple for axis, size in enumerate(node.meta["shape"]) if isinstance(size, Batch)}
     if not any(bool(c.any()) for c in changed):
         if bool(y.isnan().any()):
             raise _mixing(node, "it cannot be told, for random inputs give NaN")
-        return next((a for a, size in enumerate(node.meta["shape"]) if isinstance(size, Batch)), None)  # ones_like
-    for axis in (a for a in range(y.ndim) if y.shape[a] == SAMPLES):
-        moved = [c.movedim(axis, 0) for c in changed]
-        if all(bool(c[n].any()) and not _elsewhere(c, n) for n, c in enumerate(moved)):
-            return axis
-    raise _mixing(node, "a sample of its output depends on other samples, or samples share an axis with something else")
+        return next((Samples(axis) for axis in axes), None)  # a constant, such as ones_like
+    for place in (p for axis, multiple in axes.items() for p in _candidates(axis, multiple)):
+        if all(_only(place.apart(c), n) for n, c in enumerate(changed)):
+            return place
+    raise _mixing(node, "a sample of its output depends on other samples")
+
+
+def _candidates(axis: int, multiple: int) -> Iterator[Samples]:
+    """The places along an axis of size multiple · N."""
+    yield from (Samples(axis, multiple // b, b) for b in range(multiple, 0, -1) if multiple % b == 0)
+
+
+def _only(changed: Tensor, n: int) -> bool:
+    """Whether something of sample n changed, and nothing of the others."""
+    return all(bool(changed[m].any()) == (m == n) for m in range(SAMPLES))
 
 
 def _redraw_each(
@@ -96,22 +104,18 @@ def _redraw_each(
     return y, changed
 
 
-def _elsewhere(changed: Tensor, n: int) -> bool:
-    return any(bool(changed[m].any()) for m in range(SAMPLES) if m != n)
-
-
 def _draw(x: fx.Node, generator: torch.Generator) -> Tensor:
-    if x.meta["batch_axis"] is None and isinstance(constant := module_of(x), ops.Constant):
+    if x.meta["samples"] is None and isinstance(constant := module_of(x), ops.Constant):
         return constant.value
     return _random(resolve(x.meta["shape"], SAMPLES), x.meta["dtype"], generator)
 
 
 def _redrawn(x: fx.Node, value: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    axis = x.meta["batch_axis"]
-    if axis is None:
+    place: Samples | None = x.meta["samples"]
+    if place is None:
         return value
     fresh = value.clone()
-    sample = fresh.select(axis, n)
+    sample = fresh.unflatten(place.axis, (place.outer, -1, place.inner)).select(place.axis + 1, n)
     sample.copy_(_random(sample.shape, value.dtype, generator))
     return fresh
 

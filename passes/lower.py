@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from fxcurv import ops
 from fxcurv.capture import Captured
 from fxcurv.errors import CaptureError, UnsupportedError
-from fxcurv.spec import Batch, Source, shape_of
+from fxcurv.shapes import Batch, shape_of
+from fxcurv.spec import Source
 from passes import lowerings
 from passes.lowerings import Slots, packet_of, where
 from passes.rewrite import free_target

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from fxcurv import ops
 from fxcurv.errors import InputError, UnsupportedError
-from fxcurv.spec import Batch, Shape, shape_of
+from fxcurv.shapes import Batch, Shape, shape_of
 from passes.functionalize import described
 
 __all__ = ["Builder", "Slots", "arguments", "lowering_of", "packet_of", "part", "where"]

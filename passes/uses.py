@@ -14,7 +14,8 @@ from fxcurv import ops
 from fxcurv.pullback import OutputPositions
 from fxcurv.quantities import Used
 from fxcurv.rules import rule_of
-from fxcurv.spec import module_of, output_of, resolve
+from fxcurv.shapes import resolve
+from fxcurv.spec import module_of, output_of
 
 __all__ = ["Uses", "flow_of", "layout_of", "parameter_uses", "reaching", "used"]
 
@@ -69,7 +70,7 @@ def layout_of(node: fx.Node) -> tuple[int, int, int]:
     if isinstance(op, ops.Parameter):
         return 1, 1, op.value.numel()
     S = torch.empty(1, *resolve(node.meta["shape"], 1), device="meta")
-    s, g, o = OutputPositions(op, node.meta["batch_axis"])(S).shape[2:]
+    s, g, o = OutputPositions(op, node.meta["samples"])(S).shape[2:]
     return s, g, o
 
 

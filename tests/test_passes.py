@@ -121,8 +121,8 @@ def test_locate_finds_the_axis_of_the_samples() -> None:
 
     model = Turned()
     located = verify(locate(fold(lower(captured(model, torch.zeros(2, 5, 4)), model)), CPU), "canonical")
-    axes = [(node.name, node.meta.get("batch_axis")) for node in located.graph.nodes if node.op != "output"]
-    assert axes == [("x", 0), ("transpose", 1), ("fc", 1), ("mean", 0)]
+    axes = [(node.name, str(node.meta.get("samples"))) for node in located.graph.nodes if node.op != "output"]
+    assert axes == [("x", "0"), ("transpose", "1"), ("fc", "1"), ("mean", "0")]
 
 
 def test_augment_walks_the_rules_in_reverse(model: nn.Module) -> None:
