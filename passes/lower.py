@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxcurv import ops
@@ -60,7 +61,7 @@ class _Lowering:
                 self._input(node)
             elif self.captured.sources[node.name] in self.trainable:
                 self.live.add(node)
-        elif any(n in self.live for n in node.all_input_nodes):
+        elif any(n in self.live for n in node.all_input_nodes) and not _is_blank(node):
             self.live.add(node)
             if any(n in self.data and isinstance(n.meta.get("val"), Tensor | Sequence) for n in node.all_input_nodes):
                 self.data.add(node)
@@ -138,7 +139,7 @@ class _Lowering:
             )
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         for n in (n for n in node.graph.nodes if n in ancestors):
-            copies[n] = graph.node_copy(n, copies.__getitem__)
+            copies[n] = _blank(n, graph) if _is_blank(n) else graph.node_copy(n, copies.__getitem__)
         graph.output(copies[node])
         names = tuple(self.captured.sources[n.name] for n in copies if n.op == "placeholder")
         return Source(names, fx.GraphModule({}, graph))
@@ -164,11 +165,33 @@ def _annotated(new: fx.Node, old: fx.Node) -> fx.Node:
     return new
 
 
+BLANKS = {"new_zeros": 0, "zeros_like": 0, "new_ones": 1, "ones_like": 1, "new_empty": 0, "empty_like": 0}
+"""ATen operators that read the type and shape of a tensor but not its values, and what they fill in."""
+
+
+def _is_blank(node: fx.Node) -> bool:
+    """Whether a node is a constant although it reads an input: a fresh tensor of a size that is not the batch's."""
+    value = node.meta.get("val")
+    return (
+        packet_of(node) in BLANKS
+        and isinstance(value, Tensor)
+        and not any(isinstance(size, torch.SymInt) for size in value.shape)
+    )
+
+
+def _blank(node: fx.Node, graph: fx.Graph) -> fx.Node:
+    """The same constant without reading anything."""
+    value = node.meta["val"]
+    options = {"dtype": value.dtype, "device": value.device}
+    return graph.call_function(torch.full, (tuple(value.shape), BLANKS[packet_of(node)]), options)
+
+
 def _ancestors(node: fx.Node) -> set[fx.Node]:
     """The node and everything it is computed from."""
     seen, stack = {node}, [node]
     while stack:
-        new = [n for n in stack.pop().all_input_nodes if n not in seen]
+        last = stack.pop()
+        new = [n for n in last.all_input_nodes if n not in seen and not _is_blank(last)]
         seen.update(new)
         stack.extend(new)
     return seen

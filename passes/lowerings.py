@@ -299,7 +299,7 @@ def _mul(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 @lowers("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as")
 def _reshape(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     shape = shape_of(node.meta["val"], where(node))
-    if sum(isinstance(size, Batch) for size in shape) != int(low.depends(_first(a))):
+    if sum(isinstance(size, Batch) for size in shape) > 1:
         raise UnsupportedError(
             "the result has no single batch axis", node=where(node), remedy="keep samples along one axis"
         )
@@ -321,10 +321,23 @@ def _permute(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 @lowers("expand", "expand_as")
 def _expand(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    shape, x = shape_of(node.meta["val"], where(node)), _first(a)
-    if not low.depends(x) and any(isinstance(size, Batch) for size in shape):
-        return low.emit(node, ops.Repeat(_flexible(shape)), low.value(x, node), low.batch())
-    return low.emit(node, ops.Expand(_flexible(shape)), low.value(x, node))
+    return _expanded(low, node, _first(a))
+
+
+@lowers("copy")
+def _copy(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    """The source, in the type and shape of what it is written into."""
+    dtype = node.meta["val"].dtype
+    x = _expanded(low, node, a["src"])
+    return x if x.meta["dtype"] == a["src"].meta["val"].dtype == dtype else low.emit(node, ops.Cast(dtype), x)
+
+
+def _expanded(low: Builder, node: fx.Node, source: fx.Node) -> fx.Node:
+    """The source repeated to the shape of the node."""
+    shape, x = shape_of(node.meta["val"], where(node)), low.value(source, node)
+    if not low.depends(source) and any(isinstance(size, Batch) for size in shape):
+        return low.emit(node, ops.Repeat(_flexible(shape)), x, low.batch())
+    return low.emit(node, ops.Expand(_flexible(shape)), x)
 
 
 @lowers("slice")

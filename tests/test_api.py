@@ -133,18 +133,18 @@ def test_single_precision_is_accurate_and_half_precision_is_widened() -> None:
 
 def test_a_cast_inside_the_model() -> None:
     class Widened(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, dtype: torch.dtype) -> None:
             super().__init__()
-            self.net = net(torch.float32)
+            self.net = net(dtype)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x).double().tanh()
 
-    model, (x, y) = Widened(), batch(3, torch.float32)
+    model, (x, y) = Widened(torch.float32).eval(), batch(3, torch.float32)
     compiled = fxcurv.compile(model, quantities="diag_ggn")
     value = compiled(x, y)["diag_ggn"]["net.0.weight"]
     assert "Cast" in fxcurv.tabular(compiled.stages["canonical"])
-    expected = reference.diag_ggn(model, nn.CrossEntropyLoss(), x, y)["net.0.weight"]
+    expected = reference.diag_ggn(Widened(torch.float64).eval(), nn.CrossEntropyLoss(), x.double(), y)["net.0.weight"]
     assert (value - expected).norm() <= 1e-5 * expected.norm()
 
 

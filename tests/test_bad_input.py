@@ -87,7 +87,7 @@ def train(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
 
 def exploding() -> nn.Module:
     model = small()
-    model[5].bias.data.fill_(float("inf"))  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    model[5].bias.data.fill_(float("inf"))  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue, reportCallIssue]
     return model
 
 
@@ -116,7 +116,7 @@ class Case:
 CASES = (
     Case(
         "batchnorm_train",
-        "node '1.num_batches_tracked': .*BatchNorm in training mode.*; call model.eval",
+        "node '1': .*num_batches_tracked, as BatchNorm in training mode.*; call model.eval",
         lambda: train(small(), nn.BatchNorm2d),
     ),
     Case("batchnorm_untracked", "node '0' aten.batch_norm.*statistics of the batch.*replace it", lambda: Untracked()),

@@ -469,7 +469,7 @@ def test_joint_appends_one_where_the_bias_is_the_weights_own(name: str, joined: 
 
 
 def test_a_weight_with_another_consumer_has_no_kronecker_form() -> None:
-    row = samples.find("beyond.weight_and_penalty")
+    row = samples.find("free.weight_and_penalty")
     model, loss, x, y = drawn(row)
     assert set(ref.kfac(model, x, exact(model, loss, x, y))) == {"before.weight", "head.weight"}
 

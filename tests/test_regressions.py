@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import reference
@@ -93,7 +94,8 @@ def test_convolutions_are_expand_or_reduce_and_nothing_between() -> None:
     model, (x, y) = seeded(lambda: nn.Conv2d(2, 3, 3), nn.Flatten, lambda: nn.Linear(48, 3)), data(2, 2, 6, 6)
     expand = fxcurv.compile(model, quantities=EXACT)(x, y)["kfac"]["0.weight"]
     reduce = fxcurv.compile(model, quantities=fxcurv.KFAC(fxcurv.Exact(), approx="reduce"))(x, y)["kfac"]["0.weight"]
-    for block, approx in ((expand, "expand"), (reduce, "reduce")):
+    kinds: tuple[tuple[fxcurv.Kronecker, reference.Approx], ...] = ((expand, "expand"), (reduce, "reduce"))
+    for block, approx in kinds:
         columns = reference.exact_columns(nn.CrossEntropyLoss(), reference.outputs(model, x), y)
         A, G = reference.kfac(model, x, columns, approx)["0.weight"]
         assert_close(block.A, A, f"A {approx}")
@@ -125,7 +127,7 @@ def test_data_changed_in_place_is_seen() -> None:
 
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
-def test_padding_modes_count(mode: str) -> None:
+def test_padding_modes_count(mode: Literal["circular", "reflect", "replicate"]) -> None:
     model = seeded(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode), nn.Flatten, lambda: nn.Linear(48, 3))
     x, y = data(2, 2, 4, 4)
     A = fxcurv.compile(model, quantities=EXACT)(x, y)["kfac"]["0.weight"].A

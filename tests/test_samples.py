@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fxcurv
 from fxcurv import ops, rules
+from fxcurv.result import Entries
 from fxcurv.spec import module_of
 
 QUANTITIES = {
@@ -55,9 +56,7 @@ def check_against_oracle(sample: Sample, batch: int = 2) -> fxcurv.Compiled:
     return compiled
 
 
-def check_blocks(
-    result: fxcurv.Entries, model: nn.Module, x: Tensor, columns: Tensor, approx: str, joint: bool
-) -> None:
+def check_blocks(result: Entries, model: nn.Module, x: Tensor, columns: Tensor, approx: str, joint: bool) -> None:
     factors = reference.kfac(model, x, columns, approx=approx, joint=joint)  # pyright: ignore[reportArgumentType]
     for name, block in result.items():
         if isinstance(block, fxcurv.Kronecker):
