@@ -393,7 +393,8 @@ class Call(nn.Module):
         return y if self.part is None else y[self.part]
 
     def extra_repr(self) -> str:
-        return f"{self.function}{'' if self.part is None else f'[{self.part}]'}"
+        arguments = ", ".join([*map(repr, self.args), *(f"{key}={value!r}" for key, value in self.kwargs.items())])
+        return f"{self.function}({arguments}){'' if self.part is None else f'[{self.part}]'}"
 
 
 class Pointwise(Call):

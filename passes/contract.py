@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ __all__ = ["contract", "single_positions", "together"]
 
 def contract(gm: fx.GraphModule) -> fx.GraphModule:
     """A backward graph with the contractions that are always the cheapest."""
-    return rewrites(gm, single_positions, together)
+    return rewrites(gm, single_positions, partial(together, trials={}))
 
 
 def single_positions(node: fx.Node, op: nn.Module) -> fx.Node | None:
@@ -30,10 +31,11 @@ def single_positions(node: fx.Node, op: nn.Module) -> fx.Node | None:
     return _instead(node, DiagonalOfSinglePositions(), "single")
 
 
-def together(node: fx.Node, op: nn.Module) -> fx.Node | None:
+def together(node: fx.Node, op: nn.Module, trials: dict[object, bool]) -> fx.Node | None:
     """Columns (and samples) that autograd pulls back one by one are pulled back at once, if that gives the same.
 
-    torch's batching rules are not right for every operator, so each use of them is tried on random numbers in float64.
+    torch's batching rules are not right for every operator, so each use of them is tried on random numbers in float64;
+    `trials` remembers the outcome for equal ops on equal shapes.
     """
     if isinstance(op, PullToParameter) and not op.together:
         candidate: nn.Module = PullToParameter(op.op, op.k, op.places, together=True)
@@ -41,7 +43,11 @@ def together(node: fx.Node, op: nn.Module) -> fx.Node | None:
         candidate = Pull(op.op, op.k, op.per_sample, together=True)
     else:
         return None
-    return _instead(node, candidate, "together") if _equal(op, candidate, node) else None
+    inputs = tuple((n.meta["shape"], n.meta.get("dtype")) for n in node.all_input_nodes)
+    key = (candidate._get_name(), candidate.extra_repr(), op.op.extra_repr(), inputs)
+    if key not in trials:
+        trials[key] = _equal(op, candidate, node)
+    return _instead(node, candidate, "together") if trials[key] else None
 
 
 def _equal(op: nn.Module, candidate: nn.Module, node: fx.Node) -> bool:

@@ -28,13 +28,13 @@ SAMPLES = 3
 
 def locate(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     """The canonical graph with `samples` on every node: where they lie, or None for what all share."""
-    gm = copied(gm)
+    gm, known = copied(gm), dict[object, Samples | None]()
     with torch.no_grad():
         for node in gm.graph.nodes:
             if node.op == "placeholder":
                 node.meta["samples"] = Samples(0)
             elif node.op == "call_module":
-                node.meta["samples"] = _place(node, module_of(node), device)
+                node.meta["samples"] = _place(node, module_of(node), device, known)
     output = gm.graph.output_node().args[0]
     assert isinstance(output, fx.Node)
     if output.meta["samples"] != Samples(0):
@@ -44,7 +44,7 @@ def locate(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     return gm
 
 
-def _place(node: fx.Node, op: nn.Module, device: torch.device) -> Samples | None:
+def _place(node: fx.Node, op: nn.Module, device: torch.device, known: dict[object, Samples | None]) -> Samples | None:
     places: list[Samples | None] = [x.meta["samples"] for x in node.all_input_nodes]
     if all(place is None for place in places):
         return None
@@ -58,7 +58,19 @@ def _place(node: fx.Node, op: nn.Module, device: torch.device) -> Samples | None
         if axis == last or (axis != 0 and rule.use.batch_first):
             raise _mixing(node, f"it treats the samples along axis {axis} as features")
         return places[0]
-    return _probed(node, op, device)
+    key = _kind(node, op)
+    if key is None or key not in known:
+        known[key] = _probed(node, op, device)
+    return known[key]
+
+
+def _kind(node: fx.Node, op: nn.Module) -> object:
+    """What the outcome of a probe depends on; None if on the values of a constant."""
+    inputs = [x for x in node.args if isinstance(x, fx.Node)]
+    if any(x.op == "call_module" and isinstance(module_of(x), ops.Constant) for x in inputs):
+        return None
+    kinds = tuple((x.meta["shape"], x.meta["dtype"], x.meta["samples"]) for x in inputs)
+    return type(op), op.extra_repr(), kinds, node.meta["shape"]
 
 
 def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> Samples | None:
