@@ -90,6 +90,14 @@ def _product(S: Tensor, x: Tensor) -> Tensor:
     return S.permute(1, 2, 0) @ x.transpose(0, 1)
 
 
+def _second_moment(X: Tensor) -> Tensor:
+    """Σ_m X[m,g,d] X[m,g,d'], m over all leading axes: `[g,d,d]`."""
+    if X.stride(-3) != 1 or X.shape[-3] < X.shape[-1]:
+        return _product(X, X)
+    X = X.movedim(-3, -1).flatten(0, -4)  # [m,g,d,s]: positions lie side by side, as a convolution leaves them
+    return (X @ X.mT).sum(0)  # no larger than X, for d ≤ s
+
+
 class Diagonal(Statistic):
     """Σ_vn (Σ_s S[v,n,s,g,o] x[n,s,g,i])²: `[g,o,i]`."""
 
@@ -137,7 +145,7 @@ class Covariance(Statistic):
         if self.pooled:
             pooled = sum((X.sum(-3, keepdim=True) for X in Xs[1:]), start=Xs[0].sum(-3, keepdim=True))
             return _product(pooled, pooled)
-        terms = [_product(X, X) for X in Xs]
+        terms = [_second_moment(X) for X in Xs]
         return sum(terms[1:], start=terms[0])
 
     def extra_repr(self) -> str:
