@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,8 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
 
     shared.forward = selected
     try:
-        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*assigned during export")  # to the copy, which is dropped
             program = export(shared, args, kwargs, dynamic_shapes=_dynamic_shapes(forward, *dynamic), strict=False)
     except FxcurvError:
         raise

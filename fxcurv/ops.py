@@ -16,6 +16,7 @@ from torch import Tensor, nn
 __all__ = [
     "Add",
     "Affine",
+    "Blank",
     "Call",
     "Cast",
     "Cat",
@@ -137,6 +138,22 @@ class Repeat(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.shape)
+
+
+class Blank(nn.Module):
+    """y = a number everywhere: -1 in `shape` stands for the batch size of `like`, at `axis`."""
+
+    def __init__(self, shape: Sequence[int], value: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape, self.value, self.dtype = tuple(shape), value, dtype
+        self.axis = self.shape.index(-1)
+
+    def forward(self, like: Tensor) -> Tensor:
+        shape = (*self.shape[: self.axis], like.shape[0], *self.shape[self.axis + 1 :])
+        return torch.full(shape, self.value, dtype=self.dtype, device=like.device)
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, value={self.value}"
 
 
 class Shift(nn.Module):

@@ -341,6 +341,7 @@ linear(ops.Repeat, lambda op, S, shapes, k: S)  # undone as a broadcast
 _declare(ops.Parameter, Rule("parameter", lambda op, xs, y: None, lambda op, S, kept, k: S))
 stop(ops.Detach)
 stop(ops.Constant)
+stop(ops.Blank)
 stop(ops.Discrete)
 for identity in (nn.Identity, nn.Dropout):  # removed by passes/fold.py
     linear(identity, lambda op, S, shapes, k: S)

@@ -49,7 +49,7 @@ def _place(node: fx.Node, op: nn.Module, device: torch.device, known: dict[objec
     if all(place is None for place in places):
         return None
     rule = rule_of(op)
-    if isinstance(op, ops.Repeat):
+    if isinstance(op, ops.Repeat | ops.Blank):
         return Samples(op.axis)
     if rule.kind == "elementwise":
         return places[0]

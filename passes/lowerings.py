@@ -324,6 +324,14 @@ def _expand(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     return _expanded(low, node, _first(a))
 
 
+@lowers("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+def _blank(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    shape, value = shape_of(node.meta["val"], where(node)), a.get("fill_value", int("ones" in packet_of(node)))
+    if [size for size in shape if isinstance(size, Batch)] != [Batch()] or isinstance(value, fx.Node):
+        raise UnsupportedError("a new tensor has no single batch axis", node=where(node), remedy="fill in a constant")
+    return low.emit(node, ops.Blank(_flexible(shape), value, node.meta["val"].dtype), low.batch())
+
+
 @lowers("copy")
 def _copy(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     """The source, in the type and shape of what it is written into."""
