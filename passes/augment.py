@@ -140,8 +140,8 @@ class _Emitter:
         name = f"pull.{node.target}" if len(_inputs(node)) == 1 else f"pull.{node.target}.{k}"
         op, own = module_of(node), node.meta["samples"] is None
         if x.meta["samples"] is None and not own:
-            axes = [n.meta["samples"] for n in (*_inputs(node), node)]
-            return backward.call(name, PullToParameter(op, k, axes), (S, self._saved(backward, node)), _columns(x))
+            places = [n.meta["samples"] for n in (*_inputs(node), node)]
+            return backward.call(name, PullToParameter(op, k, places), (S, self._saved(backward, node)), _columns(x))
         opaque = rule_of(op).kind == "opaque"
         kept = self._saved(backward, node) if opaque else backward.placeholder(self.forward.keep(node))
         lead, axes = _broadcast(x.meta["shape"], node)
