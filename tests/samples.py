@@ -777,6 +777,7 @@ CUTS = functions(
         "cat_same": lambda x: torch.cat([x, x], 1),
         "cat_unequal": lambda x: torch.cat([x[:, :1], x, x[:, 2:]], dim=1),
         "cat_constant": lambda x: torch.cat([x, torch.ones_like(x[:, :1])], dim=1),
+        "cat_blank": lambda x: torch.cat([x, torch.ones(x.shape[0], 1, *x.shape[2:], dtype=x.dtype)], dim=1),
         "stack": lambda x: torch.stack([x, x.sin()], dim=2),
         "slice": lambda x: x[:, 1:3],
         "slice_step": lambda x: x[:, ::2, 1::2],
