@@ -12,6 +12,7 @@ import passes
 from fxcurv.capture import Inputs, Output, as_call, batch_size
 from fxcurv.errors import FxcurvError, InputError, QuantityError
 from fxcurv.losses import as_loss
+from fxcurv.program import Program
 from fxcurv.quantities import Quantity, named
 from fxcurv.result import Curvature
 from fxcurv.run import Batch, run
@@ -49,8 +50,7 @@ def compile(
 def trace(model: nn.Module, example_inputs: Inputs, output: Output = None) -> fx.GraphModule:
     """The tracer alone: the canonical graph, an all-module GraphModule that computes what the model computes."""
     _check_inputs(model, example_inputs)
-    gm = passes.canonicalize(model, example_inputs, output, _place(model, example_inputs))["canonical"]
-    return gm
+    return passes.canonicalize(model, example_inputs, output, _place(example_inputs))["canonical"]
 
 
 class Compiled:
@@ -60,8 +60,8 @@ class Compiled:
         if not any(p.requires_grad for p in model.parameters()):
             raise QuantityError("the model has no trainable parameters", remedy="set requires_grad_(True) on some")
         self.model, self.loss, self.quantities, self.output = model, loss, dict(quantities), output
-        self._programs: dict[object, passes.Program] = {}
-        self._latest: passes.Program | None = None
+        self._programs: dict[object, Program] = {}
+        self._latest: Program | None = None
 
     def __call__(
         self, inputs: Inputs, target: Tensor, generator: torch.Generator | None = None, progress: bool = False
@@ -73,12 +73,12 @@ class Compiled:
         """
         return run(self.prepare(inputs), self.model, self.loss, Batch(inputs, target, generator, progress))
 
-    def prepare(self, inputs: Inputs) -> passes.Program:
+    def prepare(self, inputs: Inputs) -> Program:
         """The program for inputs of this kind, compiled if their shape, type or place, or the model, is new."""
         _check_inputs(self.model, inputs)
         key = _signature(self.model, inputs)
         if key not in self._programs:
-            stages = passes.canonicalize(self.model, inputs, self.output, _place(self.model, inputs))
+            stages = passes.canonicalize(self.model, inputs, self.output, _place(inputs))
             self._programs[key] = passes.compile_program(self.model, stages, self.quantities)
         self._latest = self._programs[key]
         return self._latest
@@ -105,7 +105,7 @@ class Compiled:
 # What a call needs ------------------------------------------------------------------------------------------------
 
 
-def _place(model: nn.Module, inputs: Inputs) -> torch.device:
+def _place(inputs: Inputs) -> torch.device:
     return next((t.device for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)), torch.device("cpu"))
 
 

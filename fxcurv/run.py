@@ -66,8 +66,7 @@ def bind(canonical: fx.GraphModule, model: nn.Module) -> None:
     tensors: dict[str, Tensor] = {**dict(parameters), **dict(buffers)}
     for node in canonical.graph.nodes:
         for slot, source in node.meta.get("slots", {}).items():
-            if all(name in tensors for name in source.names):  # a constant of the graph itself never changes
-                _hold(module_of(node), slot, source(tensors.__getitem__))
+            _hold(module_of(node), slot, source(tensors))
 
 
 def _hold(op: nn.Module, slot: str, tensor: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, fx, nn
@@ -23,13 +23,15 @@ Stage = Literal["captured", "lowered", "canonical", "forward", "backward"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a slot's tensor comes from: a tensor of the model by name, or an expression of several of them."""
+    """Where a slot's tensor comes from: a tensor by name, or an expression of several; `constants` are no model's."""
 
     names: tuple[str, ...]
     expression: fx.GraphModule | None = None
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def __call__(self, tensors: Callable[[str], Tensor]) -> Tensor:
-        values = [tensors(name) for name in self.names]
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensor, from the model's tensors as they are now."""
+        values = [self.constants[name] if name in self.constants else tensors[name] for name in self.names]
         return values[0] if self.expression is None else self.expression(*values)
 
 

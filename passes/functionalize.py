@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fxcurv.errors import CaptureError
 
-__all__ = ["functionalize"]
+__all__ = ["described", "functionalize", "packet_of"]
 
 
 def functionalize(gm: fx.GraphModule, sources: Mapping[str, str]) -> fx.GraphModule:
@@ -73,7 +73,7 @@ def _parent(view: fx.Node) -> fx.Node | None:
 
 def _scattered(view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
     """`parent` with `value` where `view` shows it."""
-    name, aten = str(getattr(view.target, "overloadpacket", view.target)).removeprefix("aten."), torch.ops.aten
+    name, aten = packet_of(view), torch.ops.aten
     if _same_entries(view, parent):
         return value
     if name in ("slice", "select"):
@@ -162,6 +162,11 @@ def _overwrites(placeholder: fx.Node, sources: Mapping[str, str]) -> CaptureErro
         node=f"'{module}'",
         remedy="call model.eval(), or keep state out of forward",
     )
+
+
+def packet_of(node: fx.Node) -> str:
+    """`conv2d` of aten.conv2d.default."""
+    return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
 
 
 def described(node: fx.Node) -> str:

@@ -16,7 +16,8 @@ from fxcurv.errors import CaptureError, UnsupportedError
 from fxcurv.shapes import Batch, shape_of
 from fxcurv.spec import Source
 from passes import lowerings
-from passes.lowerings import Slots, packet_of, where
+from passes.functionalize import packet_of
+from passes.lowerings import Slots, where
 from passes.rewrite import free_target
 
 __all__ = ["lower"]
@@ -47,7 +48,7 @@ class _Lowering:
 
     def __post_init__(self) -> None:
         named = (self.model.named_parameters(remove_duplicate=False), self.model.named_buffers(remove_duplicate=False))
-        self.tensors: dict[str, Tensor] = {**dict(named[0]), **dict(named[1]), **self.captured.constants}
+        self.tensors: dict[str, Tensor] = {**dict(named[0]), **dict(named[1])}
         self.trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
 
     # The walk
@@ -105,7 +106,7 @@ class _Lowering:
             )
         if argument not in self.values:
             source = self._source(argument)
-            tensor = source(self.tensors.__getitem__)
+            tensor = source(self.tensors)
             held = source.expression is None and source.names[0] in self.trainable
             op = ops.Parameter(cast("nn.Parameter", tensor)) if held else ops.Constant(tensor.detach())
             path = source.names[0] if source.expression is None else argument.name
@@ -126,12 +127,12 @@ class _Lowering:
 
     def slot(self, argument: fx.Node | None) -> Tensor | None:
         """The live tensor that an op holds: a parameter itself, or an expression of constants."""
-        return None if argument is None else self._source(argument)(self.tensors.__getitem__)
+        return None if argument is None else self._source(argument)(self.tensors)
 
     def _source(self, node: fx.Node) -> Source:
         """Where a tensor that depends on no input comes from."""
         if node.op == "placeholder":
-            return Source((self.captured.sources[node.name],))
+            return Source((self.captured.sources[node.name],), constants=self.captured.constants)
         ancestors = _ancestors(node)
         if any(n in self.live and n.op != "placeholder" for n in ancestors):
             raise UnsupportedError(
@@ -142,7 +143,7 @@ class _Lowering:
             copies[n] = _blank(n, graph) if _is_blank(n) else graph.node_copy(n, copies.__getitem__)
         graph.output(copies[node])
         names = tuple(self.captured.sources[n.name] for n in copies if n.op == "placeholder")
-        return Source(names, fx.GraphModule({}, graph))
+        return Source(names, fx.GraphModule({}, graph), self.captured.constants)
 
     def _call(
         self, node: fx.Node, path: str, op: nn.Module, args: tuple[fx.Node, ...], sources: dict[str, Source]

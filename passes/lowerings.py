@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from fxcurv import ops
 from fxcurv.errors import InputError, UnsupportedError
 from fxcurv.shapes import Batch, Shape, shape_of
-from passes.functionalize import described
+from passes.functionalize import described, packet_of
 
-__all__ = ["Builder", "Slots", "arguments", "lowering_of", "packet_of", "part", "where"]
+__all__ = ["Builder", "Slots", "arguments", "lowering_of", "part", "where"]
 
 Slots = dict[str, fx.Node | None]
 Arguments = dict[str, Any]
@@ -68,11 +68,6 @@ def lowering_of(node: fx.Node) -> Lowering:
 
 
 # Reading ATen calls -----------------------------------------------------------------------------------------------
-
-
-def packet_of(node: fx.Node) -> str:
-    """`conv2d` of aten.conv2d.default."""
-    return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
 
 
 def arguments(node: fx.Node) -> Arguments:

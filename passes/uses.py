@@ -47,7 +47,8 @@ def flow_of(gm: fx.GraphModule) -> nx.DiGraph[fx.Node]:
     flow.add_nodes_from(gm.graph.nodes)
     for node in gm.graph.nodes:
         if node.op == "call_module" and rule_of(module_of(node)).kind != "stop":
-            flow.add_edges_from((x, node) for x in node.all_input_nodes)
+            shared = node.meta["samples"] is None  # the same for all samples, so a function of none of them
+            flow.add_edges_from((x, node) for x in node.all_input_nodes if not shared or x.meta["samples"] is None)
     return flow
 
 

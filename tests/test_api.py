@@ -67,6 +67,27 @@ def test_parameters_are_read_when_called() -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
 
 
+def test_buffers_in_expressions_with_constants_are_read_when_called() -> None:
+    class Shifted(nn.Module):
+        shift: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+            self.register_buffer("shift", torch.zeros(2, 1, 1, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x + self.shift * torch.tensor([[[1.0]], [[-2.0]]], dtype=torch.float64))
+
+    model, (x, y) = Shifted().eval(), batch(3)
+    compiled = fxcurv.compile(model, quantities="diag_ggn")
+    compiled(x, y)
+    model.shift += 1
+    expected = reference.diag_ggn(model, nn.CrossEntropyLoss(), x, y)
+    for name, value in compiled(x, y)["diag_ggn"].items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
+
+
 def test_replaced_parameters_and_types_are_followed() -> None:
     model, (x, y) = net(), batch(3)
     compiled = fxcurv.compile(model, quantities="diag_ggn")
@@ -164,7 +185,7 @@ def test_batches_add_up() -> None:
 
 
 def test_sampling_is_reproducible_and_leaves_the_callers_state() -> None:
-    model, (x, y) = net(), batch(3)
+    model, (x, y) = net(), batch(64)  # so many that two draws are never equal by chance
     compiled = fxcurv.compile(model, quantities=["kfac", "diag_ggn_mc"])
     a, b = (compiled(x, y, generator=torch.Generator().manual_seed(7)) for _ in range(2))
     other = compiled(x, y, generator=torch.Generator().manual_seed(8))
