@@ -2,46 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import passes
-from fxcurv.capture import Inputs, Output, as_call, batch_size
-from fxcurv.errors import FxcurvError, InputError, QuantityError
+from fxcurv.capture import Inputs, Output, as_call, batch_size, device_of
+from fxcurv.choice import Asked, Choice, chosen
+from fxcurv.eager import by_autograd
+from fxcurv.errors import CaptureError, FxcurvError, InputError, QuantityError, UnsupportedError
 from fxcurv.losses import as_loss
 from fxcurv.program import Program
-from fxcurv.quantities import Quantity, named
 from fxcurv.result import Curvature
-from fxcurv.run import Batch, run
+from fxcurv.run import Batch, fresh_generator, run
 from fxcurv.show import tabular
 
 __all__ = ["Compiled", "compile", "trace"]
 
 
+OnUnsupported = Literal["error", "skip", "fallback"]
+
+
 def compile(
     model: nn.Module,
     loss: object = "cross_entropy",
-    quantities: str | Quantity | Iterable[str | Quantity] = ("kfac",),
+    quantities: Asked = ("kfac",),
     *,
     example_inputs: Inputs | None = None,
     output: Output = None,
+    on_unsupported: OnUnsupported = "error",
 ) -> Compiled:
-    """Compile a model for `quantities` of every trainable parameter: `result = compiled(inputs, target)`.
+    """Compile a model for `quantities` of its trainable parameters: `result = compiled(inputs, target)`.
 
     The model is traced at the first call (or now, on `example_inputs`) and never changed; its parameters stay its own,
     so that later calls see later values. One compile serves every batch size.
 
     - `loss`: nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss with reduction "mean" or "sum", or their names.
-    - `quantities`: names from `fxcurv.NAMES` or objects such as `fxcurv.KFAC(fxcurv.Exact(), approx="reduce")`.
+    - `quantities`: names from `fxcurv.NAMES` or objects such as `fxcurv.KFAC(fxcurv.Exact(), approx="reduce")`, of all
+      parameters; or by pattern, `{"*": "kfac", "*.bias": ["kfac", "diag_ggn"], nn.LayerNorm: None}`: a pattern is for
+      parameter names as in a shell or a module type, the last one that matches counts, and None asks for nothing.
     - `output`: which of the tensors that the model returns to take, where there are several: an index, a name, or a
       function of what it returns.
+    - `on_unsupported`: what becomes of parameters whose curvature the compiler refuses. "error" raises the refusal;
+      "skip" leaves those parameters out, with the status `unsupported` and the reason; "fallback" computes them by
+      plain autograd, one column of one sample at a time, with the status `fallback`, be it the whole model.
 
     Raises a `FxcurvError` that says node, cause and remedy for whatever it cannot do exactly or under a name.
     """
-    compiled = Compiled(model, as_loss(loss), named(quantities), output)
+    compiled = Compiled(model, as_loss(loss), chosen(quantities), output, on_unsupported)
     if example_inputs is not None:
         compiled.prepare(example_inputs)
     return compiled
@@ -50,16 +62,29 @@ def compile(
 def trace(model: nn.Module, example_inputs: Inputs, output: Output = None) -> fx.GraphModule:
     """The tracer alone: the canonical graph, an all-module GraphModule that computes what the model computes."""
     _check_inputs(model, example_inputs)
-    return passes.canonicalize(model, example_inputs, output, _place(example_inputs))["canonical"]
+    return passes.canonicalize(model, example_inputs, output)["canonical"]
 
 
 class Compiled:
     """A model compiled for curvature; call it with a batch."""
 
-    def __init__(self, model: nn.Module, loss: nn.Module, quantities: Mapping[str, Quantity], output: Output) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        choice: Choice,
+        output: Output = None,
+        on_unsupported: OnUnsupported = "error",
+    ) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise QuantityError("the model has no trainable parameters", remedy="set requires_grad_(True) on some")
-        self.model, self.loss, self.quantities, self.output = model, loss, dict(quantities), output
+        if on_unsupported not in get_args(OnUnsupported):
+            raise QuantityError(
+                f"on_unsupported={on_unsupported!r}", remedy=f"choose one of {', '.join(get_args(OnUnsupported))}"
+            )
+        self.model, self.loss, self.choice, self.output = model, loss, choice, output
+        self.on_unsupported = on_unsupported
+        choice.of(model)
         self._programs: dict[object, Program] = {}
         self._latest: Program | None = None
 
@@ -71,15 +96,32 @@ class Compiled:
         Sampled factors are reproducible with a `generator`, on the output's device; `progress` shows a bar over the
         columns on a terminal, where they are many.
         """
-        return run(self.prepare(inputs), self.model, self.loss, Batch(inputs, target, generator, progress))
+        batch = Batch(inputs, target, generator, progress)
+        try:
+            program = self.prepare(inputs)
+        except (CaptureError, UnsupportedError) as refusal:
+            if self.on_unsupported != "fallback":
+                raise
+            names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+            return self._by_autograd(batch, self.choice).explained(dict.fromkeys(names, refusal))
+        refusals = program.plan.refusals
+        if not refusals or self.on_unsupported == "skip":
+            return run(program, self.model, self.loss, batch)
+        generator = generator or fresh_generator(device_of(inputs))
+        twin = replace(batch, generator=generator.clone_state())
+        result = run(program, self.model, self.loss, replace(batch, generator=generator))
+        return result.updated(self._by_autograd(twin, self.choice.only(refusals))).explained(refusals)
+
+    def _by_autograd(self, batch: Batch, choice: Choice) -> Curvature:
+        return by_autograd(self.model, self.loss, choice, batch, self.output)
 
     def prepare(self, inputs: Inputs) -> Program:
         """The program for inputs of this kind, compiled if their shape, type or place, or the model, is new."""
         _check_inputs(self.model, inputs)
         key = _signature(self.model, inputs)
         if key not in self._programs:
-            stages = passes.canonicalize(self.model, inputs, self.output, _place(inputs))
-            self._programs[key] = passes.compile_program(self.model, stages, self.quantities)
+            stages = passes.canonicalize(self.model, inputs, self.output, strict=self.on_unsupported == "error")
+            self._programs[key] = passes.compile_program(self.model, stages, self.choice)
         self._latest = self._programs[key]
         return self._latest
 
@@ -103,10 +145,6 @@ class Compiled:
 
 
 # What a call needs ------------------------------------------------------------------------------------------------
-
-
-def _place(inputs: Inputs) -> torch.device:
-    return next((t.device for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)), torch.device("cpu"))
 
 
 def _signature(model: nn.Module, inputs: Inputs) -> object:

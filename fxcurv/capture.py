@@ -23,7 +23,17 @@ from torch.utils import _pytree as pytree
 
 from fxcurv.errors import CaptureError, FxcurvError, InputError
 
-__all__ = ["Captured", "Inputs", "Output", "as_call", "batch_size", "capture", "selector"]
+__all__ = [
+    "Captured",
+    "Inputs",
+    "Output",
+    "as_call",
+    "batch_size",
+    "capture",
+    "device_of",
+    "selector",
+    "structural_copy",
+]
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 Output = str | int | Callable[[Any], Tensor] | None
@@ -64,6 +74,11 @@ def batch_size(inputs: Inputs) -> int:
     return sizes.pop()
 
 
+def device_of(inputs: Inputs) -> torch.device:
+    """Where the inputs lie."""
+    return next((t.device for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)), torch.device("cpu"))
+
+
 def selector(output: Output) -> Callable[[Any], Tensor]:
     """The function that takes the tensor to differentiate out of what the model returns."""
 
@@ -97,7 +112,7 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
     args, kwargs = pytree.tree_map_only(Tensor, _example, as_call(inputs))
     dynamic = pytree.tree_map_only(Tensor, lambda _: {0: Dim.AUTO}, (args, kwargs))
     dynamic = pytree.tree_map_only(_NOT_TENSORS, lambda _: None, dynamic)
-    shared = _structural_copy(model)
+    shared = structural_copy(model, *model.parameters(), *model.buffers())
     forward, select = shared.forward, selector(output)
 
     @functools.wraps(forward)
@@ -132,11 +147,10 @@ def _example(t: Tensor) -> Tensor:
     return torch.empty(TRACED_BATCH, *t.shape[1:], dtype=t.dtype, device=t.device)
 
 
-def _structural_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares every tensor with `model`."""
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+def structural_copy(model: nn.Module, *shared: Tensor) -> nn.Module:
+    """A copy of the modules that shares the given tensors with `model`."""
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, {id(t): t for t in shared})
     except Exception as error:
         raise CaptureError(
             f"the model cannot be copied ({error})", remedy="make its attributes deep-copyable"

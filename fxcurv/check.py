@@ -15,9 +15,9 @@ from torch import nn
 import fxcurv
 from fxcurv.api import Compiled
 from fxcurv.capture import Inputs, Output
+from fxcurv.choice import Asked, chosen
 from fxcurv.errors import FxcurvError
 from fxcurv.losses import as_loss
-from fxcurv.quantities import Quantity, named
 
 __all__ = ["Report", "Row", "check"]
 
@@ -99,19 +99,19 @@ class Report:
 def check(
     model: nn.Module,
     inputs: Inputs,
-    quantities: str | Quantity | Iterable[str | Quantity] = ("kfac", "diag_ggn"),
+    quantities: Asked = ("kfac", "diag_ggn"),
     *,
     loss: object = "cross_entropy",
     output: Output = None,
     target: str | None = None,
 ) -> Report:
     """Compile `model` for inputs of this shape and report what every parameter would get; nothing is run."""
-    started, asked, loss = time.perf_counter(), named(quantities), as_loss(loss)
+    started, asked, loss = time.perf_counter(), chosen(quantities), as_loss(loss)
     try:
-        statuses = Compiled(model, loss, asked, output).prepare(inputs).statuses
+        statuses = Compiled(model, loss, asked, output).prepare(inputs).plan.statuses
         rows = [_row(model, name, q, status) for q, found in statuses.items() for name, status in found.items()]
     except FxcurvError as error:
-        rows = [_refused(model, name, q, error) for q in asked for name, _ in model.named_parameters()]
+        rows = [_refused(model, name, q, error) for q in asked.quantities for name, _ in model.named_parameters()]
         if not rows:
             raise
     return Report(target or type(model).__name__, tuple(rows), time.perf_counter() - started)

@@ -89,7 +89,7 @@ class SoftmaxTerms(LossTerms):
     def sampled(self, generator: torch.Generator | None) -> Tensor:
         p = self.p.movedim(1, -1)
         drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
-        onehot = torch.zeros_like(p).view(-1, p.shape[-1]).scatter_(1, drawn, 1).view_as(p)
+        onehot = torch.zeros_like(p).scatter_(-1, drawn.view(*p.shape[:-1], 1), 1)
         return self.omega.sqrt() * (p - onehot).movedim(-1, 1)
 
 

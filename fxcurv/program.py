@@ -1,32 +1,71 @@
-"""What compiling produces: the graph of every stage, and the list of results to make of their sums."""
+"""What compiling produces: the graph of every stage, and the plan of the results to make of their sums."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
+from fxcurv.choice import Choice
+from fxcurv.errors import FxcurvError
 from fxcurv.quantities import Factor, Quantity, Used
 
-__all__ = ["Job", "Program"]
+__all__ = ["Job", "Plan", "Program"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One result to assemble: a quantity of a parameter (and of what is joined to it), from sums by their names."""
+    """One result to assemble: a quantity of a parameter (and of what is joined to it), from sums by their names.
+
+    `fallback` says that the sums come from plain autograd.
+    """
 
     name: str
     quantity: Quantity
     used: Used
     parameters: tuple[str, ...]
     sums: Mapping[str, str]
+    fallback: bool = False
 
     @property
     def status(self) -> str:
-        """`exact`, or `approx(<name>)` where something else than the definition is reported."""
+        """`exact` or `fallback`, or where something else than the definition is reported `approx(<name>)`, …"""
         approximation = self.quantity.approximation(self.used)
-        return f"approx({approximation})" if approximation else "exact"
+        if approximation:
+            return f"{'fallback' if self.fallback else 'approx'}({approximation})"
+        return "fallback" if self.fallback else "exact"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is made of sums: the jobs, and `statuses[quantity][parameter]` with or without a job.
+
+    `refusals` says of each parameter that is `unsupported` or `fallback` why.
+    """
+
+    jobs: tuple[Job, ...]
+    quantities: Mapping[str, Quantity]
+    statuses: Mapping[str, Mapping[str, str]]
+    shapes: Mapping[str, tuple[int, ...]]
+    refusals: Mapping[str, FxcurvError]
+
+    @classmethod
+    def of(cls, model: nn.Module, choice: Choice, jobs: tuple[Job, ...], refusals: Mapping[str, FxcurvError]) -> Plan:
+        """The plan of the jobs for a model, in which every parameter that a quantity is asked of has a status."""
+        parameters = dict(model.named_parameters())
+        statuses = {
+            quantity: {name: _without_job(parameters[name], name in refusals) for name in names}
+            for quantity, names in choice.of(model).items()
+        }
+        for job in jobs:
+            statuses[job.name] |= dict.fromkeys(job.parameters, job.status)
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        return cls(jobs, choice.quantities, statuses, shapes, refusals)
+
+
+def _without_job(parameter: nn.Parameter, refused: bool) -> str:
+    return "frozen" if not parameter.requires_grad else "unsupported" if refused else "unreached"
 
 
 @dataclass(frozen=True)
@@ -34,17 +73,13 @@ class Program:
     """A model compiled for quantities.
 
     `forward(*inputs)` returns the output, what the pullback keeps, and sums over inputs; `backwards[factor](S, **kept)`
-    returns sums over a chunk of columns; `jobs` says what is made of the sums, and `statuses[quantity][parameter]` what
-    each parameter gets.
+    returns sums over a chunk of columns; `plan` says what is made of them.
     """
 
     stages: Mapping[str, fx.GraphModule]
     forward: fx.GraphModule
     backwards: Mapping[Factor, fx.GraphModule]
-    jobs: tuple[Job, ...]
-    quantities: Mapping[str, Quantity]
-    statuses: Mapping[str, Mapping[str, str]]
-    shapes: Mapping[str, tuple[int, ...]]
+    plan: Plan
 
     @property
     def canonical(self) -> fx.GraphModule:

@@ -32,6 +32,7 @@ __all__ = [
     "Sampled",
     "Used",
     "named",
+    "owners",
 ]
 
 
@@ -132,6 +133,15 @@ class Quantity(Protocol):
     def approximation(self, used: Used) -> str | None:
         """The name of what is reported instead of the quantity's definition, if anything."""
         ...
+
+
+def owners(quantity: Quantity, used: Mapping[str, Used]) -> dict[str, tuple[str, ...]]:
+    """The parameters whose entry holds a result of the quantity -> those whose result it is."""
+    owned: dict[str, tuple[str, ...]] = {}
+    for parameter in used.values():
+        owner = quantity.owner(parameter)
+        owned[owner] = (*owned.get(owner, ()), parameter.name)
+    return owned
 
 
 DENSE_LIMIT = 8192

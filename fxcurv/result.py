@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ __all__ = ["Curvature", "Entries", "Entry"]
 class Entry:
     """One parameter × quantity: its status, and its value where there is one.
 
-    `status` is `exact` (equal to the quantity's definition), `approx(<name>)`, `frozen` (requires_grad is False) or
-    `unreached` (the output does not depend on it); `value` is a tensor of the parameter's shape or a block.
+    `status` is `exact` (equal to the quantity's definition), `approx(<name>)`, `fallback` (exact or named, by plain
+    autograd), `frozen` (requires_grad is False), `unreached` (the output does not depend on it) or `unsupported`;
+    `reason` says why it is one of the last, or a fallback. `value` is a tensor of the parameter's shape or a block.
     """
 
     quantity: str
@@ -31,6 +32,7 @@ class Entry:
     factor: str
     reduction: str
     value: Tensor | Block | None = None
+    reason: str = ""
 
     def tensors(self) -> dict[str, Tensor]:
         """The entry's stored tensors by name; a plain tensor is called `value`."""
@@ -61,8 +63,10 @@ class Entries(Mapping[str, Any]):
             raise QuantityError(f"the model has no parameter {parameter!r}", remedy="see result.table() for the names")
         entry = self.entries[parameter]
         if entry.value is None:
+            why = f" ({entry.reason})" if entry.reason else ""
             raise QuantityError(
-                f"{entry.quantity} of {parameter!r} has no value: {entry.status}", remedy=_REMEDIES.get(entry.status)
+                f"{entry.quantity} of {parameter!r} has no value: {entry.status}{why}",
+                remedy=_REMEDIES.get(entry.status),
             )
         return entry.value
 
@@ -79,6 +83,7 @@ class Entries(Mapping[str, Any]):
 _REMEDIES = {
     "frozen": "set requires_grad_(True) on it",
     "unreached": "its curvature is zero: the output does not depend on it",
+    "unsupported": "compile with on_unsupported='fallback'",
 }
 
 
@@ -108,6 +113,19 @@ class Curvature(Mapping[str, Entries]):
         """Every parameter × quantity, of those without a value too."""
         return [entry for entries in self.quantities.values() for entry in entries.entries.values()]
 
+    def updated(self, other: Curvature) -> Curvature:
+        """With the entries of `other` in the places of one's own."""
+        theirs = {name: entries.entries for name, entries in other.quantities.items()}
+        return self._mapped(lambda e: theirs.get(e.quantity, {}).get(e.parameter, e))
+
+    def explained(self, reasons: Mapping[str, object]) -> Curvature:
+        """With the reasons at the entries of those parameters."""
+        return self._mapped(lambda e: replace(e, reason=str(reasons.get(e.parameter, e.reason))))
+
+    def _mapped(self, change: Callable[[Entry], Entry]) -> Curvature:
+        changed = {name: Entries(map(change, e.entries.values())) for name, e in self.quantities.items()}
+        return replace(self, quantities=changed)
+
     def table(self, fmt: str = "simple") -> str:
         """One row per parameter × quantity: shape, factor, status, form, shapes of its tensors, and trace (or sum)."""
         rows = [
@@ -119,7 +137,8 @@ class Curvature(Mapping[str, Entries]):
 
     def __str__(self) -> str:
         loss = f"loss {self.loss.item():.6g} ({self.reduction}) over {self.samples} sample{'s' * (self.samples != 1)}"
-        return f"{loss}\n{self.table()}"
+        reasons = dict.fromkeys(f"{e.status}: {e.reason}" for e in self.entries if e.reason)
+        return "\n".join((loss, self.table(), *reasons))
 
     def _repr_html_(self) -> str:
         return self.table("html")

@@ -18,13 +18,13 @@ from fxcurv.blocks import Block
 from fxcurv.capture import Inputs, as_call
 from fxcurv.errors import InputError
 from fxcurv.losses import LossTerms, loss_terms
-from fxcurv.program import Program
+from fxcurv.program import Plan, Program
 from fxcurv.quantities import Factor
 from fxcurv.result import Curvature, Entries, Entry
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of, output_of
 
-__all__ = ["COLUMN_BYTES", "Batch", "bind", "run"]
+__all__ = ["COLUMN_BYTES", "Batch", "assembled", "bind", "checked_terms", "fresh_generator", "run", "without_autocast"]
 
 COLUMN_BYTES = 1 << 29
 """How much memory one chunk of columns may take at the widest place of the backward graph."""
@@ -42,22 +42,27 @@ class Batch:
 
 def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch) -> Curvature:
     """The curvature of `loss` at a batch."""
-    with torch.no_grad(), _without_autocast():
+    with torch.no_grad(), without_autocast():
         bind(program.canonical, model)
         output, kept, sums = program.forward(
             *(t for t in pytree.tree_leaves(as_call(batch.inputs)) if isinstance(t, Tensor))
         )
-        if not bool(output.isfinite().all()):
-            raise InputError(
-                "the model's output holds NaN or infinity",
-                node="output",
-                remedy="check its parameters and the scale of the input",
-            )
-        terms = loss_terms(loss, output, batch.target)
-        batch = dataclasses.replace(batch, generator=batch.generator or _fresh_generator(output.device))
+        terms = checked_terms(loss, output, batch.target)
+        batch = dataclasses.replace(batch, generator=batch.generator or fresh_generator(output.device))
         for factor in program.backwards:
             sums |= _pull_back(program, factor, kept, terms, batch)
-        return _assembled(program, sums, terms.value, output, str(loss.reduction))
+        return assembled(program.plan, sums, terms.value, output, str(loss.reduction))
+
+
+def checked_terms(loss: nn.Module, output: Tensor, target: Tensor) -> LossTerms:
+    """The loss at an output that is finite."""
+    if not bool(output.isfinite().all()):
+        raise InputError(
+            "the model's output holds NaN or infinity",
+            node="output",
+            remedy="check its parameters and the scale of the input",
+        )
+    return loss_terms(loss, output, target)
 
 
 def bind(canonical: fx.GraphModule, model: nn.Module) -> None:
@@ -99,11 +104,11 @@ def _chunk(canonical: fx.GraphModule, gradient: Tensor) -> int:
     return max(1, COLUMN_BYTES // (widest * gradient.element_size()))
 
 
-def _assembled(program: Program, sums: Mapping[str, Tensor], loss: Tensor, output: Tensor, reduction: str) -> Curvature:
+def assembled(plan: Plan, sums: Mapping[str, Tensor], loss: Tensor, output: Tensor, reduction: str) -> Curvature:
     """Sums -> values, by quantity and parameter."""
     samples, values = len(output), dict[tuple[str, str], Tensor | Block]()
-    owners = Counter(id(sums[key]) for job in program.jobs for key in job.sums.values())
-    for job in program.jobs:
+    owners = Counter(id(sums[key]) for job in plan.jobs for key in job.sums.values())
+    for job in plan.jobs:
         own = {
             name: sums[key] if owners[id(sums[key])] == 1 else sums[key].clone()  # results share no memory
             for name, key in job.sums.items()
@@ -112,13 +117,19 @@ def _assembled(program: Program, sums: Mapping[str, Tensor], loss: Tensor, outpu
         if isinstance(value, Block):
             value = dataclasses.replace(value, parameters=job.parameters, status=job.status, reduction=reduction)
         values |= {(job.name, parameter): value for parameter in job.parameters}
+
+    def reason(parameter: str) -> str:
+        return str(plan.refusals.get(parameter, ""))
+
     return Curvature(
         {
             name: Entries(
-                Entry(name, p, program.shapes[p], status, str(quantity.factor), reduction, values.get((name, p)))
-                for p, status in program.statuses[name].items()
+                Entry(
+                    name, p, plan.shapes[p], status, str(quantity.factor), reduction, values.get((name, p)), reason(p)
+                )
+                for p, status in plan.statuses[name].items()
             )
-            for name, quantity in program.quantities.items()
+            for name, quantity in plan.quantities.items()
         },
         loss,
         output,
@@ -127,12 +138,13 @@ def _assembled(program: Program, sums: Mapping[str, Tensor], loss: Tensor, outpu
     )
 
 
-def _fresh_generator(device: torch.device) -> torch.Generator:
+def fresh_generator(device: torch.device) -> torch.Generator:
     """A generator of its own, so that the caller's global one is left alone."""
     generator = torch.Generator(device)
     generator.seed()
     return generator
 
 
-def _without_autocast() -> torch.autocast:
+def without_autocast() -> torch.autocast:
+    """Nothing of it; the types of the model's own tensors are those that it computes with."""
     return torch.autocast("cuda" if torch.is_autocast_enabled("cuda") else "cpu", enabled=False)

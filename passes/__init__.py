@@ -16,12 +16,11 @@ import fxcurv as fxcurv  # first: importing `passes` alone then initialises both
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import fx, nn
 
-from fxcurv.capture import Inputs, Output, capture
-from fxcurv.program import Program
-from fxcurv.quantities import Quantity
+from fxcurv.capture import Inputs, Output, capture, device_of
+from fxcurv.choice import Choice
+from fxcurv.program import Plan, Program
 from fxcurv.spec import verify
 from passes.augment import augment
 from passes.contract import contract
@@ -30,39 +29,35 @@ from passes.functionalize import functionalize
 from passes.locate import locate
 from passes.lower import lower
 from passes.schedule import schedule
+from passes.uses import refusals
 
 __all__ = ["canonicalize", "compile_program"]
 
 
-def canonicalize(model: nn.Module, inputs: Inputs, output: Output, device: torch.device) -> dict[str, fx.GraphModule]:
-    """The stages up to the canonical graph."""
+def canonicalize(
+    model: nn.Module, inputs: Inputs, output: Output = None, *, strict: bool = True
+) -> dict[str, fx.GraphModule]:
+    """The stages up to the canonical graph; unless `strict`, it may have nodes that are refused."""
     captured = capture(model, inputs, output)
     captured = replace(captured, graph=verify(functionalize(captured.graph, captured.sources), "captured"))
     lowered = verify(lower(captured, model), "lowered")
-    canonical = verify(locate(verify(fold(lowered), "lowered"), device), "canonical")
+    canonical = verify(locate(verify(fold(lowered), "lowered"), device_of(inputs), strict), "canonical")
     return {"captured": captured.graph, "lowered": lowered, "canonical": canonical}
 
 
-def compile_program(
-    model: nn.Module, stages: Mapping[str, fx.GraphModule], quantities: Mapping[str, Quantity]
-) -> Program:
-    """The program that computes `quantities` of every trainable parameter of a model, from its canonical graph."""
-    parameters = dict(model.named_parameters())
-    augmented = augment(stages["canonical"], quantities, [name for name, p in parameters.items() if p.requires_grad])
+def compile_program(model: nn.Module, stages: Mapping[str, fx.GraphModule], choice: Choice) -> Program:
+    """The program that computes the chosen quantities of the model's parameters, from its canonical graph."""
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    refused = refusals(stages["canonical"], trainable)
+    computed = {
+        quantity: trainable.difference(refused).intersection(names) for quantity, names in choice.of(model).items()
+    }
+    augmented = augment(stages["canonical"], choice.quantities, computed)
     forward = verify(schedule(verify(augmented.forward, "forward")), "forward")
     backwards = {factor: _optimized(gm) for factor, gm in augmented.backwards.items()}
     emitted = {f"backward[{factor}]": gm for factor, gm in backwards.items()}
-    without = {name: "unreached" if p.requires_grad else "frozen" for name, p in parameters.items()}
-    found = {q: {p: job.status for job in augmented.jobs if job.name == q for p in job.parameters} for q in quantities}
-    return Program(
-        stages={**stages, "forward": forward, **emitted},
-        forward=forward,
-        backwards=backwards,
-        jobs=augmented.jobs,
-        quantities=quantities,
-        statuses={q: {name: found[q].get(name, status) for name, status in without.items()} for q in quantities},
-        shapes={name: tuple(p.shape) for name, p in parameters.items()},
-    )
+    plan = Plan.of(model, choice, augmented.jobs, refused)
+    return Program({**stages, "forward": forward, **emitted}, forward, backwards, plan)
 
 
 def _optimized(backward: fx.GraphModule) -> fx.GraphModule:

@@ -9,7 +9,7 @@ back only where a wanted parameter lies below.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from fxcurv.pullback import (
     PullToParameter,
     Unbroadcast,
 )
-from fxcurv.quantities import Factor, Quantity, Used
+from fxcurv.quantities import Factor, Quantity, owners
 from fxcurv.rules import rule_of
 from fxcurv.shapes import Shape
 from fxcurv.spec import module_of, output_of
@@ -48,17 +48,16 @@ class Augmented:
     jobs: tuple[Job, ...]
 
 
-def augment(gm: fx.GraphModule, quantities: Mapping[str, Quantity], wanted: Iterable[str]) -> Augmented:
-    """The forward graph, and one backward graph per factor that computes `quantities` of the `wanted` parameters."""
-    uses = parameter_uses(gm, wanted)
-    described = {name: used(name, uses) for name in uses}
-    emitter = _Emitter(gm, uses)
+def augment(gm: fx.GraphModule, quantities: Mapping[str, Quantity], wanted: Mapping[str, Collection[str]]) -> Augmented:
+    """The forward graph, and one backward graph per factor, which compute each quantity of its `wanted` parameters."""
+    emitter = _Emitter(gm, parameter_uses(gm, {name for names in wanted.values() for name in names}))
     jobs: list[Job] = []
     backwards: dict[Factor, fx.GraphModule] = {}
     for factor in dict.fromkeys(quantity.factor for quantity in quantities.values()):
-        asked = {name: quantity for name, quantity in quantities.items() if quantity.factor == factor}
-        backward = emitter.pull_back()
-        jobs += emitter.reduce(backward, asked, described)
+        asked = [name for name, quantity in quantities.items() if quantity.factor == factor]
+        backward = emitter.pull_back({parameter for name in asked for parameter in wanted[name]})
+        for name in asked:
+            jobs += emitter.reduce(backward, name, quantities[name], wanted[name])
         backwards[factor] = backward.finished()
     return Augmented(emitter.forward.finished(), backwards, tuple(jobs))
 
@@ -113,25 +112,23 @@ class _Emitter:
     def __init__(self, gm: fx.GraphModule, uses: Uses) -> None:
         self.gm, self.uses = gm, uses
         self.forward = _Forward(gm)
-        self.using = {node for nodes in uses.values() for node, _ in nodes}
-        flow = flow_of(gm)
-        below = self.using.union(*(nx.descendants(flow, node) for node in self.using))
-        self.pulled = below & reaching(gm)
+        self.flow, self.reaching = flow_of(gm), reaching(gm)
 
-    def pull_back(self) -> _Backward:
+    def pull_back(self, wanted: Collection[str]) -> _Backward:
         """A backward graph that carries S from the output to every node that uses a wanted parameter."""
-        backward = _Backward()
-        output = output_of(self.gm)
+        using = {node for name in self.uses if name in wanted for node, _ in self.uses[name]}
+        pulled = using.union(*(nx.descendants(self.flow, node) for node in using)) & self.reaching
+        backward, output = _Backward(), output_of(self.gm)
         arriving: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
         arriving[output].append(backward.placeholder("S", _columns(output)))
         for node in reversed(self.gm.graph.nodes):
-            if node not in self.pulled or node not in arriving:
+            if node not in pulled or node not in arriving:
                 continue
             S = backward.accumulated(node, arriving[node])
-            if node in self.using:
+            if node in using:
                 backward.S[node] = backward.output_positions(node, S)
             for k, x in enumerate(node.args):
-                if isinstance(x, fx.Node) and x in self.pulled:
+                if isinstance(x, fx.Node) and x in pulled:
                     arriving[x].append(self._pull(backward, node, S, k, x))
         return backward
 
@@ -155,20 +152,18 @@ class _Emitter:
         """The inputs of a node, as the backward graph finds them."""
         return [backward.saved(self.forward.save(x), x) for x in _inputs(node)]
 
-    def reduce(self, backward: _Backward, quantities: Mapping[str, Quantity], used: Mapping[str, Used]) -> list[Job]:
-        """Emit the statistics of every wanted parameter and say what is to be made of them."""
+    def reduce(self, backward: _Backward, name: str, quantity: Quantity, wanted: Collection[str]) -> list[Job]:
+        """Emit the statistics of one quantity of the wanted parameters, and say what is to be made of them."""
+        uses = {parameter: uses for parameter, uses in self.uses.items() if parameter in wanted}
+        described = {parameter: used(parameter, uses) for parameter in uses}
         jobs: list[Job] = []
-        for name, quantity in quantities.items():
-            owned: defaultdict[str, list[str]] = defaultdict(list)
-            for parameter in used.values():
-                owned[quantity.owner(parameter)].append(parameter.name)
-            for owner, parameters in owned.items():
-                sums: dict[str, str] = {}
-                for statistic, module in quantity.statistics(used[owner]).items():
-                    sums[statistic] = key = f"{name}.{owner}.{statistic}"
-                    graph, args = self._arguments(backward, owner, module)
-                    graph.results[key] = graph.call(key, module, args)
-                jobs.append(Job(name, quantity, used[owner], tuple(parameters), sums))
+        for owner, parameters in owners(quantity, described).items():
+            sums: dict[str, str] = {}
+            for statistic, module in quantity.statistics(described[owner]).items():
+                sums[statistic] = key = f"{name}.{owner}.{statistic}"
+                graph, args = self._arguments(backward, owner, module)
+                graph.results[key] = graph.call(key, module, args)
+            jobs.append(Job(name, quantity, described[owner], parameters, sums))
         return jobs
 
     def _arguments(self, backward: _Backward, name: str, module: Statistic) -> tuple[_Graph, tuple[Any, ...]]:

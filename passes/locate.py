@@ -5,6 +5,9 @@ parameters and elementwise ops the place follows from the kind of their rule. An
 random inputs, one sample is redrawn, and only that sample's entries of the output may change. A random real function
 that ignores an input it depends on is an event of probability zero, so the probe needs no row per op and cannot go
 stale. Samples may lie along any axis, and share it with other positions (tokens or windows folded into the batch).
+
+Unless `strict`, a node that lets samples mix is marked with its refusal, and row n of what it returns counts as sample
+n from there on: parameters behind it have per-sample curvature, those before it have not.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor, fx, nn
 from fxcurv import ops
 from fxcurv.errors import UnsupportedError
 from fxcurv.rules import rule_of
-from fxcurv.shapes import Batch, Samples, resolve
+from fxcurv.shapes import Batch, Samples, Shape, resolve
 from fxcurv.spec import describe, module_of
 from passes.rewrite import copied
 
@@ -26,7 +29,7 @@ __all__ = ["locate"]
 SAMPLES = 3
 
 
-def locate(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+def locate(gm: fx.GraphModule, device: torch.device, strict: bool = True) -> fx.GraphModule:
     """The canonical graph with `samples` on every node: where they lie, or None for what all share."""
     gm, known = copied(gm), dict[object, Samples | None]()
     with torch.no_grad():
@@ -34,7 +37,12 @@ def locate(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
             if node.op == "placeholder":
                 node.meta["samples"] = Samples(0)
             elif node.op == "call_module":
-                node.meta["samples"] = _place(node, module_of(node), device, known)
+                try:
+                    node.meta["samples"] = _place(node, module_of(node), device, known)
+                except UnsupportedError as error:
+                    if strict:
+                        raise
+                    node.meta |= {"samples": _assumed(node.meta["shape"], error), "refusal": error}
     output = gm.graph.output_node().args[0]
     assert isinstance(output, fx.Node)
     if output.meta["samples"] != Samples(0):
@@ -42,6 +50,15 @@ def locate(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
         where = "does not depend on the input" if place is None else f"has its samples at axis {place}"
         raise UnsupportedError(f"the output {where}", node=describe(output), remedy="return the samples along axis 0")
     return gm
+
+
+def _assumed(shape: Shape, error: UnsupportedError) -> Samples | None:
+    """Where a refused node has its rows, if it has one for each sample."""
+    if shape[:1] == (Batch(),):
+        return Samples(0)
+    if any(isinstance(size, Batch) for size in shape):
+        raise error
+    return None
 
 
 def _place(node: fx.Node, op: nn.Module, device: torch.device, known: dict[object, Samples | None]) -> Samples | None:

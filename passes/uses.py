@@ -11,13 +11,14 @@ import torch
 from torch import fx
 
 from fxcurv import ops
+from fxcurv.errors import FxcurvError
 from fxcurv.pullback import OutputPositions
 from fxcurv.quantities import Used
 from fxcurv.rules import rule_of
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of, output_of
 
-__all__ = ["Uses", "flow_of", "layout_of", "parameter_uses", "reaching", "used"]
+__all__ = ["Uses", "flow_of", "layout_of", "parameter_uses", "reaching", "refusals", "used"]
 
 Role = Literal["weight", "bias", "value"]
 Uses = dict[str, list[tuple[fx.Node, Role]]]
@@ -41,13 +42,25 @@ def reaching(gm: fx.GraphModule) -> set[fx.Node]:
     return {output} | nx.ancestors(flow_of(gm), output)
 
 
+def refusals(gm: fx.GraphModule, parameters: Iterable[str]) -> dict[str, FxcurvError]:
+    """Parameter -> why it is refused: the first refused node on a way from the parameter to the output."""
+    flow, found = flow_of(gm), dict[str, FxcurvError]()
+    refused = [node for node in gm.graph.nodes if "refusal" in node.meta and node in reaching(gm)]
+    for node in reversed(refused):
+        below = {node} | nx.ancestors(flow, node)
+        uses = parameter_uses(gm, parameters)
+        found |= {name: node.meta["refusal"] for name in uses if any(user in below for user, _ in uses[name])}
+    return found
+
+
 def flow_of(gm: fx.GraphModule) -> nx.DiGraph[fx.Node]:
     """Node -> its consumers, as far as they are differentiable in it."""
     flow: nx.DiGraph[fx.Node] = nx.DiGraph()
     flow.add_nodes_from(gm.graph.nodes)
     for node in gm.graph.nodes:
         if node.op == "call_module" and rule_of(module_of(node)).kind != "stop":
-            shared = node.meta["samples"] is None  # the same for all samples, so a function of none of them
+            # what is the same for all samples is a function of none of them, unless it is refused for being one of all
+            shared = node.meta["samples"] is None and "refusal" not in node.meta
             flow.add_edges_from((x, node) for x in node.all_input_nodes if not shared or x.meta["samples"] is None)
     return flow
 

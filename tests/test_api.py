@@ -373,6 +373,6 @@ def test_the_tracer_alone() -> None:
 
 def test_statuses_are_known_without_running() -> None:
     model, (x, _) = net(), batch(2)
-    assert fxcurv.compile(model).prepare(x).statuses == {
+    assert fxcurv.compile(model).prepare(x).plan.statuses == {
         "kfac": {name: "exact" for name, _ in model.named_parameters()}
     }

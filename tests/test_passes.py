@@ -126,8 +126,8 @@ def test_locate_finds_the_axis_of_the_samples() -> None:
 
 
 def test_augment_walks_the_rules_in_reverse(model: nn.Module) -> None:
-    canonical = passes.canonicalize(model, X, None, CPU)["canonical"]
-    augmented = augment(canonical, named("diag_ggn"), ["conv.weight"])
+    canonical = passes.canonicalize(model, X)["canonical"]
+    augmented = augment(canonical, named("diag_ggn"), {"diag_ggn": ["conv.weight"]})
     (backward,) = augmented.backwards.values()
     assert text(verify(backward, "backward"), "name", "args", "shape", "module") == golden("""
         s () [V, N, 2]
@@ -150,8 +150,8 @@ def test_augment_walks_the_rules_in_reverse(model: nn.Module) -> None:
 
 
 def test_augment_stops_where_nothing_below_is_wanted(model: nn.Module) -> None:
-    canonical = passes.canonicalize(model, X, None, CPU)["canonical"]
-    (backward,) = augment(canonical, named("kfac"), ["fc.bias"]).backwards.values()
+    canonical = passes.canonicalize(model, X)["canonical"]
+    (backward,) = augment(canonical, named("kfac"), {"kfac": ["fc.bias"]}).backwards.values()
     assert text(backward, "name", "args") == golden("""
         s ()
         s_fc (s,)
@@ -170,8 +170,8 @@ def test_one_pullback_serves_all_quantities_of_a_factor(model: nn.Module) -> Non
 
 
 def test_contract_squares_single_positions(model: nn.Module) -> None:
-    canonical = passes.canonicalize(model, X, None, CPU)["canonical"]
-    (backward,) = augment(canonical, named("diag_ggn"), ["fc.weight", "conv.weight"]).backwards.values()
+    canonical = passes.canonicalize(model, X)["canonical"]
+    (backward,) = augment(canonical, named("diag_ggn"), {"diag_ggn": ["fc.weight", "conv.weight"]}).backwards.values()
     contracted = verify(contract(backward), "backward")
     assert [n.split() for n in text(backward, "name", "module").splitlines() if "diagonal" in n] == [
         ["diag_ggn_conv_weight_diagonal", "Diagonal"],
@@ -192,8 +192,8 @@ def test_single_positions_equal_the_definition(bias: bool) -> None:
 
 
 def test_schedule_takes_sums_early(model: nn.Module) -> None:
-    canonical = passes.canonicalize(model, X, None, CPU)["canonical"]
-    (backward,) = augment(canonical, named("diag_ggn"), ["fc.weight", "conv.weight"]).backwards.values()
+    canonical = passes.canonicalize(model, X)["canonical"]
+    (backward,) = augment(canonical, named("diag_ggn"), {"diag_ggn": ["fc.weight", "conv.weight"]}).backwards.values()
     rows = text(verify(schedule(backward), "backward"), "name").splitlines()
     assert rows[rows.index("s_fc") - 1 : rows.index("pull_mean")] == [
         "x_fc",
