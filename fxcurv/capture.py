@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxcurv.errors import CaptureError, FxcurvError, InputError
@@ -117,7 +118,8 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
 
     @functools.wraps(forward)
     def selected(*args: Any, **kwargs: Any) -> Tensor:
-        return select(forward(*args, **kwargs))
+        with _DataIsDetached():
+            return select(forward(*args, **kwargs))
 
     shared.forward = selected
     try:
@@ -136,10 +138,19 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
         raise _translated(error) from error
     graph = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     _keep_only_selected_output(graph, program)
-    _check_plain(graph)
     return Captured(graph, *_sources(program, model))
 
 
+class _DataIsDetached(TorchFunctionMode):
+    """Traces `x.data` as `x.detach()`, which tracing would else lose sight of."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0].detach() if func == _READS_DATA else func(*args, **(kwargs or {}))
+
+
+_READS_DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _NOT_TENSORS = (int, float, bool, str, type(None))
 
 
@@ -202,17 +213,6 @@ def _user_frame(error: Exception) -> str | None:
             frames.append(f'{code.co_filename}:{trace.tb_lineno} in "{code.co_name}"')
         trace = trace.tb_next
     return next((f for f in reversed(frames) if "/fxcurv/" not in f and "/passes/" not in f), None)
-
-
-def _check_plain(graph: fx.GraphModule) -> None:
-    """Blocks with a graph of their own (`torch.no_grad()`, `torch.cond`) have no place in a flat graph."""
-    for node in graph.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):  # pyright: ignore[reportPrivateUsage]
-            raise CaptureError(
-                f"a block with a graph of its own ({node.target})",
-                node=f"'{node.name}'",
-                remedy="use x.detach() instead of torch.no_grad(), and torch.where instead of torch.cond",
-            )
 
 
 def _keep_only_selected_output(graph: fx.GraphModule, program: ExportedProgram) -> None:

@@ -1,12 +1,14 @@
 """The vocabulary of the canonical graph: `torch.nn` modules where they say it, and the modules below where they do not.
 
 Every module takes tensors and returns one tensor, holds its hyper-parameters (and, in slots, its live tensors), and
-works for any batch size. The order is: constants and arithmetic, normalisation, shape, selection, reductions, generic.
+works for any batch size; a `sized` one reads it off its last input. The order is: constants and arithmetic,
+normalisation, shape, selection, reductions, generic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -37,6 +39,7 @@ __all__ = [
     "Scale",
     "Select",
     "Shift",
+    "Size",
     "Slice",
     "Sub",
     "Sum",
@@ -127,6 +130,7 @@ class Repeat(nn.Module):
     """y = x.expand(shape) for every sample of a batch: -1 in `shape` stands for the batch size of `like`, at `axis`."""
 
     broadcasts: ClassVar = True
+    sized: ClassVar = True
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
@@ -142,6 +146,8 @@ class Repeat(nn.Module):
 
 class Blank(nn.Module):
     """y = a number everywhere: -1 in `shape` stands for the batch size of `like`, at `axis`."""
+
+    sized: ClassVar = True
 
     def __init__(self, shape: Sequence[int], value: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -387,10 +393,19 @@ class _Input:
 INPUT = _Input()
 
 
-def _filled(argument: Any, tensors: Iterator[Tensor]) -> Any:
-    """The argument with every `INPUT` in it replaced by the next tensor."""
+@dataclass(frozen=True)
+class Size:
+    """Marks an argument that is `multiple` times the batch size."""
+
+    multiple: int
+
+
+def _filled(argument: Any, tensors: Iterator[Tensor], batch: int) -> Any:
+    """The argument with every `INPUT` in it replaced by the next tensor, and every `Size` by its number."""
     if isinstance(argument, list):
-        return [_filled(a, tensors) for a in cast("list[Any]", argument)]
+        return [_filled(a, tensors, batch) for a in cast("list[Any]", argument)]
+    if isinstance(argument, Size):
+        return argument.multiple * batch
     return next(tensors) if argument is INPUT else argument
 
 
@@ -399,14 +414,16 @@ class Call(nn.Module):
 
     part: int | None = None
 
-    def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], sized: bool = False
+    ) -> None:
         super().__init__()
-        self.function, self.args, self.kwargs = function, tuple(args), dict(kwargs)
+        self.function, self.args, self.kwargs, self.sized = function, tuple(args), dict(kwargs), sized
 
     def forward(self, *xs: Tensor) -> Tensor:
-        tensors = iter(xs)
-        args = [_filled(a, tensors) for a in self.args]
-        y = self.function(*args, **{k: _filled(a, tensors) for k, a in self.kwargs.items()})
+        tensors, batch = iter(xs), xs[-1].shape[0] if self.sized else 0
+        args = [_filled(a, tensors, batch) for a in self.args]
+        y = self.function(*args, **{k: _filled(a, tensors, batch) for k, a in self.kwargs.items()})
         return y if self.part is None else y[self.part]
 
     def extra_repr(self) -> str:

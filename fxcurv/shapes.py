@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxcurv.errors import CaptureError
 
-__all__ = ["Batch", "Samples", "Shape", "resolve", "shape_of", "show_shape"]
+__all__ = ["Batch", "Samples", "Shape", "resolve", "shape_of", "show_shape", "size_of"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ Shape = tuple[int | Batch | str, ...]
 
 def shape_of(value: Tensor, node: str) -> Shape:
     """The shape of a traced tensor."""
-    return tuple(_size(size, node) for size in value.shape)
+    return tuple(size_of(size, node) for size in value.shape)
 
 
-def _size(size: int | torch.SymInt, node: str) -> int | Batch:
+def size_of(size: int | torch.SymInt, node: str) -> int | Batch:
+    """A traced size as a number or a multiple of the batch size."""
     if isinstance(size, int):
         return size
     expression: Any = size.node.expr

@@ -1,6 +1,8 @@
 """The pipeline of passes: each is a pure function from graph to graph, checked by the grammar of its stage.
 
-capture   the model -> functional ATen                          (fxcurv/capture.py)
+capture   the model -> ATen                                     (fxcurv/capture.py)
+inline    blocks without gradients -> their nodes
+functionalize  in-place ops -> functional ones                  captured
 lower     ATen -> modules of the vocabulary                     lowered
 fold      what computes nothing vanishes
 locate    which axis holds the samples; mixing is refused       canonical
@@ -26,6 +28,7 @@ from passes.augment import augment
 from passes.contract import contract
 from passes.fold import fold
 from passes.functionalize import functionalize
+from passes.inline import inline
 from passes.locate import locate
 from passes.lower import lower
 from passes.schedule import schedule
@@ -39,7 +42,8 @@ def canonicalize(
 ) -> dict[str, fx.GraphModule]:
     """The stages up to the canonical graph; unless `strict`, it may have nodes that are refused."""
     captured = capture(model, inputs, output)
-    captured = replace(captured, graph=verify(functionalize(captured.graph, captured.sources), "captured"))
+    functional = functionalize(inline(captured.graph), captured.sources)
+    captured = replace(captured, graph=verify(functional, "captured"))
     lowered = verify(lower(captured, model), "lowered")
     canonical = verify(locate(verify(fold(lowered), "lowered"), device_of(inputs), strict), "canonical")
     return {"captured": captured.graph, "lowered": lowered, "canonical": canonical}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -79,6 +79,11 @@ def _scattered(view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
     if name in ("slice", "select"):
         scatter = aten.slice_scatter.default if name == "slice" else aten.select_scatter.default
         return _emit(value, scatter, (parent, value, *view.args[1:]), view.kwargs, view)
+    if name == "permute":
+        dims = cast("list[int]", view.args[1])
+        axes = [axis % len(dims) for axis in dims]
+        inverse = sorted(range(len(axes)), key=axes.__getitem__)
+        return _emit(value, view.target, (value, inverse), {}, view)
     if name in ("transpose", "t"):
         return _emit(value, view.target, (value, *view.args[1:]), view.kwargs, view)
     if name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"):

@@ -12,7 +12,7 @@ n from there on: parameters behind it have per-sample curvature, those before it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,14 +31,14 @@ SAMPLES = 3
 
 def locate(gm: fx.GraphModule, device: torch.device, strict: bool = True) -> fx.GraphModule:
     """The canonical graph with `samples` on every node: where they lie, or None for what all share."""
-    gm, known = copied(gm), dict[object, Samples | None]()
+    gm, probes = copied(gm), dict[object, Samples | None]()
     with torch.no_grad():
         for node in gm.graph.nodes:
             if node.op == "placeholder":
                 node.meta["samples"] = Samples(0)
             elif node.op == "call_module":
                 try:
-                    node.meta["samples"] = _place(node, module_of(node), device, known)
+                    node.meta["samples"] = _place(node, module_of(node), device, probes)
                 except UnsupportedError as error:
                     if strict:
                         raise
@@ -61,12 +61,16 @@ def _assumed(shape: Shape, error: UnsupportedError) -> Samples | None:
     return None
 
 
-def _place(node: fx.Node, op: nn.Module, device: torch.device, known: dict[object, Samples | None]) -> Samples | None:
+def _place(node: fx.Node, op: nn.Module, device: torch.device, probes: dict[object, Samples | None]) -> Samples | None:
     places: list[Samples | None] = [x.meta["samples"] for x in node.all_input_nodes]
     if all(place is None for place in places):
         return None
-    rule = rule_of(op)
-    if isinstance(op, ops.Repeat | ops.Blank):
+    rule, axes = rule_of(op), _batch_axes(node)
+    constant = _known(node, op, device)
+    if constant is not None:
+        node.meta["known"] = constant
+        return _alike(constant, axes)
+    if isinstance(op, ops.Repeat):
         return Samples(op.axis)
     if rule.kind == "elementwise":
         return places[0]
@@ -76,15 +80,15 @@ def _place(node: fx.Node, op: nn.Module, device: torch.device, known: dict[objec
             raise _mixing(node, f"it treats the samples along axis {axis} as features")
         return places[0]
     key = _kind(node, op)
-    if key is None or key not in known:
-        known[key] = _probed(node, op, device)
-    return known[key]
+    if key is None or key not in probes:
+        probes[key] = _probed(node, op, device)
+    return probes[key]
 
 
 def _kind(node: fx.Node, op: nn.Module) -> object:
-    """What the outcome of a probe depends on; None if on the values of a constant."""
+    """What the outcome of a probe depends on; None if on values that are no samples."""
     inputs = [x for x in node.args if isinstance(x, fx.Node)]
-    if any(x.op == "call_module" and isinstance(module_of(x), ops.Constant) for x in inputs):
+    if any(_constant(x) is not None for x in inputs):
         return None
     kinds = tuple((x.meta["shape"], x.meta["dtype"], x.meta["samples"]) for x in inputs)
     return type(op), op.extra_repr(), kinds, node.meta["shape"]
@@ -95,20 +99,52 @@ def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> Samples | Non
     y, changed = _redraw_each(node, op, torch.Generator(device).manual_seed(0), positive=False)
     if bool(y.isnan().any()):  # a square root or a logarithm
         y, changed = _redraw_each(node, op, torch.Generator(device).manual_seed(0), positive=True)
-    axes = {axis: size.multiple for axis, size in enumerate(node.meta["shape"]) if isinstance(size, Batch)}
+    axes = _batch_axes(node)
     if not any(bool(c.any()) for c in changed):
         if bool(y.isnan().any()):
             raise _mixing(node, "it cannot be told, for random inputs give NaN")
-        return next((Samples(axis) for axis in axes), None)  # a constant, such as ones_like
+        return _alike(y, axes) if axes else None  # a constant, such as ones_like
     for place in (p for axis, multiple in axes.items() for p in _candidates(axis, multiple)):
         if all(_only(place.apart(c), n) for n, c in enumerate(changed)):
             return place
     raise _mixing(node, "a sample of its output depends on other samples")
 
 
+def _batch_axes(node: fx.Node) -> dict[int, int]:
+    """Every axis whose size is a multiple of the batch size, and which."""
+    return {axis: size.multiple for axis, size in enumerate(node.meta["shape"]) if isinstance(size, Batch)}
+
+
+def _known(node: fx.Node, op: nn.Module, device: torch.device) -> Tensor | None:
+    """The value for `SAMPLES` samples of what depends on no other input than the batch size."""
+    sized = bool(getattr(op, "sized", False))
+    inputs = [x for x in node.args if isinstance(x, fx.Node)][: -1 if sized else None]
+    values = [_constant(x) for x in inputs]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not _batch_axes(node):
+        return None
+    like = [torch.empty(SAMPLES, device=device)] if sized else []
+    return op(*known, *like)
+
+
+def _constant(x: fx.Node) -> Tensor | None:
+    """The value of a node that depends on no other input than the batch size."""
+    if x.op == "call_module" and isinstance(constant := module_of(x), ops.Constant):
+        return constant.value
+    return x.meta.get("known")
+
+
 def _candidates(axis: int, multiple: int) -> Iterator[Samples]:
     """The places along an axis of size multiple · N."""
     yield from (Samples(axis, multiple // b, b) for b in range(multiple, 0, -1) if multiple % b == 0)
+
+
+def _alike(y: Tensor, axes: Mapping[int, int]) -> Samples:
+    """The place at which what all samples share is the same for each; the first where they differ at all places."""
+    places = [place for axis, multiple in axes.items() for place in _candidates(axis, multiple)]
+    rows = (place.apart(y) for place in places)
+    same = (all(torch.equal(row, first) for row in others) for first, *others in rows)
+    return next((place for place, alike in zip(places, same, strict=True) if alike), places[0])
 
 
 def _only(changed: Tensor, n: int) -> bool:
@@ -139,14 +175,13 @@ def _redraw_each(
 
 
 def _draw(x: fx.Node, generator: torch.Generator) -> Tensor:
-    if x.meta["samples"] is None and isinstance(constant := module_of(x), ops.Constant):
-        return constant.value
-    return _random(resolve(x.meta["shape"], SAMPLES), x.meta["dtype"], generator)
+    constant = _constant(x)
+    return constant if constant is not None else _random(resolve(x.meta["shape"], SAMPLES), x.meta["dtype"], generator)
 
 
 def _redrawn(x: fx.Node, value: Tensor, n: int, generator: torch.Generator) -> Tensor:
     place: Samples | None = x.meta["samples"]
-    if place is None:
+    if place is None or _constant(x) is not None:
         return value
     fresh = value.clone()
     sample = fresh.unflatten(place.axis, (place.outer, -1, place.inner)).select(place.axis + 1, n)

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from fxcurv import ops
 from fxcurv.errors import InputError, UnsupportedError
-from fxcurv.shapes import Batch, Shape, shape_of
+from fxcurv.shapes import Batch, Shape, shape_of, size_of
 from passes.functionalize import described, packet_of
 
 __all__ = ["Builder", "Slots", "arguments", "lowering_of", "part", "where"]
@@ -166,7 +166,7 @@ def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tu
 
 @lowers("batch_norm")
 def _batch_norm(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    if a["training"]:
+    if a["training"] and low.depends(a["input"]):
         raise InputError(
             "BatchNorm uses the statistics of the batch, which couples its samples",
             node=where(node),
@@ -250,18 +250,23 @@ def _call(kind: type[ops.Call], low: Builder, node: fx.Node) -> tuple[ops.Call, 
     """The call as a module, and the nodes of its tensors."""
     inputs: list[fx.Node] = []
 
+    sized = False
+
     def take(argument: fx.Node) -> Any:
-        if not isinstance(argument.meta.get("val"), Tensor):
-            raise UnsupportedError(
-                "an argument depends on the batch size", node=where(node), remedy="write it with -1 or another op"
-            )
-        inputs.append(low.value(argument, node))
-        return ops.INPUT
+        nonlocal sized
+        value = argument.meta.get("val")
+        if isinstance(value, Tensor):
+            inputs.append(low.value(argument, node))
+            return ops.INPUT
+        if not isinstance(value, torch.SymInt):
+            raise UnsupportedError("an argument is no tensor", node=where(node), remedy="write it with another op")
+        size, sized = size_of(value, where(node)), True
+        return ops.Size(size.multiple) if isinstance(size, Batch) else size
 
     args: Any = fx.map_arg(node.args, take)
     kwargs: Any = fx.map_arg(node.kwargs, take)
     function: Any = node.target
-    return kind(function, args, kwargs), *inputs
+    return kind(function, args, kwargs, sized), *inputs, *([low.batch()] if sized else [])
 
 
 # Arithmetic -------------------------------------------------------------------------------------------------------
@@ -338,7 +343,7 @@ def _copy(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 def _expanded(low: Builder, node: fx.Node, source: fx.Node) -> fx.Node:
     """The source repeated to the shape of the node."""
     shape, x = shape_of(node.meta["val"], where(node)), low.value(source, node)
-    if not low.depends(source) and any(isinstance(size, Batch) for size in shape):
+    if not low.depends(source) and Batch() in shape:
         return low.emit(node, ops.Repeat(_flexible(shape)), x, low.batch())
     return low.emit(node, ops.Expand(_flexible(shape)), x)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
+from keyword import iskeyword
 
 from torch import fx, nn
 
@@ -40,7 +41,11 @@ def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
 
 
 def free_target(path: str, taken: Collection[str]) -> str:
-    """`path`, as `a_b` instead of `a.b` where `a` is a module already, and with a number behind it if it is taken."""
+    """`path`, as `a_b` instead of `a.b` where `a` is a module already, and with a number behind it if it is taken.
+
+    A part that is a keyword of Python gets an underscore.
+    """
+    path = ".".join(f"{part}_" if iskeyword(part) else part for part in path.split("."))
     while any(path.startswith(f"{t}.") for t in taken):
         parent, _, last = path.rpartition(".")
         path = f"{parent}_{last}"
