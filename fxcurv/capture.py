@@ -108,7 +108,8 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
     try:
         with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*assigned during export")  # to the copy, which is dropped
-            program = export(shared, args, kwargs, dynamic_shapes=_dynamic_shapes(forward, *dynamic), strict=False)
+            with torch.backends.opt_einsum.flags(enabled=False):  # the order it picks would depend on the batch size
+                program = export(shared, args, kwargs, dynamic_shapes=_dynamic_shapes(forward, *dynamic), strict=False)
     except FxcurvError:
         raise
     except Exception as error:

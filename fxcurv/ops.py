@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxcurv.shapes import Shape, resolve, show_shape
+
 __all__ = [
     "Add",
     "Affine",
@@ -40,6 +42,8 @@ __all__ = [
     "Slice",
     "Sub",
     "Sum",
+    "affine_grid",
+    "pick",
 ]
 
 
@@ -141,19 +145,17 @@ class Repeat(nn.Module):
 
 
 class Blank(nn.Module):
-    """y = a number everywhere: -1 in `shape` stands for the batch size of `like`, at `axis`."""
+    """y = a number everywhere, of a `shape` for the batch size of `like`."""
 
-    def __init__(self, shape: Sequence[int], value: float, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, value: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.shape, self.value, self.dtype = tuple(shape), value, dtype
-        self.axis = self.shape.index(-1)
+        self.shape, self.value, self.dtype = shape, value, dtype
 
     def forward(self, like: Tensor) -> Tensor:
-        shape = (*self.shape[: self.axis], like.shape[0], *self.shape[self.axis + 1 :])
-        return torch.full(shape, self.value, dtype=self.dtype, device=like.device)
+        return torch.full(resolve(self.shape, len(like)), self.value, dtype=self.dtype, device=like.device)
 
     def extra_repr(self) -> str:
-        return f"{self.shape}, value={self.value}"
+        return f"{show_shape(self.shape)}, value={self.value}"
 
 
 class Shift(nn.Module):
@@ -424,3 +426,15 @@ class Opaque(Call):
 
 class Discrete(Call):
     """y = f(x, …) where y holds integers or booleans, through which nothing is pulled back."""
+
+
+def pick(x: Tensor, indices: Sequence[Tensor | int | None]) -> Tensor:
+    """x[indices], where a number k stands for 0, 1, … along the samples, with k axes of size one behind."""
+    each = torch.arange(len(x), device=x.device)
+    filled = [each.view(-1, *(1,) * index) if isinstance(index, int) else index for index in indices]
+    return torch.ops.aten.index.Tensor(x, filled)
+
+
+def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """The sampling grid of an affine map per sample; `size` is that of one sample."""
+    return F.affine_grid(theta, [len(theta), *size], align_corners)

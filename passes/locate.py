@@ -49,8 +49,10 @@ def _place(node: fx.Node, op: nn.Module, device: torch.device, known: dict[objec
     if all(place is None for place in places):
         return None
     rule = rule_of(op)
-    if isinstance(op, ops.Repeat | ops.Blank):
+    if isinstance(op, ops.Repeat):
         return Samples(op.axis)
+    if isinstance(op, ops.Blank):  # the same everywhere, so in any order
+        return next(Samples(axis, size.multiple) for axis, size in enumerate(op.shape) if isinstance(size, Batch))
     if rule.kind == "elementwise":
         return places[0]
     if rule.use is not None and places[0] is not None:
@@ -105,7 +107,10 @@ def _redraw_each(
     """The output at random inputs, and for each sample which entries change when that sample is redrawn."""
 
     def run(tensors: list[Tensor]) -> Tensor:
-        return op(*(t.abs() if positive and t.is_floating_point() else t for t in tensors))
+        try:
+            return op(*(t.abs() if positive and t.is_floating_point() else t for t in tensors))
+        except RuntimeError as error:
+            raise _mixing(node, f"it cannot be told, for random inputs fail: {str(error).splitlines()[0]}") from error
 
     inputs = [x for x in node.args if isinstance(x, fx.Node)]
     xs = [_draw(x, generator) for x in inputs]
@@ -122,14 +127,14 @@ def _redraw_each(
 
 
 def _draw(x: fx.Node, generator: torch.Generator) -> Tensor:
-    if x.meta["samples"] is None and isinstance(constant := module_of(x), ops.Constant):
-        return constant.value
+    if x.op == "call_module" and isinstance(op := module_of(x), ops.Constant | ops.Blank):
+        return op.value if isinstance(op, ops.Constant) else op(torch.empty(SAMPLES, device=generator.device))
     return _random(resolve(x.meta["shape"], SAMPLES), x.meta["dtype"], generator)
 
 
 def _redrawn(x: fx.Node, value: Tensor, n: int, generator: torch.Generator) -> Tensor:
     place: Samples | None = x.meta["samples"]
-    if place is None:
+    if place is None or (x.op == "call_module" and isinstance(module_of(x), ops.Blank)):
         return value
     fresh = value.clone()
     sample = fresh.unflatten(place.axis, (place.outer, -1, place.inner)).select(place.axis + 1, n)
@@ -141,7 +146,7 @@ def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator
     """Normal numbers, fair coins, or zeros for integers, which are valid as indices."""
     if dtype == torch.bool:
         return torch.rand(shape, device=generator.device, generator=generator) < 0.5
-    if not dtype.is_floating_point:
+    if not dtype.is_floating_point and not dtype.is_complex:
         return torch.zeros(shape, dtype=dtype, device=generator.device)
     return torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
 

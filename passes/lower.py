@@ -61,13 +61,14 @@ class _Lowering:
             if node.name not in self.captured.sources:
                 self._input(node)
             elif self.captured.sources[node.name] in self.trainable:
+                _check_real(self.captured.sources[node.name], node)
                 self.live.add(node)
         elif any(n in self.live for n in node.all_input_nodes) and not _is_blank(node):
             self.live.add(node)
             if any(n in self.data and isinstance(n.meta.get("val"), Tensor | Sequence) for n in node.all_input_nodes):
                 self.data.add(node)
-            if isinstance(node.meta.get("val"), Tensor):  # else a size or several tensors: lowered where it is read
-                self.values[node] = self._lowered(node)
+            if isinstance(node.meta.get("val"), Tensor) and not lowerings.counts_samples(node):
+                self.values[node] = self._lowered(node)  # a size, several tensors or 0, 1, …: where it is read
 
     def _input(self, node: fx.Node) -> None:
         value = node.meta.get("val")
@@ -153,6 +154,15 @@ class _Lowering:
         called = _annotated(self.graph.call_module(target, args), node)
         called.meta["slots"] = sources
         return called
+
+
+def _check_real(name: str, node: fx.Node) -> None:
+    if node.meta["val"].dtype.is_complex:
+        raise UnsupportedError(
+            f"parameter '{name}' is complex",
+            node=f"'{node.name}'",
+            remedy="hold real and imaginary parts: torch.view_as_complex(p) of a real p[…, 2]",
+        )
 
 
 def _annotated(new: fx.Node, old: fx.Node) -> fx.Node:

@@ -17,7 +17,7 @@ from fxcurv.errors import InputError, UnsupportedError
 from fxcurv.shapes import Batch, Shape, shape_of
 from passes.functionalize import described, packet_of
 
-__all__ = ["Builder", "Slots", "arguments", "lowering_of", "part", "where"]
+__all__ = ["Builder", "Slots", "arguments", "counts_samples", "lowering_of", "part", "where"]
 
 Slots = dict[str, fx.Node | None]
 Arguments = dict[str, Any]
@@ -43,6 +43,13 @@ Lowering = Callable[[Builder, fx.Node, Arguments], fx.Node]
 LOWERINGS: dict[str, Lowering] = {}
 
 
+FILLS = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
+RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as")
+PERMUTES = ("permute", "transpose", "t", "movedim", "swapaxes", "T", "numpy_T")
+MOVES = {*RESHAPES, *PERMUTES, "expand", "expand_as", "repeat", "slice", "narrow", "select", "cat", "copy", "index"}
+"""Operators that put entries elsewhere, and so are lowered alike for every type of entry."""
+
+
 def lowers(*packets: str) -> Callable[[Lowering], Lowering]:
     """Declare how the ATen operators `packets` are lowered."""
 
@@ -62,9 +69,15 @@ def unary(packet: str, make: Callable[[Arguments], nn.Module]) -> None:
 
 def lowering_of(node: fx.Node) -> Lowering:
     """The row of an ATen call."""
-    if not node.meta["val"].dtype.is_floating_point:
+    packet, dtype = packet_of(node), node.meta["val"].dtype
+    operands = [n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    if packet in FILLS or (packet in MOVES and set(operands) == {dtype}):
+        return LOWERINGS[packet]
+    if dtype.is_complex or any(d.is_complex for d in operands):
+        return _generic(ops.Opaque)
+    if not dtype.is_floating_point:
         return _generic(ops.Discrete)
-    return LOWERINGS.get(packet_of(node)) or _generic(ops.Pointwise if _is_pointwise(node) else ops.Opaque)
+    return LOWERINGS.get(packet) or _generic(ops.Pointwise if _is_pointwise(node) else ops.Opaque)
 
 
 # Reading ATen calls -----------------------------------------------------------------------------------------------
@@ -102,6 +115,10 @@ def _rank(node: Any) -> int:
     return node.meta["val"].ndim
 
 
+def _shape(argument: Any, user: fx.Node) -> Shape:
+    return shape_of(argument.meta["val"], where(user))
+
+
 def _dims(a: Arguments, key: str = "dim") -> tuple[int, ...]:
     """The axes of a reduction; none given means all."""
     dims = a.get(key)
@@ -126,8 +143,10 @@ def _hold(op: nn.Module, **slots: Tensor | None) -> nn.Module:
 
 @lowers("linear")
 def _linear(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    if not low.depends(a["input"]) or not low.holdable(a["weight"], a["bias"]):
+    if not low.depends(a["input"]) or not low.holdable(a["weight"]):
         return _generic(ops.Opaque)(low, node, a)
+    if not low.holdable(a["bias"]):
+        return _biased(low, node, _linear(low, node, {**a, "bias": None}), a["bias"])
     weight, bias = low.slot(a["weight"]), low.slot(a["bias"])
     assert weight is not None
     op = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
@@ -137,8 +156,10 @@ def _linear(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 @lowers("conv1d", "conv2d", "conv3d")
 def _conv(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    if not low.depends(a["input"]) or not low.holdable(a["weight"], a["bias"]):
+    if not low.depends(a["input"]) or not low.holdable(a["weight"]):
         return _generic(ops.Opaque)(low, node, a)
+    if not low.holdable(a["bias"]):
+        return _biased(low, node, _conv(low, node, {**a, "bias": None}), a["bias"], _rank(a["weight"]) - 2)
     weight, bias = low.slot(a["weight"]), low.slot(a["bias"])
     assert weight is not None
     kernel, x = tuple(weight.shape[2:]), low.value(a["input"], node)
@@ -152,6 +173,16 @@ def _conv(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     inputs, outputs = weight.shape[1] * a["groups"], weight.shape[0]
     op = kind(inputs, outputs, kernel, stride, padding, dilation, a["groups"], bias is not None, device="meta")
     return low.emit(node, _hold(op, weight=weight, bias=bias), x, slots={"weight": a["weight"], "bias": a["bias"]})
+
+
+def _biased(low: Builder, node: fx.Node, y: fx.Node, bias: fx.Node, behind: int = 0) -> fx.Node:
+    """y + b for a bias that is computed, with the axes `behind` the features."""
+    b = low.value(bias, node)
+    size = (*_shape(bias, node), *(1,) * behind)
+    if behind:
+        b = low.emit(node, ops.Reshape(_flexible(size)), b)
+        b.meta["shape"] = size
+    return low.emit(node, ops.Add(), y, b)
 
 
 def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -291,9 +322,9 @@ def _mul(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 # Shape ------------------------------------------------------------------------------------------------------------
 
 
-@lowers("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as")
+@lowers(*RESHAPES)
 def _reshape(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    shape = shape_of(node.meta["val"], where(node))
+    shape = _shape(node, node)
     if sum(isinstance(size, Batch) for size in shape) > 1:
         raise UnsupportedError(
             "the result has no single batch axis", node=where(node), remedy="keep samples along one axis"
@@ -306,7 +337,7 @@ def _flexible(shape: Shape) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in shape]
 
 
-@lowers("permute", "transpose", "t", "movedim", "swapaxes", "T", "numpy_T")
+@lowers(*PERMUTES)
 def _permute(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     axes = torch.empty(tuple(range(1, 1 + _rank(node))), device="meta")  # every axis has a size of its own
     operator: Any = node.target
@@ -319,12 +350,68 @@ def _expand(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     return _expanded(low, node, _first(a))
 
 
-@lowers("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+@lowers(*FILLS)
 def _blank(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    shape, value = shape_of(node.meta["val"], where(node)), a.get("fill_value", int("ones" in packet_of(node)))
-    if [size for size in shape if isinstance(size, Batch)] != [Batch()] or isinstance(value, fx.Node):
+    shape, value = _shape(node, node), a.get("fill_value", int("ones" in packet_of(node)))
+    if len([size for size in shape if isinstance(size, Batch)]) != 1 or isinstance(value, fx.Node):
         raise UnsupportedError("a new tensor has no single batch axis", node=where(node), remedy="fill in a constant")
-    return low.emit(node, ops.Blank(_flexible(shape), value, node.meta["val"].dtype), low.batch())
+    return low.emit(node, ops.Blank(shape, value, node.meta["val"].dtype), low.batch())
+
+
+@lowers("repeat")
+def _repeat(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    """What all samples share is repeated for each of them along a new axis, which then joins the one behind it."""
+    axes = [axis for axis, times in enumerate(a["repeats"]) if isinstance(times, fx.Node)]
+    if len(axes) != 1 or low.depends(a["self"]):
+        return _generic(ops.Opaque if node.meta["val"].dtype.is_floating_point else ops.Discrete)(low, node, a)
+    (axis,), shape, x = axes, _shape(node, node), low.value(a["self"], node)
+    rest = [1 if at == axis else times for at, times in enumerate(a["repeats"])]
+    sizes = (*(1,) * (len(rest) - _rank(a["self"])), *a["self"].meta["val"].shape)
+    once = tuple(size * times for size, times in zip(sizes, rest, strict=True))
+    if shape[axis] != Batch(once[axis]):
+        raise UnsupportedError("it is repeated more than once a sample", node=where(node), remedy="use expand")
+    steps: list[tuple[nn.Module, Shape]] = [
+        (ops.Opaque(torch.Tensor.repeat, [ops.INPUT, *rest], {}), once),
+        (ops.Reshape((*once[:axis], 1, *once[axis:])), (*once[:axis], 1, *once[axis:])),
+    ]
+    for op, size in steps:
+        x = low.emit(node, op, x)
+        x.meta["shape"] = size
+    x = low.emit(node, ops.Repeat((*once[:axis], -1, *once[axis:])), x, low.batch())
+    x.meta["shape"] = (*once[:axis], Batch(), *once[axis:])
+    return low.emit(node, ops.Reshape(_flexible(shape)), x)
+
+
+@lowers("index")
+def _index(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    """Entries picked for each sample: `x[torch.arange(len(x)), …]`."""
+    kind = ops.Opaque if node.meta["val"].dtype.is_floating_point else ops.Discrete
+    first, *others = a["indices"]
+    if not isinstance(first, fx.Node) or not counts_samples(first) or _shape(a["self"], node)[0] != Batch():
+        return _generic(kind)(low, node, a)
+    indices = [_rank(first) - 1, *(ops.INPUT if isinstance(i, fx.Node) else i for i in others)]
+    tensors = [a["self"], *(i for i in others if isinstance(i, fx.Node))]
+    return low.emit(node, kind(ops.pick, [ops.INPUT, indices], {}), *(low.value(t, node) for t in tensors))
+
+
+def counts_samples(node: fx.Node) -> bool:
+    """Whether a node is 0, 1, … for the samples of the batch, with axes of size one behind."""
+    shape = node.meta["val"].shape
+    if packet_of(node) in RESHAPES:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and counts_samples(source) and all(size == 1 for size in shape[1:])
+    if packet_of(node) != "arange" or isinstance(shape[0], int):
+        return False
+    a = arguments(node)
+    return a.get("start", 0) == 0 and a.get("step", 1) == 1 and _shape(node, node) == (Batch(),)
+
+
+@lowers("affine_grid_generator")
+def _affine_grid(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    _, *size = a["size"]
+    return low.emit(
+        node, ops.Opaque(ops.affine_grid, [ops.INPUT, size, a["align_corners"]], {}), low.value(a["theta"], node)
+    )
 
 
 @lowers("copy")
@@ -337,7 +424,7 @@ def _copy(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 def _expanded(low: Builder, node: fx.Node, source: fx.Node) -> fx.Node:
     """The source repeated to the shape of the node."""
-    shape, x = shape_of(node.meta["val"], where(node)), low.value(source, node)
+    shape, x = _shape(node, node), low.value(source, node)
     if not low.depends(source) and any(isinstance(size, Batch) for size in shape):
         return low.emit(node, ops.Repeat(_flexible(shape)), x, low.batch())
     return low.emit(node, ops.Expand(_flexible(shape)), x)

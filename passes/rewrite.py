@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import keyword
 from collections.abc import Callable, Collection
 
 from torch import fx, nn
@@ -45,9 +46,12 @@ def free_target(path: str, taken: Collection[str]) -> str:
         parent, _, last = path.rpartition(".")
         path = f"{parent}_{last}"
     target, number = path, 0
-    while hasattr(fx.GraphModule, target.rpartition(".")[2]) or any(
-        t == target or t.startswith(f"{target}.") for t in taken
-    ):
+    while _reserved(target.rpartition(".")[2]) or any(t == target or t.startswith(f"{target}.") for t in taken):
         number += 1
         target = f"{path}_{number}"
     return target
+
+
+def _reserved(name: str) -> bool:
+    """Whether no submodule can have this name in generated code."""
+    return hasattr(fx.GraphModule, name) or keyword.iskeyword(name)

@@ -9,13 +9,18 @@ mixes the samples of a batch and must be refused.
 
 from __future__ import annotations
 
+from samples.attention import SEQUENCES
+from samples.computed import COMPUTED
 from samples.elementwise import ACTIVATIONS, ARITHMETIC
 from samples.generic import FALLBACKS
+from samples.indexing import INDEXING
 from samples.layers import CONVS, LINEAR, NORMS
 from samples.losses import LOSSES
 from samples.networks import MODELS
 from samples.parameters import FREE, PARAMETERS, two_layers
 from samples.pools import POOLS, REDUCTIONS
+from samples.products import PRODUCTS
+from samples.resampling import RESAMPLING
 from samples.rows import (
     IMAGE,
     SIGNAL,
@@ -68,6 +73,7 @@ __all__ = [
 SAMPLES = (
     *(*LINEAR, *CONVS, *NORMS, *ACTIVATIONS, *ARITHMETIC, *POOLS, *REDUCTIONS),
     *(*SHAPES, *CUTS, *PADS, *IDENTITIES, *PARAMETERS, *FREE, *FALLBACKS),
+    *(*SEQUENCES, *RESAMPLING, *INDEXING, *PRODUCTS, *COMPUTED),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from samples.computed import ConditionalConv, StandardizedConv
 from samples.rows import IMAGE, VECTOR, after, functions, modules
 
 
@@ -59,6 +60,12 @@ class BatchSecond(nn.Module):
         return self.fc(x.permute(2, 0, 1, 3).flatten(2)).transpose(0, 1)
 
 
+def write_detached(x: Tensor) -> Tensor:
+    y = x.clone()
+    y.detach()[:, 0] = 0.5
+    return y * x
+
+
 TRICKY = (
     *functions(
         "tricky",
@@ -71,6 +78,12 @@ TRICKY = (
             "detach": lambda x: x * x.detach(),
             "detach_data": lambda x: x + x.data.square(),
             "no_grad": gate_without_grad,
+            "detach_write": write_detached,
+            "cholesky": lambda x: torch.linalg.cholesky(x @ x.mT + torch.eye(6, dtype=x.dtype)),
+            "place_in_batch": lambda x: x * torch.arange(x.shape[0]).view(-1, 1, 1, 1),
+            "over_batch_size": lambda x: x / x.shape[0],
+            "take_along_dim": lambda x: torch.take_along_dim(x, torch.tensor([2, 0]).view(1, 2, 1, 1), 1),
+            "shuffle_without_batch": lambda x: torch.native_channel_shuffle(x, 2),
             "branch_on_shape": lambda x: x.relu() if x.shape[2] > 3 else x,
         },
     ),
@@ -86,9 +99,17 @@ TRICKY = (
             ),
             "folded_conv": lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), FoldedConv()),
             "batch_second": BatchSecond,
+            "weight_through_batch_norm": lambda: StandardizedConv("batch_norm"),
+            "kernel_per_sample": lambda: ConditionalConv(folded=True),
         },
     ),
 )
+
+
+def write_first(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[0] = x.sum(0)
+    return y
 
 
 MIXING = functions(
@@ -98,6 +119,13 @@ MIXING = functions(
         "batch_mean": lambda x: x - x.mean(0),
         "batch_softmax": lambda x: x.softmax(0),
         "batch_flip": lambda x: x.flip(0),
+        "batch_roll": lambda x: x + x.roll(1, 0),
+        "batch_cumsum": lambda x: x.cumsum(0),
+        "batch_sort": lambda x: x.sort(0).values,
+        "batch_spectrum": lambda x: torch.fft.fft(x, dim=0).real,
+        "batch_rank": lambda x: x * (x > x.mean(0)),
+        "batch_write": write_first,
+        "first_sample": lambda x: x - x[:1],
         "batch_gram": lambda x: x @ x.T @ x,
     },
 )
