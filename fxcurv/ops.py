@@ -43,6 +43,7 @@ __all__ = [
     "Sub",
     "Sum",
     "affine_grid",
+    "embedding_bags",
     "pick",
 ]
 
@@ -438,3 +439,12 @@ def pick(x: Tensor, indices: Sequence[Tensor | int | None]) -> Tensor:
 def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """The sampling grid of an affine map per sample; `size` is that of one sample."""
     return F.affine_grid(theta, [len(theta), *size], align_corners)
+
+
+def embedding_bags(
+    weight: Tensor, indices: Tensor, length: int, mode: int, weights: Tensor | None, padding: int | None
+) -> Tensor:
+    """A sum, mean or maximum (`mode` 0, 1, 2) of rows of `weight` over every `length` of the `indices`."""
+    offsets = torch.arange(0, len(indices), length, device=indices.device)
+    bag = torch.ops.aten.embedding_bag.padding_idx
+    return bag(weight, indices, offsets, False, mode, False, weights, False, padding)[0]

@@ -67,7 +67,7 @@ class _Lowering:
             self.live.add(node)
             if any(n in self.data and isinstance(n.meta.get("val"), Tensor | Sequence) for n in node.all_input_nodes):
                 self.data.add(node)
-            if isinstance(node.meta.get("val"), Tensor) and not lowerings.counts_samples(node):
+            if isinstance(node.meta.get("val"), Tensor) and not lowerings.ranges_over_batch(node):
                 self.values[node] = self._lowered(node)  # a size, several tensors or 0, 1, …: where it is read
 
     def _input(self, node: fx.Node) -> None:

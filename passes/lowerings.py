@@ -17,7 +17,7 @@ from fxcurv.errors import InputError, UnsupportedError
 from fxcurv.shapes import Batch, Shape, shape_of
 from passes.functionalize import described, packet_of
 
-__all__ = ["Builder", "Slots", "arguments", "counts_samples", "lowering_of", "part", "where"]
+__all__ = ["Builder", "Slots", "arguments", "lowering_of", "part", "ranges_over_batch", "where"]
 
 Slots = dict[str, fx.Node | None]
 Arguments = dict[str, Any]
@@ -387,23 +387,54 @@ def _index(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     """Entries picked for each sample: `x[torch.arange(len(x)), …]`."""
     kind = ops.Opaque if node.meta["val"].dtype.is_floating_point else ops.Discrete
     first, *others = a["indices"]
-    if not isinstance(first, fx.Node) or not counts_samples(first) or _shape(a["self"], node)[0] != Batch():
+    if not isinstance(first, fx.Node) or not _counts_samples(first) or _shape(a["self"], node)[0] != Batch():
         return _generic(kind)(low, node, a)
     indices = [_rank(first) - 1, *(ops.INPUT if isinstance(i, fx.Node) else i for i in others)]
     tensors = [a["self"], *(i for i in others if isinstance(i, fx.Node))]
     return low.emit(node, kind(ops.pick, [ops.INPUT, indices], {}), *(low.value(t, node) for t in tensors))
 
 
-def counts_samples(node: fx.Node) -> bool:
+def _counts_samples(node: fx.Node) -> bool:
     """Whether a node is 0, 1, … for the samples of the batch, with axes of size one behind."""
     shape = node.meta["val"].shape
     if packet_of(node) in RESHAPES:
         source = node.args[0]
-        return isinstance(source, fx.Node) and counts_samples(source) and all(size == 1 for size in shape[1:])
-    if packet_of(node) != "arange" or isinstance(shape[0], int):
-        return False
-    a = arguments(node)
-    return a.get("start", 0) == 0 and a.get("step", 1) == 1 and _shape(node, node) == (Batch(),)
+        return isinstance(source, fx.Node) and _counts_samples(source) and all(size == 1 for size in shape[1:])
+    return _range_step(node) == 1 and _shape(node, node) == (Batch(),)
+
+
+def ranges_over_batch(node: fx.Node) -> bool:
+    """Whether a node is an arange of a length that depends on the batch size, perhaps with axes of size one."""
+    if packet_of(node) in RESHAPES:
+        return isinstance(node.args[0], fx.Node) and ranges_over_batch(node.args[0])
+    return packet_of(node) == "arange" and not isinstance(node.meta["val"].shape[0], int)
+
+
+def _range_step(node: fx.Node) -> object:
+    """The step of an arange from zero over the batch; None for anything else."""
+    a = arguments(node) if packet_of(node) == "arange" and ranges_over_batch(node) else {}
+    return a.get("step", 1) if a and a.get("start", 0) == 0 else None
+
+
+def _bags(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    """The bags of `nn.EmbeddingBag` on [N, T]: as many indices a sample for all samples."""
+    size = _shape(a["indices"], node)
+    step = _range_step(a["offsets"])
+    if not isinstance(step, int) or size != (Batch(step),):
+        raise UnsupportedError(
+            "bags of different lengths are in one row", node=where(node), remedy="give indices [N, T] without offsets"
+        )
+    weights = a["per_sample_weights"]
+    tensors = [a["weight"], a["indices"], *([weights] if isinstance(weights, fx.Node) else [])]
+    args = [
+        ops.INPUT,
+        ops.INPUT,
+        step,
+        a["mode"],
+        ops.INPUT if isinstance(weights, fx.Node) else None,
+        a["padding_idx"],
+    ]
+    return low.emit(node, ops.Opaque(ops.embedding_bags, args, {}), *(low.value(t, node) for t in tensors))
 
 
 @lowers("affine_grid_generator")
@@ -458,6 +489,8 @@ def part(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
     """One of the tensors that chunk, split or unbind return."""
     packet, a = packet_of(whole), arguments(whole)
     parts: Sequence[Tensor] = whole.meta["val"]
+    if packet == "embedding_bag" and isinstance(a["offsets"], fx.Node):
+        return _bags(low, node, a)
     if packet == "unbind":
         return low.emit(node, ops.Select(a["dim"], index % len(parts)), low.value(a["self"], node))
     if packet not in ("chunk", "split", "split_with_sizes"):

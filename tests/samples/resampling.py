@@ -66,7 +66,7 @@ def folded(x: Tensor) -> Tensor:
 def unpooled(x: Tensor) -> Tensor:
     """Maxima put back where they came from."""
     y, indices = F.max_pool2d(x, 2, return_indices=True)
-    return F.max_unpool2d(y.tanh(), indices, [2], output_size=(6, 5))
+    return F.max_unpool2d(y.tanh(), indices, [2, 2], output_size=(6, 5))
 
 
 REARRANGED: dict[str, Op] = {
