@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, export
+from torch.export import Dim, ExportedProgram, ShapesCollection, export
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -86,20 +85,35 @@ def selector(output: Output) -> Callable[[Any], Tensor]:
     def select(returned: Any) -> Tensor:
         if callable(output):
             chosen = output(returned)
-        elif isinstance(output, str):
-            chosen = returned[output] if isinstance(returned, dict) else getattr(returned, output)
+        elif output is None:
+            chosen = returned
         else:
-            chosen = returned if output is None else returned[output]
+            chosen = _item(returned, output)
         if isinstance(chosen, Tensor):
             return chosen
-        kind, parts = type(chosen).__name__, _parts(chosen)
-        raise CaptureError(
-            f"the model returns a {kind}{f' of {parts}' if parts else ''}, not a tensor",
-            node="output",
-            remedy="choose one with output= (an index, a name, or a function of what the model returns)",
-        )
+        raise _choose(f"the model returns a {_described(chosen)}, not a tensor")
 
     return select
+
+
+def _item(returned: Any, output: str | int) -> Any:
+    """What the model returns under a name or at an index."""
+    try:
+        if isinstance(output, str) and not isinstance(returned, dict):
+            return getattr(returned, output)
+        return returned[output]
+    except (LookupError, AttributeError, TypeError) as error:
+        raise _choose(f"the model returns a {_described(returned)}, nothing that output={output!r} names") from error
+
+
+def _choose(cause: str) -> CaptureError:
+    remedy = "choose one with output= (an index, a name, or a function of what the model returns)"
+    return CaptureError(cause, node="output", remedy=remedy)
+
+
+def _described(returned: Any) -> str:
+    parts = _parts(returned)
+    return type(returned).__name__ + (f" of {parts}" if parts else "")
 
 
 def _parts(returned: Any) -> str:
@@ -111,8 +125,10 @@ def _parts(returned: Any) -> str:
 def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured:
     """Trace `model` on inputs shaped like `inputs`, whose values are not read, for any length of the batch axis."""
     args, kwargs = pytree.tree_map_only(Tensor, _example, as_call(inputs))
-    dynamic = pytree.tree_map_only(Tensor, lambda _: {0: Dim.AUTO}, (args, kwargs))
-    dynamic = pytree.tree_map_only(_NOT_TENSORS, lambda _: None, dynamic)
+    dynamic = ShapesCollection()
+    for t in pytree.tree_leaves((args, kwargs)):
+        if isinstance(t, Tensor):
+            dynamic[t] = {0: Dim.AUTO}
     shared = structural_copy(model, *model.parameters(), *model.buffers())
     forward, select = shared.forward, selector(output)
 
@@ -125,7 +141,8 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
     try:
         with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*assigned during export")  # to the copy, which is dropped
-            program = export(shared, args, kwargs, dynamic_shapes=_dynamic_shapes(forward, *dynamic), strict=False)
+            with torch.backends.opt_einsum.flags(enabled=False):  # the order it picks would depend on the batch size
+                program = export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except FxcurvError:
         raise
     except Exception as error:
@@ -151,7 +168,6 @@ class _DataIsDetached(TorchFunctionMode):
 
 
 _READS_DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
-_NOT_TENSORS = (int, float, bool, str, type(None))
 
 
 def _example(t: Tensor) -> Tensor:
@@ -166,14 +182,6 @@ def structural_copy(model: nn.Module, *shared: Tensor) -> nn.Module:
         raise CaptureError(
             f"the model cannot be copied ({error})", remedy="make its attributes deep-copyable"
         ) from error
-
-
-def _dynamic_shapes(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`dynamic_shapes` by argument position or, where keywords are used, by name."""
-    if not kwargs:
-        return args
-    names = list(inspect.signature(forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _is_integer(value: Any) -> bool:

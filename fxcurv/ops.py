@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxcurv.shapes import Shape, resolve, show_shape
+
 __all__ = [
     "Add",
     "Affine",
@@ -43,6 +45,8 @@ __all__ = [
     "Slice",
     "Sub",
     "Sum",
+    "embedding_bags",
+    "pick",
 ]
 
 
@@ -127,39 +131,36 @@ class Parameter(nn.Module):
 
 
 class Repeat(nn.Module):
-    """y = x.expand(shape) for every sample of a batch: -1 in `shape` stands for the batch size of `like`, at `axis`."""
+    """y = x.expand(shape), of a `shape` for the batch size of `like`."""
 
     broadcasts: ClassVar = True
     sized: ClassVar = True
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.shape = tuple(shape)
-        self.axis = self.shape.index(-1)
+        self.shape = shape
 
     def forward(self, x: Tensor, like: Tensor) -> Tensor:
-        return x.expand(*self.shape[: self.axis], like.shape[0], *self.shape[self.axis + 1 :])
+        return x.expand(resolve(self.shape, len(like)))
 
     def extra_repr(self) -> str:
-        return str(self.shape)
+        return show_shape(self.shape)
 
 
 class Blank(nn.Module):
-    """y = a number everywhere: -1 in `shape` stands for the batch size of `like`, at `axis`."""
+    """y = a number everywhere, of a `shape` for the batch size of `like`."""
 
     sized: ClassVar = True
 
-    def __init__(self, shape: Sequence[int], value: float, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, value: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.shape, self.value, self.dtype = tuple(shape), value, dtype
-        self.axis = self.shape.index(-1)
+        self.shape, self.value, self.dtype = shape, value, dtype
 
     def forward(self, like: Tensor) -> Tensor:
-        shape = (*self.shape[: self.axis], like.shape[0], *self.shape[self.axis + 1 :])
-        return torch.full(shape, self.value, dtype=self.dtype, device=like.device)
+        return torch.full(resolve(self.shape, len(like)), self.value, dtype=self.dtype, device=like.device)
 
     def extra_repr(self) -> str:
-        return f"{self.shape}, value={self.value}"
+        return f"{show_shape(self.shape)}, value={self.value}"
 
 
 class Shift(nn.Module):
@@ -441,3 +442,19 @@ class Opaque(Call):
 
 class Discrete(Call):
     """y = f(x, …) where y holds integers or booleans, through which nothing is pulled back."""
+
+
+def pick(x: Tensor, indices: Sequence[Tensor | int | None]) -> Tensor:
+    """x[indices], where a number k stands for 0, 1, … along the samples, with k axes of size one behind."""
+    each = torch.arange(len(x), device=x.device)
+    filled = [each.view(-1, *(1,) * index) if isinstance(index, int) else index for index in indices]
+    return torch.ops.aten.index.Tensor(x, filled)
+
+
+def embedding_bags(
+    weight: Tensor, indices: Tensor, length: int, mode: int, weights: Tensor | None, padding: int | None
+) -> Tensor:
+    """A sum, mean or maximum (`mode` 0, 1, 2) of rows of `weight` over every `length` of the `indices`."""
+    offsets = torch.arange(0, len(indices), length, device=indices.device)
+    bag = torch.ops.aten.embedding_bag.padding_idx
+    return bag(weight, indices, offsets, False, mode, False, weights, False, padding)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -55,7 +56,8 @@ def _equal(op: nn.Module, candidate: nn.Module, node: fx.Node) -> bool:
     generator = torch.Generator().manual_seed(0)
     arguments = fx.map_arg(node.args, lambda n: _random(n, generator))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")  # that an operator has no batching rule is only said by a warning
             expected, value = op(*arguments), candidate(*arguments)
     except Exception:  # an operator without a batching rule, or not for float64
         return False
@@ -66,6 +68,8 @@ def _equal(op: nn.Module, candidate: nn.Module, node: fx.Node) -> bool:
 def _random(node: fx.Node, generator: torch.Generator) -> Tensor:
     shape, dtype = node.meta["shape"], node.meta.get("dtype", torch.float64)
     sizes = resolve(tuple({"V": 3, "N": 2}.get(s, s) if isinstance(s, str) else s for s in shape), 2)
+    if dtype.is_complex:
+        return torch.randn(sizes, dtype=torch.complex128, generator=generator)
     if not dtype.is_floating_point:
         return torch.zeros(sizes, dtype=dtype)
     return torch.rand(sizes, dtype=torch.float64, generator=generator) + 0.1

@@ -8,6 +8,7 @@ views that are read later are taken again.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -19,14 +20,43 @@ from fxcurv.errors import CaptureError
 __all__ = ["described", "functionalize", "packet_of"]
 
 
+DIM_PLACES = {"unbind": 1, "chunk": 2, "split": 2, "split_with_sizes": 2, "tensor_split": 2}
+"""ATen operators that return several views, and which of their arguments is the axis."""
+
+
 def functionalize(gm: fx.GraphModule, sources: Mapping[str, str]) -> fx.GraphModule:
     """The captured graph without in-place ops and dead code; `sources` names the placeholders that are no inputs."""
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph), class_name="Captured")
+    written = {_memory(n.args[0]) for n in gm.graph.nodes if _is_inplace(n)}
+    for node in [n for n in gm.graph.nodes if n.target is operator.getitem and _memory(n) in written]:
+        _name_part(node)
     for node in [n for n in gm.graph.nodes if _is_inplace(n)]:
         _replace(node, sources)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
+
+
+def _name_part(node: fx.Node) -> None:
+    """One of the views that chunk, split or unbind return becomes a view of its own: a slice or a selection."""
+    whole, index = node.args
+    assert isinstance(whole, fx.Node)
+    assert isinstance(index, int)
+    source, parts = whole.args[0], whole.meta["val"]
+    assert isinstance(source, fx.Node)
+    if not _shares(source, whole):
+        return
+    if packet_of(whole) not in DIM_PLACES:
+        raise _unknown_view(whole)
+    place = DIM_PLACES[packet_of(whole)]
+    dim: Any = whole.args[place] if len(whole.args) > place else whole.kwargs.get("dim", 0)
+    if packet_of(whole) == "unbind":
+        node.target, node.args = torch.ops.aten.select.int, (source, dim, index % len(parts))
+    else:
+        start = sum(part.shape[dim] for part in parts[:index])
+        stop = start + parts[index].shape[dim]
+        node.target, node.args = torch.ops.aten.slice.Tensor, (source, dim, start, stop)
+    _evaluate(node)
 
 
 def _replace(node: fx.Node, sources: Mapping[str, str]) -> None:
@@ -35,18 +65,23 @@ def _replace(node: fx.Node, sources: Mapping[str, str]) -> None:
     if node.target is torch.ops.aten.detach_.default:  # changes no entries
         node.target = torch.ops.aten.detach.default
         return
-    later = set(_after(node))
-    aliases = [n for n in node.graph.nodes if n not in later and n is not node and _memory(n) == _memory(target)]
+    behind = list(_after(node))
+    later, memory = set(behind), _memory(target)
+    aliases = [n for n in node.graph.nodes if n not in later and n is not node and _memory(n) == memory]
     for alias in aliases:
         if alias.op == "placeholder":
             raise _overwrites(alias, sources)
     node.target = _out_of_place(node)
     _evaluate(node)
     root = _put_back(target, node)
-    for alias in aliases:
-        if any(user in later for user in alias.users):
-            current = node if _same_entries(alias, target) else _taken_again(alias, root)
-            alias.replace_all_uses_with(current, delete_user_cb=later.__contains__)
+    names = [(alias, alias) for alias in aliases] + ([(node, target)] if root is not node else [])
+    for name, view in names:
+        if any(user in later for user in name.users):
+            current = node if root is node and _same_entries(view, target) else _taken_again(view, root)
+            name.replace_all_uses_with(current, delete_user_cb=later.__contains__)
+    for view in behind:
+        if memory in _memories(view):  # views of what was written are views of the new value now
+            _evaluate(view)
 
 
 def _put_back(view: fx.Node, value: fx.Node) -> fx.Node:
@@ -74,21 +109,32 @@ def _parent(view: fx.Node) -> fx.Node | None:
 def _scattered(view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
     """`parent` with `value` where `view` shows it."""
     name, aten = packet_of(view), torch.ops.aten
+    if name == "detach":  # what autograd makes of such a write is not the derivative of what is computed
+        raise _unknown_view(view)
     if _same_entries(view, parent):
         return value
     if name in ("slice", "select"):
         scatter = aten.slice_scatter.default if name == "slice" else aten.select_scatter.default
         return _emit(value, scatter, (parent, value, *view.args[1:]), view.kwargs, view)
-    if name == "permute":
-        dims = cast("list[int]", view.args[1])
-        axes = [axis % len(dims) for axis in dims]
-        inverse = sorted(range(len(axes)), key=axes.__getitem__)
-        return _emit(value, view.target, (value, inverse), {}, view)
+    if name == "narrow":
+        dim, start, length = cast("tuple[int, int, int]", view.args[1:4])
+        start %= parent.meta["val"].shape[dim]
+        return _emit(value, aten.slice_scatter.default, (parent, value, dim, start, start + length), {}, view)
+    if name == "diagonal":
+        return _emit(value, aten.diagonal_scatter.default, (parent, value, *view.args[1:]), view.kwargs, view)
     if name in ("transpose", "t"):
         return _emit(value, view.target, (value, *view.args[1:]), view.kwargs, view)
-    if name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"):
+    if name == "permute":
+        dims: Any = view.args[1]
+        inverse = sorted(range(len(dims)), key=lambda axis: dims[axis] % len(dims))
+        return _emit(value, view.target, (value, inverse), {}, view)
+    if name in ("view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"):
         return _emit(value, aten.view_as.default, (value, parent), {}, view)
-    raise CaptureError(
+    raise _unknown_view(view)
+
+
+def _unknown_view(view: fx.Node) -> CaptureError:
+    return CaptureError(
         f"an in-place op writes through a view that {view.target} takes",
         node=described(view),
         remedy="write it out of place: x = op(x) instead of op_(x)",
@@ -119,15 +165,20 @@ def _evaluate(node: fx.Node) -> None:
 
 def _shares(a: fx.Node, b: fx.Node) -> bool:
     """Whether b is, or holds, memory of a."""
-    value = b.meta.get("val")
-    values = value if isinstance(value, list | tuple) else [value]
-    return any(isinstance(v, Tensor) and v.untyped_storage()._cdata == _memory(a) for v in values)
+    return _memory(a) in _memories(b)
 
 
 def _memory(node: fx.Node) -> int | None:
     """Which memory the node's tensor occupies: equal for names that share it."""
     value = node.meta.get("val")
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def _memories(node: fx.Node) -> set[int]:
+    """The memory of the node's tensor, or of each of several."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return {v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)}
 
 
 def _same_entries(a: fx.Node, b: fx.Node) -> bool:
@@ -145,7 +196,8 @@ def _out_of_place(node: fx.Node) -> Any:
     """The operator that returns what an in-place operator writes."""
     assert isinstance(node.target, torch._ops.OpOverload)
     name = node.target.overloadpacket.__name__
-    packet = getattr(torch.ops.aten, name.rstrip("_"), None) if name.endswith("_") else None
+    plain = f"__{name[3:]}" if name.startswith("__i") else name.removesuffix("_")  # `__ior__` is `__or__`
+    packet = getattr(torch.ops.aten, plain, None) if plain != name else None
     functional = getattr(packet, node.target._overloadname, None)
     if functional is None or functional._schema.is_mutable:
         raise CaptureError(

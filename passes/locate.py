@@ -69,9 +69,12 @@ def _place(node: fx.Node, op: nn.Module, device: torch.device, probes: dict[obje
     constant = _known(node, op, device)
     if constant is not None:
         node.meta["known"] = constant
-        return _alike(constant, axes)
-    if isinstance(op, ops.Repeat):
-        return Samples(op.axis)
+        place = _alike(constant, axes)
+        if place is None:
+            raise _mixing(node, "its entries depend on which sample of the batch they are for")
+        return place
+    if isinstance(op, ops.Repeat):  # the same for all, so in any order
+        return next(place for axis, multiple in axes.items() for place in _candidates(axis, multiple))
     if rule.kind == "elementwise":
         return places[0]
     if rule.use is not None and places[0] is not None:
@@ -103,7 +106,7 @@ def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> Samples | Non
     if not any(bool(c.any()) for c in changed):
         if bool(y.isnan().any()):
             raise _mixing(node, "it cannot be told, for random inputs give NaN")
-        return _alike(y, axes) if axes else None  # a constant, such as ones_like
+        return _alike(y, axes)  # a constant, such as ones_like
     for place in (p for axis, multiple in axes.items() for p in _candidates(axis, multiple)):
         if all(_only(place.apart(c), n) for n, c in enumerate(changed)):
             return place
@@ -139,12 +142,12 @@ def _candidates(axis: int, multiple: int) -> Iterator[Samples]:
     yield from (Samples(axis, multiple // b, b) for b in range(multiple, 0, -1) if multiple % b == 0)
 
 
-def _alike(y: Tensor, axes: Mapping[int, int]) -> Samples:
-    """The place at which what all samples share is the same for each; the first where they differ at all places."""
+def _alike(y: Tensor, axes: Mapping[int, int]) -> Samples | None:
+    """The place at which the entries are the same for each sample, if there is one."""
     places = [place for axis, multiple in axes.items() for place in _candidates(axis, multiple)]
     rows = (place.apart(y) for place in places)
     same = (all(torch.equal(row, first) for row in others) for first, *others in rows)
-    return next((place for place, alike in zip(places, same, strict=True) if alike), places[0])
+    return next((place for place, alike in zip(places, same, strict=True) if alike), None)
 
 
 def _only(changed: Tensor, n: int) -> bool:
@@ -158,7 +161,10 @@ def _redraw_each(
     """The output at random inputs, and for each sample which entries change when that sample is redrawn."""
 
     def run(tensors: list[Tensor]) -> Tensor:
-        return op(*(t.abs() if positive and t.is_floating_point() else t for t in tensors))
+        try:
+            return op(*(t.abs() if positive and t.is_floating_point() else t for t in tensors))
+        except RuntimeError as error:
+            raise _mixing(node, f"it cannot be told, for random inputs fail: {str(error).splitlines()[0]}") from error
 
     inputs = [x for x in node.args if isinstance(x, fx.Node)]
     xs = [_draw(x, generator) for x in inputs]
@@ -193,7 +199,7 @@ def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator
     """Normal numbers, fair coins, or zeros for integers, which are valid as indices."""
     if dtype == torch.bool:
         return torch.rand(shape, device=generator.device, generator=generator) < 0.5
-    if not dtype.is_floating_point:
+    if not dtype.is_floating_point and not dtype.is_complex:
         return torch.zeros(shape, dtype=dtype, device=generator.device)
     return torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
 

@@ -61,6 +61,7 @@ class _Lowering:
             if node.name not in self.captured.sources:
                 self._input(node)
             elif self.captured.sources[node.name] in self.trainable:
+                _check_real(self.captured.sources[node.name], node)
                 self.live.add(node)
         elif any(n in self.live for n in node.all_input_nodes) and not _is_blank(node):
             self.live.add(node)
@@ -153,6 +154,15 @@ class _Lowering:
         called = _annotated(self.graph.call_module(target, args), node)
         called.meta["slots"] = sources
         return called
+
+
+def _check_real(name: str, node: fx.Node) -> None:
+    if node.meta["val"].dtype.is_complex:
+        raise UnsupportedError(
+            f"parameter '{name}' is complex",
+            node=f"'{node.name}'",
+            remedy="hold real and imaginary parts: torch.view_as_complex(p) of a real p[…, 2]",
+        )
 
 
 def _annotated(new: fx.Node, old: fx.Node) -> fx.Node:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxcurv import ops
 from fxcurv.errors import InputError, UnsupportedError
@@ -43,6 +44,13 @@ Lowering = Callable[[Builder, fx.Node, Arguments], fx.Node]
 LOWERINGS: dict[str, Lowering] = {}
 
 
+FILLS = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
+RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as")
+PERMUTES = ("permute", "transpose", "t", "movedim", "swapaxes", "T", "numpy_T")
+MOVES = {*RESHAPES, *PERMUTES, "expand", "expand_as", "slice", "narrow", "select", "cat", "copy", "index"}
+"""Operators that put entries elsewhere, and so are lowered alike for every type of entry."""
+
+
 def lowers(*packets: str) -> Callable[[Lowering], Lowering]:
     """Declare how the ATen operators `packets` are lowered."""
 
@@ -62,9 +70,15 @@ def unary(packet: str, make: Callable[[Arguments], nn.Module]) -> None:
 
 def lowering_of(node: fx.Node) -> Lowering:
     """The row of an ATen call."""
-    if not node.meta["val"].dtype.is_floating_point:
+    packet, dtype = packet_of(node), node.meta["val"].dtype
+    operands = [n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    if packet in FILLS or (packet in MOVES and set(operands) == {dtype}):
+        return LOWERINGS[packet]
+    if dtype.is_complex or any(d.is_complex for d in operands):
+        return _generic(ops.Opaque)
+    if not dtype.is_floating_point:
         return _generic(ops.Discrete)
-    return LOWERINGS.get(packet_of(node)) or _generic(ops.Pointwise if _is_pointwise(node) else ops.Opaque)
+    return LOWERINGS.get(packet) or _generic(ops.Pointwise if _is_pointwise(node) else ops.Opaque)
 
 
 # Reading ATen calls -----------------------------------------------------------------------------------------------
@@ -102,6 +116,10 @@ def _rank(node: Any) -> int:
     return node.meta["val"].ndim
 
 
+def _shape(argument: Any, user: fx.Node) -> Shape:
+    return shape_of(argument.meta["val"], where(user))
+
+
 def _dims(a: Arguments, key: str = "dim") -> tuple[int, ...]:
     """The axes of a reduction; none given means all."""
     dims = a.get(key)
@@ -126,8 +144,10 @@ def _hold(op: nn.Module, **slots: Tensor | None) -> nn.Module:
 
 @lowers("linear")
 def _linear(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    if not low.depends(a["input"]) or not low.holdable(a["weight"], a["bias"]):
+    if not low.depends(a["input"]) or not low.holdable(a["weight"]):
         return _generic(ops.Opaque)(low, node, a)
+    if not low.holdable(a["bias"]):
+        return _biased(low, node, _linear(low, node, {**a, "bias": None}), a["bias"])
     weight, bias = low.slot(a["weight"]), low.slot(a["bias"])
     assert weight is not None
     op = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
@@ -137,8 +157,10 @@ def _linear(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 @lowers("conv1d", "conv2d", "conv3d")
 def _conv(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    if not low.depends(a["input"]) or not low.holdable(a["weight"], a["bias"]):
+    if not low.depends(a["input"]) or not low.holdable(a["weight"]):
         return _generic(ops.Opaque)(low, node, a)
+    if not low.holdable(a["bias"]):
+        return _biased(low, node, _conv(low, node, {**a, "bias": None}), a["bias"], _rank(a["weight"]) - 2)
     weight, bias = low.slot(a["weight"]), low.slot(a["bias"])
     assert weight is not None
     kernel, x = tuple(weight.shape[2:]), low.value(a["input"], node)
@@ -152,6 +174,16 @@ def _conv(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     inputs, outputs = weight.shape[1] * a["groups"], weight.shape[0]
     op = kind(inputs, outputs, kernel, stride, padding, dilation, a["groups"], bias is not None, device="meta")
     return low.emit(node, _hold(op, weight=weight, bias=bias), x, slots={"weight": a["weight"], "bias": a["bias"]})
+
+
+def _biased(low: Builder, node: fx.Node, y: fx.Node, bias: fx.Node, behind: int = 0) -> fx.Node:
+    """y + b for a bias that is computed, with the axes `behind` the features."""
+    b = low.value(bias, node)
+    size = (*_shape(bias, node), *(1,) * behind)
+    if behind:
+        b = low.emit(node, ops.Reshape(_flexible(size)), b)
+        b.meta["shape"] = size
+    return low.emit(node, ops.Add(), y, b)
 
 
 def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -258,15 +290,38 @@ def _call(kind: type[ops.Call], low: Builder, node: fx.Node) -> tuple[ops.Call, 
         if isinstance(value, Tensor):
             inputs.append(low.value(argument, node))
             return ops.INPUT
-        if not isinstance(value, torch.SymInt):
-            raise UnsupportedError("an argument is no tensor", node=where(node), remedy="write it with another op")
-        size, sized = size_of(value, where(node)), True
-        return ops.Size(size.multiple) if isinstance(size, Batch) else size
+        sized = True
+        return ops.Size(_multiple(value, node))
 
+    function: Any = node.target
     args: Any = fx.map_arg(node.args, take)
     kwargs: Any = fx.map_arg(node.kwargs, take)
-    function: Any = node.target
+    if sized and not _sizes_alone(node):
+        raise UnsupportedError(
+            "it computes with the batch size", node=where(node), remedy="let no value depend on the number of samples"
+        )
     return kind(function, args, kwargs, sized), *inputs, *([low.batch()] if sized else [])
+
+
+def _multiple(value: Any, node: fx.Node) -> int:
+    size = size_of(value, where(node)) if isinstance(value, torch.SymInt) else None
+    if not isinstance(size, Batch):
+        raise UnsupportedError(
+            "an argument depends on the batch size", node=where(node), remedy="write it with -1 or another op"
+        )
+    return size.multiple
+
+
+def _sizes_alone(node: fx.Node) -> bool:
+    """Whether every argument that depends on the batch size says how large something is, not what it holds."""
+    types = {a.name: str(a.type) for a in cast("Any", node.target)._schema.arguments}
+    given = {**dict(zip(types, node.args, strict=False)), **node.kwargs}
+    symbolic = [name for name, value in given.items() if any(_is_size(leaf) for leaf in pytree.tree_leaves(value))]
+    return packet_of(node) == "arange" or all("int" in types[name].lower() for name in symbolic)
+
+
+def _is_size(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and not isinstance(argument.meta.get("val"), Tensor)
 
 
 # Arithmetic -------------------------------------------------------------------------------------------------------
@@ -296,9 +351,9 @@ def _mul(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 # Shape ------------------------------------------------------------------------------------------------------------
 
 
-@lowers("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as")
+@lowers(*RESHAPES)
 def _reshape(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    shape = shape_of(node.meta["val"], where(node))
+    shape = _shape(node, node)
     if sum(isinstance(size, Batch) for size in shape) > 1:
         raise UnsupportedError(
             "the result has no single batch axis", node=where(node), remedy="keep samples along one axis"
@@ -311,7 +366,7 @@ def _flexible(shape: Shape) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in shape]
 
 
-@lowers("permute", "transpose", "t", "movedim", "swapaxes", "T", "numpy_T")
+@lowers(*PERMUTES)
 def _permute(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     axes = torch.empty(tuple(range(1, 1 + _rank(node))), device="meta")  # every axis has a size of its own
     operator: Any = node.target
@@ -324,12 +379,61 @@ def _expand(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     return _expanded(low, node, _first(a))
 
 
-@lowers("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+@lowers(*FILLS)
 def _blank(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    shape, value = shape_of(node.meta["val"], where(node)), a.get("fill_value", int("ones" in packet_of(node)))
-    if [size for size in shape if isinstance(size, Batch)] != [Batch()] or isinstance(value, fx.Node):
+    shape, value = _shape(node, node), a.get("fill_value", int("ones" in packet_of(node)))
+    if len([size for size in shape if isinstance(size, Batch)]) != 1 or isinstance(value, fx.Node):
         raise UnsupportedError("a new tensor has no single batch axis", node=where(node), remedy="fill in a constant")
-    return low.emit(node, ops.Blank(_flexible(shape), value, node.meta["val"].dtype), low.batch())
+    return low.emit(node, ops.Blank(shape, value, node.meta["val"].dtype), low.batch())
+
+
+@lowers("index")
+def _index(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    """Entries picked for each sample: `x[torch.arange(len(x)), …]`."""
+    kind = ops.Opaque if node.meta["val"].dtype.is_floating_point else ops.Discrete
+    first, *others = a["indices"]
+    if not isinstance(first, fx.Node) or not _counts_samples(first) or _shape(a["self"], node)[0] != Batch():
+        return _generic(kind)(low, node, a)
+    indices = [_rank(first) - 1, *(ops.INPUT if isinstance(i, fx.Node) else i for i in others)]
+    tensors = [a["self"], *(i for i in others if isinstance(i, fx.Node))]
+    return low.emit(node, kind(ops.pick, [ops.INPUT, indices], {}), *(low.value(t, node) for t in tensors))
+
+
+def _counts_samples(node: fx.Node) -> bool:
+    """Whether a node is 0, 1, … for the samples of the batch, with axes of size one behind."""
+    shape = node.meta["val"].shape
+    if packet_of(node) in RESHAPES:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and _counts_samples(source) and all(size == 1 for size in shape[1:])
+    return _range_step(node) == 1 and _shape(node, node) == (Batch(),)
+
+
+def _range_step(node: fx.Node) -> object:
+    """The step of an arange from zero over the batch; None for anything else."""
+    over_batch = packet_of(node) == "arange" and isinstance(_shape(node, node)[0], Batch)
+    a = arguments(node) if over_batch else {}
+    return a.get("step", 1) if a and a.get("start", 0) == 0 else None
+
+
+def _bags(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    """The bags of `nn.EmbeddingBag` on [N, T]: as many indices a sample for all samples."""
+    size = _shape(a["indices"], node)
+    step = _range_step(a["offsets"])
+    if not isinstance(step, int) or size != (Batch(step),):
+        raise UnsupportedError(
+            "bags of different lengths are in one row", node=where(node), remedy="give indices [N, T] without offsets"
+        )
+    weights = a["per_sample_weights"]
+    tensors = [a["weight"], a["indices"], *([weights] if isinstance(weights, fx.Node) else [])]
+    args = [
+        ops.INPUT,
+        ops.INPUT,
+        step,
+        a["mode"],
+        ops.INPUT if isinstance(weights, fx.Node) else None,
+        a["padding_idx"],
+    ]
+    return low.emit(node, ops.Opaque(ops.embedding_bags, args, {}), *(low.value(t, node) for t in tensors))
 
 
 @lowers("copy")
@@ -342,9 +446,9 @@ def _copy(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 def _expanded(low: Builder, node: fx.Node, source: fx.Node) -> fx.Node:
     """The source repeated to the shape of the node."""
-    shape, x = shape_of(node.meta["val"], where(node)), low.value(source, node)
-    if not low.depends(source) and Batch() in shape:
-        return low.emit(node, ops.Repeat(_flexible(shape)), x, low.batch())
+    shape, x = _shape(node, node), low.value(source, node)
+    if not low.depends(source) and any(isinstance(size, Batch) for size in shape):
+        return low.emit(node, ops.Repeat(shape), x, low.batch())
     return low.emit(node, ops.Expand(_flexible(shape)), x)
 
 
@@ -376,6 +480,8 @@ def part(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
     """One of the tensors that chunk, split or unbind return."""
     packet, a = packet_of(whole), arguments(whole)
     parts: Sequence[Tensor] = whole.meta["val"]
+    if packet == "embedding_bag" and isinstance(a["offsets"], fx.Node):
+        return _bags(low, node, a)
     if packet == "unbind":
         return low.emit(node, ops.Select(a["dim"], index % len(parts)), low.value(a["self"], node))
     if packet not in ("chunk", "split", "split_with_sizes"):
