@@ -68,11 +68,9 @@ def _place(node: fx.Node, op: nn.Module, device: torch.device, probes: dict[obje
     rule, axes = rule_of(op), _batch_axes(node)
     constant = _known(node, op, device)
     if constant is not None:
-        node.meta["known"] = constant
         place = _alike(constant, axes)
-        if place is None:
-            raise _mixing(node, "its entries depend on which sample of the batch they are for")
-        return place
+        node.meta |= {"known": constant, "counts": place is None}
+        return place or next(place for axis, multiple in axes.items() for place in _candidates(axis, multiple))
     if isinstance(op, ops.Repeat):  # the same for all, so in any order
         return next(place for axis, multiple in axes.items() for place in _candidates(axis, multiple))
     if rule.kind == "elementwise":
@@ -99,18 +97,34 @@ def _kind(node: fx.Node, op: nn.Module) -> object:
 
 def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> Samples | None:
     """The place where redrawing sample n of the inputs changes sample n of the output and nothing else."""
-    y, changed = _redraw_each(node, op, torch.Generator(device).manual_seed(0), positive=False)
-    if bool(y.isnan().any()):  # a square root or a logarithm
-        y, changed = _redraw_each(node, op, torch.Generator(device).manual_seed(0), positive=True)
+    probe, y, changed = _tried(node, op, device)
     axes = _batch_axes(node)
-    if not any(bool(c.any()) for c in changed):
-        if bool(y.isnan().any()):
-            raise _mixing(node, "it cannot be told, for random inputs give NaN")
-        return _alike(y, axes)  # a constant, such as ones_like
-    for place in (p for axis, multiple in axes.items() for p in _candidates(axis, multiple)):
-        if all(_only(place.apart(c), n) for n, c in enumerate(changed)):
-            return place
-    raise _mixing(node, "a sample of its output depends on other samples")
+    if any(bool(c.any()) for c in changed):
+        places = [p for axis, multiple in axes.items() for p in _candidates(axis, multiple)]
+        place = next((p for p in places if all(_only(p.apart(c), n) for n, c in enumerate(changed))), None)
+    else:
+        place = _alike(y, axes)  # a constant, such as ones_like
+    if place is None and (axes or any(bool(c.any()) for c in changed)):
+        raise _mixing(node, "a sample of its output depends on other samples")
+    if place is not None and not probe.ignores_order(y, place):
+        raise _mixing(node, "its entries depend on which sample of the batch they are for")
+    return place
+
+
+def _tried(node: fx.Node, op: nn.Module, device: torch.device) -> tuple[_Probe, Tensor, list[Tensor]]:
+    """The first probe that neither fails nor gives NaN: small integers for indices, positive numbers for logarithms."""
+    failure: Exception | None = None
+    for positive, top in ((False, 2), (False, 1), (True, 2), (True, 1)):
+        probe = _Probe(node, op, torch.Generator(device).manual_seed(0), positive, top)
+        try:
+            y, changed = probe.redraw_each()
+        except (RuntimeError, IndexError) as error:
+            failure = error
+            continue
+        if not bool(y.isnan().any()) or (positive and any(bool(c.any()) for c in changed)):
+            return probe, y, changed
+    why = f"fail: {str(failure).splitlines()[0]}" if failure else "give NaN"
+    raise _mixing(node, f"it cannot be told, for random inputs {why}") from failure
 
 
 def _batch_axes(node: fx.Node) -> dict[int, int]:
@@ -155,53 +169,65 @@ def _only(changed: Tensor, n: int) -> bool:
     return all(bool(changed[m].any()) == (m == n) for m in range(SAMPLES))
 
 
-def _redraw_each(
-    node: fx.Node, op: nn.Module, generator: torch.Generator, positive: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """The output at random inputs, and for each sample which entries change when that sample is redrawn."""
+class _Probe:
+    """Random inputs of a node, of which one sample at a time is redrawn: positive or not, and integers below `top`."""
 
-    def run(tensors: list[Tensor]) -> Tensor:
-        try:
-            return op(*(t.abs() if positive and t.is_floating_point() else t for t in tensors))
-        except RuntimeError as error:
-            raise _mixing(node, f"it cannot be told, for random inputs fail: {str(error).splitlines()[0]}") from error
+    def __init__(self, node: fx.Node, op: nn.Module, generator: torch.Generator, positive: bool, top: int) -> None:
+        self.op, self.generator, self.positive, self.top = op, generator, positive, top
+        self.inputs = [x for x in node.args if isinstance(x, fx.Node)]
+        self.values = [self._draw(x) for x in self.inputs]
 
-    inputs = [x for x in node.args if isinstance(x, fx.Node)]
-    xs = [_draw(x, generator) for x in inputs]
-    y, changed = run(xs), list[Tensor]()
-    for n in range(SAMPLES):
-        difference = torch.zeros_like(y, dtype=torch.bool)
-        for _ in range(16):  # an index, a comparison, or what a mask hides often stays as it is
-            other = run([_redrawn(x, value, n, generator) for x, value in zip(inputs, xs, strict=True)])
-            difference |= (other != y) & ~(other.isnan() & y.isnan())
-            if y.is_floating_point() and bool(difference.any()):
-                break
-        changed.append(difference)
-    return y, changed
+    def redraw_each(self) -> tuple[Tensor, list[Tensor]]:
+        """The output at random inputs, and for each sample which entries change when that sample is redrawn."""
+        y, changed = self.op(*self.values), list[Tensor]()
+        for n in range(SAMPLES):
+            difference = torch.zeros_like(y, dtype=torch.bool)
+            for _ in range(16):  # an index, a comparison, or what a mask hides often stays as it is
+                other = self.op(*(self._redrawn(x, v, n) for x, v in zip(self.inputs, self.values, strict=True)))
+                difference |= (other != y) & ~(other.isnan() & y.isnan())
+                if y.is_floating_point() and bool(difference.any()):
+                    break
+            changed.append(difference)
+        return y, changed
 
+    def ignores_order(self, y: Tensor, place: Samples) -> bool:
+        """Whether samples in another order give the same in that order, where constants tell them from each other."""
+        if not any(x.meta.get("counts") for x in self.inputs):
+            return True
+        moved = self.op(*(self._moved(x, v) for x, v in zip(self.inputs, self.values, strict=True)))
+        return torch.equal(place.apart(moved), place.apart(y).roll(1, 0))
 
-def _draw(x: fx.Node, generator: torch.Generator) -> Tensor:
-    constant = _constant(x)
-    return constant if constant is not None else _random(resolve(x.meta["shape"], SAMPLES), x.meta["dtype"], generator)
+    def _draw(self, x: fx.Node) -> Tensor:
+        constant = _constant(x)
+        if constant is not None:
+            return constant
+        return self._random(resolve(x.meta["shape"], SAMPLES), x.meta["dtype"])
 
+    def _redrawn(self, x: fx.Node, value: Tensor, n: int) -> Tensor:
+        place: Samples | None = x.meta["samples"]
+        if place is None or _constant(x) is not None:
+            return value
+        fresh = value.clone()
+        sample = fresh.unflatten(place.axis, (place.outer, -1, place.inner)).select(place.axis + 1, n)
+        sample.copy_(self._random(sample.shape, value.dtype))
+        return fresh
 
-def _redrawn(x: fx.Node, value: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    place: Samples | None = x.meta["samples"]
-    if place is None or _constant(x) is not None:
-        return value
-    fresh = value.clone()
-    sample = fresh.unflatten(place.axis, (place.outer, -1, place.inner)).select(place.axis + 1, n)
-    sample.copy_(_random(sample.shape, value.dtype, generator))
-    return fresh
+    def _moved(self, x: fx.Node, value: Tensor) -> Tensor:
+        place: Samples | None = x.meta["samples"]
+        if place is None or _constant(x) is not None:
+            return value
+        rows = value.unflatten(place.axis, (place.outer, -1, place.inner)).roll(1, place.axis + 1)
+        return rows.flatten(place.axis, place.axis + 2)
 
-
-def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Normal numbers, fair coins, or zeros for integers, which are valid as indices."""
-    if dtype == torch.bool:
-        return torch.rand(shape, device=generator.device, generator=generator) < 0.5
-    if not dtype.is_floating_point and not dtype.is_complex:
-        return torch.zeros(shape, dtype=dtype, device=generator.device)
-    return torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
+    def _random(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Normal numbers, fair coins, or integers below `top`."""
+        device = self.generator.device
+        if dtype == torch.bool:
+            return torch.rand(shape, device=device, generator=self.generator) < 0.5
+        if not dtype.is_floating_point and not dtype.is_complex:
+            return torch.randint(self.top, shape, dtype=dtype, device=device, generator=self.generator)
+        drawn = torch.randn(shape, dtype=dtype, device=device, generator=self.generator)
+        return drawn.abs() if self.positive and dtype.is_floating_point else drawn
 
 
 def _mixing(node: fx.Node, why: str) -> UnsupportedError:
