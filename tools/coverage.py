@@ -40,8 +40,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the sweep checks the sources beside it, not an installed copy
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the sweep checks the sources beside it, not an installed copy
 
 import torch
 from tabulate import tabulate
@@ -54,6 +55,7 @@ from fxcurv.capture import Inputs
 from fxcurv.check import Report
 from fxcurv.errors import FxcurvError
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results"
 QUANTITIES = ("kfac", "diag_ggn")
 KINDS = ("exact", "approx", "fallback", "refused", "idle")
