@@ -26,6 +26,7 @@ import fnmatch
 import importlib
 import multiprocessing as mp
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -159,7 +160,7 @@ def examine(row: Row) -> Row:
     except Exception as error:
         row = replace(row, **explained(error))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return replace(row, seconds=time.perf_counter() - started, peak_mib=peak / 1024)
+    return replace(row, cause=relative(row.cause), seconds=time.perf_counter() - started, peak_mib=peak / 1024)
 
 
 def sizes(model: nn.Module) -> dict[str, Any]:
@@ -198,13 +199,18 @@ def covered(counts: Counter[str]) -> float:
 
 def explained(error: Exception) -> dict[str, Any]:
     """An error as outcome, cause and remedy."""
-    kind, lines = type(error).__name__, str(error).strip().splitlines()
+    kind, first = type(error).__name__, next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return {"outcome": "out of memory", "error": kind, "cause": lines[0] if lines else ""}
+        return {"outcome": "out of memory", "error": kind, "cause": first}
     if isinstance(error, FxcurvError):
         where = f"node {error.node}: " if error.node else ""
         return {"outcome": "refused", "error": kind, "cause": where + error.cause, "remedy": error.remedy or ""}
-    return {"outcome": "crashed", "error": kind, "cause": lines[0] if lines else ""}
+    return {"outcome": "crashed", "error": kind, "cause": first}
+
+
+def relative(cause: str) -> str:
+    """A cause with paths as they are on every machine."""
+    return re.sub(r"/[^\s\"]*/site-packages/", "", cause)
 
 
 # Processes --------------------------------------------------------------------------------------------------------
