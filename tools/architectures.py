@@ -96,7 +96,7 @@ def survey(names: list[str]) -> list[Architecture]:
     for name in tqdm(names, disable=None):
         try:
             with torch.device("meta"):
-                model = timm.create_model(name, pretrained=False)
+                model: Any = timm.create_model(name, pretrained=False)
             found[facts(model)].append((size(model, model.pretrained_cfg["input_size"]), name))
         except Exception as error:
             print(f"{name} cannot be built on the meta device: {type(error).__name__}: {error}", file=sys.stderr)
@@ -116,7 +116,7 @@ def write(rows: list[Architecture]) -> None:
         file.write(f"# {COMMAND}; timm {timm.__version__}, {sum(row.models for row in rows)} models\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(Architecture))
-        writer.writerows(map(astuple, rows))
+        writer.writerows(astuple(row) for row in rows)
 
 
 def read() -> list[str]:

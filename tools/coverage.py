@@ -28,6 +28,7 @@ import multiprocessing as mp
 import os
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -314,45 +315,49 @@ def write(file: Path, rows: Iterable[Row]) -> None:
     temporary.replace(file)
 
 
-def record(row: Row) -> dict[str, object]:
-    cells = asdict(row)
-    counts: dict[str, int] = cells.pop("counts")
-    return {name: f"{cell:.4g}" if isinstance(cell, float) else cell for name, cell in cells.items()} | counts
+def record(row: Row) -> dict[str, Any]:
+    cells: dict[str, Any] = asdict(row) | row.counts
+    del cells["counts"]
+    return {name: f"{cell:.4g}" if isinstance(cell, float) else cell for name, cell in cells.items()}
 
 
 # The summary ------------------------------------------------------------------------------------------------------
 
-HEADERS = ("group", "models", "compile", "quantity", *(f"{kind} %" for kind in KINDS), "tensors: exact", *KINDS[1:])
+HEADERS = ("group", "models", "compile", "s, median", "s, most", "quantity", *KINDS)
 
 
 def summary(rows: Iterable[Row]) -> str:
     """The page results/coverage.md: a table of the groups, and a line for every model that does not compile."""
     rows = list(rows)
-    lines = [line for group in GROUPS if (of := [row for row in rows if row.group == group]) for line in totals(of)]
-    revisions = sorted({row.revision for row in rows})
-    table = tabulate(lines, HEADERS, tablefmt="github", floatfmt=".2f")
+    groups = [of for group in GROUPS if (of := [row for row in rows if row.group == group])]
+    table = tabulate([line for of in groups for line in totals(of)], HEADERS, tablefmt="github", floatfmt=".1f")
+    revisions = ", ".join(sorted({row.revision for row in rows}))
+    about = f"- fxcurv {revisions}, torch {torch.__version__.partition('+')[0]}, 1 thread"
+    cells = "- cells: the share of the elements in percent, and the number of parameter tensors"
     failed = [row for row in rows if row.outcome != "compiled"]
-    refusals = "".join(f"- {row.group}:{row.model}, {row.outcome}: {told(row)}\n" for row in failed)
-    heading = "<!-- python tools/coverage.py -->\n\n# Coverage\n\n"
-    about = f"- fxcurv {', '.join(revisions)}; elements in percent, then numbers of parameter tensors"
-    return f"{heading}{about}\n\n{table}\n\nNot compiled, {len(failed)} models:\n\n{refusals}".rstrip() + "\n"
+    refusals = "\n".join(f"- {row.group}:{row.model}, {row.outcome}: {told(row)}" for row in failed)
+    parts = ("<!-- python tools/coverage.py -->", "# Coverage", f"{about}\n{cells}", table, "## Not compiled", refusals)
+    return "\n\n".join(parts if failed else parts[:4]) + "\n"
 
 
 def totals(rows: list[Row]) -> list[list[object]]:
     """A group's lines of the table, one per quantity."""
-    compiled = sum(row.outcome == "compiled" for row in rows)
-    lines: list[list[object]] = []
-    for q in QUANTITIES:
-        elements = [sum(row.counts.get(f"{q}_{kind}", 0) for row in rows) for kind in KINDS]
-        tensors = [sum(row.counts.get(f"{q}_{kind}_tensors", 0) for row in rows) for kind in KINDS]
-        shares = [100 * n / max(1, sum(elements)) for n in elements]
-        lines.append([rows[0].group, len(rows), compiled, q, *shares, *tensors])
-    return lines
+    compiled, seconds = sum(row.outcome == "compiled" for row in rows), [row.seconds for row in rows]
+    about = [rows[0].group, len(rows), compiled, statistics.median(seconds), max(seconds)]
+    return [[*about, q, *shares(rows, q)] for q in QUANTITIES]
+
+
+def shares(rows: list[Row], quantity: str) -> list[str]:
+    """For every kind of status its elements in percent, and its tensors."""
+    elements = [sum(row.counts.get(f"{quantity}_{kind}", 0) for row in rows) for kind in KINDS]
+    tensors = [sum(row.counts.get(f"{quantity}_{kind}_tensors", 0) for row in rows) for kind in KINDS]
+    percent = [100 * n / max(1, sum(elements)) for n in elements]
+    return [f"{share:.2f} ({count})" if count else "" for share, count in zip(percent, tensors, strict=True)]
 
 
 def told(row: Row) -> str:
     text = " ".join(filter(None, (row.error + ":" if row.outcome == "crashed" else "", row.cause)))
-    return text.replace("\n", " ").replace("|", "\\|")[:300]
+    return text.replace("\n", " ")[:300]
 
 
 # Command line -----------------------------------------------------------------------------------------------------
