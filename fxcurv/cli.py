@@ -64,7 +64,7 @@ def _show(arguments: argparse.Namespace) -> int:
         target.model, arguments.loss, _names(arguments.quantities), example_inputs=_example(arguments, target)
     )
     if arguments.format != "text":
-        return _written(compiled.picture(arguments.format, arguments.depth), arguments.output)
+        return _written(f"{compiled.picture(arguments.format, arguments.depth)}\n", arguments.output)
     asked, families = arguments.stage.split(","), {name: name.partition("[")[0] for name in compiled.stages}
     for name in asked:
         if name not in {*families, *families.values()}:

@@ -197,7 +197,7 @@ def _mermaid(chart: Chart) -> str:
         style = f"fill:{FILLS[status] if status else '#ffffff'},stroke:#333333,color:#000000"
         width = ",stroke-width:4px" if bold else ""
         lines.append(f"    classDef {status or 'plain'}{'Passed' if bold else ''} {style}{width}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _entities(text: str) -> str:
@@ -215,7 +215,7 @@ def _dot(chart: Chart) -> str:
     for arrow in chart.arrows:
         options = {"label": arrow.label} | ({"penwidth": "3"} if arrow.bold else {})
         lines.append(f"    n{arrow.source} -> n{arrow.target} [{_options(options)}]")
-    return "\n".join((*lines, "}")) + "\n"
+    return "\n".join((*lines, "}"))
 
 
 def _options(options: Mapping[str, str]) -> str:

@@ -16,6 +16,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,13 @@ def write(rows: list[Architecture]) -> None:
 
 
 def read() -> list[str]:
-    """The names of the representatives."""
+    """The names of the representatives: the smallest of every family, then the second of every family, …"""
     with FILE.open(encoding="utf-8") as file:
-        return [row["model"] for row in csv.DictReader(line for line in file if not line.startswith("#"))]
+        records = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    families: defaultdict[str, list[str]] = defaultdict(list)
+    for record in sorted(records, key=lambda record: int(record["elements"])):
+        families[record["family"]].append(record["model"])
+    return [name for rank in zip_longest(*families.values()) for name in rank if name is not None]
 
 
 if __name__ == "__main__":
