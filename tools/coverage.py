@@ -21,6 +21,7 @@ Coverage is the share of trainable elements that are not refused, for the quanti
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import fnmatch
 import importlib
@@ -61,6 +62,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results"
 QUANTITIES = ("kfac", "diag_ggn")
 KINDS = ("exact", "approx", "fallback", "refused", "idle")
+UNKNOWN = "unknown"
 BATCH = 2
 
 
@@ -127,7 +129,7 @@ class Row:
 
     group: str
     model: str
-    outcome: str  # compiled, refused, crashed, out of time, out of memory
+    outcome: str  # compiled, refused, crashed, out of time, out of memory; UNKNOWN until it ends
     tensors: int = 0
     elements: int = 0
     coverage: float = 0.0
@@ -148,14 +150,15 @@ COUNTS = tuple(f"{q}_{kind}{of}" for of in ("", "_tensors") for q in QUANTITIES 
 COLUMNS = (*(name for name in Row.__dataclass_fields__ if name != "counts"), *COUNTS)
 
 
-def examine(row: Row) -> Row:
-    """Build and check the model; every failure is an outcome."""
+def examine(row: Row, tell: Callable[[Row], None]) -> Row:
+    """Build and check the model; every failure is an outcome. Tells how large the model is as soon as it is known."""
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, inputs = GROUPS[row.group].build(row.model)
             row = replace(row, **sizes(model))
+            tell(row)
             report = fxcurv.check(model, inputs, QUANTITIES)
         row = reported(row, report)
     except Exception as error:
@@ -227,7 +230,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Worker:
-    """A process that examines one model, and the end of a pipe on which its row will arrive."""
+    """A process that examines one model, and the end of a pipe on which it tells what it knows of the row."""
 
     process: ForkProcess
     pipe: Connection
@@ -252,22 +255,30 @@ def work(row: Row, pipe: Connection, limits: Limits) -> None:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     torch.set_num_threads(1)
-    pipe.send(examine(row))
+    pipe.send(examine(row, pipe.send))
 
 
 def finish(worker: Worker, limits: Limits) -> Row:
-    """The row of a worker that has sent it, has died, or is out of time."""
-    try:
-        if worker.pipe.poll():
-            return worker.pipe.recv()
+    """The row of a worker that has ended or is out of time."""
+    late = worker.deadline <= time.monotonic()
+    if late:
         worker.process.kill()
-        return replace(worker.row, outcome="out of time", cause=f"not done after {limits.seconds:g} s")
-    except EOFError:
-        worker.process.join()
-        return replace(worker.row, outcome="crashed", cause=f"the process ended with {worker.process.exitcode}")
-    finally:
-        worker.process.join()
-        worker.pipe.close()
+    worker.process.join()
+    row = latest(worker)
+    if row.outcome != UNKNOWN:
+        return row
+    if late:
+        return replace(row, outcome="out of time", seconds=limits.seconds, cause=f"not done in {limits.seconds:g} s")
+    return replace(row, outcome="crashed", cause=f"the process ended with {worker.process.exitcode}")
+
+
+def latest(worker: Worker) -> Row:
+    """The last that the worker told."""
+    row = worker.row
+    with worker.pipe as pipe, contextlib.suppress(EOFError):
+        while pipe.poll():
+            row = pipe.recv()
+    return row
 
 
 def sweep(rows: Sequence[Row], jobs: int, limits: Limits, done: Callable[[Row], None]) -> None:
@@ -278,9 +289,9 @@ def sweep(rows: Sequence[Row], jobs: int, limits: Limits, done: Callable[[Row], 
             while waiting and len(running) < jobs:
                 running.append(start(waiting.pop(), limits))
             soonest = min(worker.deadline for worker in running)
-            ready = wait([worker.pipe for worker in running], max(0.0, soonest - time.monotonic()))
+            ended = wait([worker.process.sentinel for worker in running], max(0.0, soonest - time.monotonic()))
             for worker in list(running):
-                if worker.pipe in ready or worker.deadline <= time.monotonic():
+                if worker.process.sentinel in ended or worker.deadline <= time.monotonic():
                     running.remove(worker)
                     done(finish(worker, limits))
                     bar.set_postfix_str(worker.row.model)
@@ -397,7 +408,7 @@ def chosen(arguments: argparse.Namespace, known: dict[tuple[str, str], Row]) -> 
         return key not in known or arguments.again or (arguments.retry_failed and failed)
 
     sources = revision()
-    return [Row(*key, outcome="unknown", revision=sources) for key in matching if wanted(key)]
+    return [Row(*key, outcome=UNKNOWN, revision=sources) for key in matching if wanted(key)]
 
 
 def main(argv: Sequence[str]) -> int:
