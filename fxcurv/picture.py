@@ -39,7 +39,7 @@ FILLS = {
 """The colour of each status, from the best to the worst; boxes without parameters are white, refused ones red."""
 
 Box = tuple[str, int]
-"""A module path, or the name of an input or the output, and which of its visits."""
+"""A module path and which of its visits, from 1; or the name of an input or of the output, and 0."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def collapse(graph: fx.Graph, depth: int) -> nx.DiGraph[Box]:
     of: dict[fx.Node, Box] = {}
     latest: dict[str, int] = {}
     for node in graph.nodes:
-        path = ".".join(str(node.target).split(".")[:depth]) if node.op == "call_module" else f" {node.name}"
         before = {of[x] for x in node.all_input_nodes}
-        box = path, latest.setdefault(path, 0)
+        path = ".".join(str(node.target).split(".")[:depth])
+        box = (path, latest.setdefault(path, 1)) if node.op == "call_module" else (node.name, 0)
         if box in boxes and not before.isdisjoint(nx.descendants(boxes, box)):
             latest[path] += 1
             box = path, latest[path]
@@ -117,9 +117,8 @@ def finest(graph: fx.Graph) -> int:
 def chart(program: Program, depth: int) -> Chart:
     """What is drawn: boxes with colours, arrows with shapes, and where columns are pulled back."""
     gm, boxes = program.canonical, collapse(program.canonical.graph, depth)
-    computed = [
-        name for name in program.plan.shapes if _statuses(program, name) - {"frozen", "unreached", "unsupported"}
-    ]
+    without = {"frozen", "unreached", "unsupported"}
+    computed = [name for name in program.plan.shapes if _statuses(program, name) - without]
     using = {node for uses in parameter_uses(gm, computed).values() for node, _ in uses}
     pulled, passed = carrying(gm, using) | {gm.graph.output_node()}, set(bottlenecks(gm, using))
     looks = [_look(program, box, boxes.nodes[box]["nodes"], passed) for box in boxes]
@@ -132,9 +131,9 @@ def chart(program: Program, depth: int) -> Chart:
 
 def _look(program: Program, box: Box, nodes: Sequence[fx.Node], passed: set[fx.Node]) -> Look:
     path, visit = box
-    title = f"{path.strip()} ({visit + 1})" if visit else path.strip()
-    if nodes[0].op != "call_module":
-        return Look((title,), rounded=True)
+    if visit == 0:
+        return Look((path,), rounded=True)
+    title = path if visit == 1 else f"{path} ({visit})"
     names = {name for node in nodes for source in node.meta["slots"].values() for name in source.names}
     kind = type(module_of(nodes[0])).__name__ if len(nodes) == 1 else f"{len(nodes)} operations"
     bold = not passed.isdisjoint(nodes)
@@ -188,7 +187,7 @@ def _mermaid(chart: Chart) -> str:
     for place, box in enumerate(chart.boxes):
         label = "<br/>".join(map(_entities, box.lines))
         shape = f'(["{label}"])' if box.rounded else f'["{label}"]'
-        lines.append(f"    n{place}{shape}:::{box.status or 'plain'}{'Passed' if box.bold else ''}")
+        lines.append(f"    n{place}{shape}:::{_style(box.status, box.bold)}")
     for arrow in chart.arrows:
         line = "==>" if arrow.bold else "-->"
         lines.append(f'    n{arrow.source} {line}|"{_entities(arrow.label)}"| n{arrow.target}')
@@ -196,8 +195,12 @@ def _mermaid(chart: Chart) -> str:
     for status, bold in drawn:
         style = f"fill:{FILLS[status] if status else '#ffffff'},stroke:#333333,color:#000000"
         width = ",stroke-width:4px" if bold else ""
-        lines.append(f"    classDef {status or 'plain'}{'Passed' if bold else ''} {style}{width}")
+        lines.append(f"    classDef {_style(status, bold)} {style}{width}")
     return "\n".join(lines)
+
+
+def _style(status: str | None, bold: bool) -> str:
+    return f"{status or 'plain'}{'Passed' if bold else ''}"
 
 
 def _entities(text: str) -> str:

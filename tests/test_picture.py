@@ -75,6 +75,26 @@ def test_boxes_are_modules_coloured_by_status(compiled: fxcurv.Compiled) -> None
     assert f"approxPassed fill:{FILLS['approx']},stroke:#333333,color:#000000,stroke-width:4px" in styles
 
 
+def test_a_second_visit_is_numbered() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.between = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.between(self.block(x)))
+
+    with torch.random.fork_rng(devices=[]):
+        model = Twice().eval()
+    text = fxcurv.compile(model, example_inputs=torch.zeros(2, 3)).picture(depth=1)
+    titles = re.findall(r'\["(.*?)<br/>(.*?)"\]', text)
+    assert titles == [
+        ("block", "2 operations<br/>2 parameters"),
+        ("between", "Linear<br/>2 parameters"),
+        ("block (2)", "2 operations<br/>2 parameters"),
+    ]
+
+
 def test_what_is_refused_is_red() -> None:
     class Mixing(nn.Module):
         def __init__(self) -> None:
@@ -167,13 +187,13 @@ def graph(*calls: tuple[str, tuple[int, ...]]) -> fx.Graph:
 def test_a_module_that_is_left_and_entered_again_has_two_boxes() -> None:
     boxes = collapse(graph(("a.1", (0,)), ("b", (1,)), ("a.2", (1,)), ("a.3", (2, 3))), depth=1)
     assert set(boxes.edges) == {
-        ((" x", 0), ("a", 0)),
-        (("a", 0), ("b", 0)),
-        (("a", 0), ("a", 1)),
-        (("b", 0), ("a", 1)),
-        (("a", 1), (" output", 0)),
+        (("x", 0), ("a", 1)),
+        (("a", 1), ("b", 1)),
+        (("a", 1), ("a", 2)),
+        (("b", 1), ("a", 2)),
+        (("a", 2), ("output", 0)),
     }
-    assert [node.target for node in boxes.nodes["a", 0]["nodes"]] == ["a.1", "a.2"]
+    assert [node.target for node in boxes.nodes["a", 1]["nodes"]] == ["a.1", "a.2"]
 
 
 @st.composite
@@ -193,8 +213,9 @@ def test_collapsing_invents_no_cycle_and_loses_no_edge(made: fx.Graph, depth: in
     assert set(box_of) == set(made.nodes)
     edges = {(box_of[x], box_of[node]) for node in made.nodes for x in node.all_input_nodes}
     assert {(a, b) for a, b in edges if a != b} == set(boxes.edges)
-    for node, (path, _) in box_of.items():
-        assert path == (".".join(str(node.target).split(".")[:depth]) if node.op == "call_module" else f" {node.name}")
+    for node, (path, visit) in box_of.items():
+        assert path == (".".join(str(node.target).split(".")[:depth]) if visit else node.name)
+        assert bool(visit) is (node.op == "call_module")
 
 
 def test_the_finest_picture_that_fits_is_drawn() -> None:
