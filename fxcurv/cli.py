@@ -61,7 +61,11 @@ def _compute(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     target = targets.resolve(arguments.target, seed=arguments.seed)
     compiled = fxcurv.compile(
-        target.model, arguments.loss, _names(arguments.quantities), example_inputs=_example(arguments, target)
+        target.model,
+        arguments.loss,
+        _names(arguments.quantities),
+        example_inputs=_example(arguments, target),
+        on_unsupported="error" if arguments.format == "text" else "skip",  # a picture shows what is refused
     )
     if arguments.format != "text":
         return _written(f"{compiled.picture(arguments.format, arguments.depth)}\n", arguments.output)

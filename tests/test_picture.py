@@ -43,6 +43,18 @@ class Net(nn.Module):
         return self.head(self.gate(self.stem(x)) + self.shift)
 
 
+class Mixing(nn.Module):
+    """What lies below the mean over samples is refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.below(x)
+        return self.head(x - x.mean(0, keepdim=True))
+
+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> fxcurv.Compiled:
     monkeypatch.setattr("fxcurv.quantities.DENSE_LIMIT", 3)
@@ -96,15 +108,6 @@ def test_a_second_visit_is_numbered() -> None:
 
 
 def test_what_is_refused_is_red() -> None:
-    class Mixing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.below, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.below(x)
-            return self.head(x - x.mean(0, keepdim=True))
-
     with torch.random.fork_rng(devices=[]):
         model = Mixing().eval()
     text = fxcurv.compile(model, example_inputs=torch.zeros(2, 3), on_unsupported="skip").picture()
@@ -246,5 +249,7 @@ def test_show_draws_to_the_terminal_or_a_file(tmp_path: Path, capsys: pytest.Cap
     read(printed, DOT)
     assert main([*target, "--output", str(tmp_path / "model.dot")]) == 0
     assert (tmp_path / "model.dot").read_text(encoding="utf-8") == printed
+    assert main(["show", f"{__file__}:Mixing", "--input", "3", "--format", "mermaid"]) == 0
+    assert ":::unsupported" in capsys.readouterr().out
     assert main([*target, "--output", str(tmp_path / "absent" / "model.dot")]) == 2
     assert "there is no folder" in capsys.readouterr().err
