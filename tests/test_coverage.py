@@ -99,7 +99,7 @@ def test_every_model_has_a_row_whatever_becomes_of_it(tmp_path: Path) -> None:
     assert "ended with 3" in found["deadly"].cause
     tool.write(tmp_path / "coverage.csv", found.values())
     again = {row.model: row for row in tool.read(tmp_path / "coverage.csv").values()}
-    assert [line[5:] for line in tool.totals(list(again.values()))] == [
+    assert [line[5:] for line in tool.totals(list(again.values()), {"toys": 5})] == [
         ["kfac", "41.67 (3)", "", "", "33.33 (2)", "25.00 (1)"],
         ["diag_ggn", "41.67 (3)", "", "", "33.33 (2)", "25.00 (1)"],
     ]
@@ -113,12 +113,12 @@ def row(name: str, outcome: str, **counts: int) -> Any:
 def test_the_summary_counts_elements_and_tensors() -> None:
     good = row("a", "compiled", kfac_exact=75, kfac_exact_tensors=2, diag_ggn_exact=75, diag_ggn_exact_tensors=2)
     bad = row("b", "refused", kfac_refused=25, kfac_refused_tensors=1, diag_ggn_refused=25, diag_ggn_refused_tensors=1)
-    page = tool.summary([good, bad])
+    page = tool.summary([good, bad], {"timm": 9})
     (kfac,) = [line for line in page.splitlines() if "| kfac" in line]
     cells = [cell.strip() for cell in kfac.strip("|").split("|")]
-    assert cells == ["timm", "2", "1", "2.0", "2.0", "kfac", "75.00 (2)", "", "", "25.00 (1)", ""]
+    assert cells == ["timm", "2 of 9", "1", "2.0", "2.0", "kfac", "75.00 (2)", "", "", "25.00 (1)", ""]
     assert "- timm:b, refused: why" in page
-    assert "Not compiled" not in tool.summary([good])
+    assert "Not compiled" not in tool.summary([good], {"timm": 1})
 
 
 def test_what_is_known_is_not_examined_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
@@ -337,13 +337,17 @@ def record(row: Row) -> dict[str, Any]:
 HEADERS = ("group", "models", "compile", "s, median", "s, most", "quantity", *KINDS)
 
 
-def summary(rows: Iterable[Row]) -> str:
-    """The page results/coverage.md: a table of the groups, and a line for every model that does not compile."""
+def summary(rows: Iterable[Row], expected: Mapping[str, int]) -> str:
+    """The page results/coverage.md: a table of the groups, and a line for every model that does not compile.
+
+    `expected` says how many models each group has: a table that lacks some says so.
+    """
     rows = list(rows)
     groups = [of for group in GROUPS if (of := [row for row in rows if row.group == group])]
-    table = tabulate([line for of in groups for line in totals(of)], HEADERS, tablefmt="github", floatfmt=".1f")
-    revisions = ", ".join(sorted({row.revision for row in rows}))
-    about = f"- fxcurv {revisions}, torch {torch.__version__.partition('+')[0]}, 1 thread"
+    table = tabulate(
+        [line for of in groups for line in totals(of, expected)], HEADERS, tablefmt="github", floatfmt=".1f"
+    )
+    about = f"- fxcurv {fxcurv.__version__} (revisions: see the rows), torch {torch.__version__.partition('+')[0]}, 1 thread"
     cells = "- cells: the share of the elements in percent, and the number of parameter tensors"
     failed = [row for row in rows if row.outcome != "compiled"]
     refusals = "\n".join(f"- {row.group}:{row.model}, {row.outcome}: {told(row)}" for row in failed)
@@ -351,10 +355,12 @@ def summary(rows: Iterable[Row]) -> str:
     return "\n\n".join(parts if failed else parts[:4]) + "\n"
 
 
-def totals(rows: list[Row]) -> list[list[object]]:
+def totals(rows: list[Row], expected: Mapping[str, int]) -> list[list[object]]:
     """A group's lines of the table, one per quantity."""
     compiled, seconds = sum(row.outcome == "compiled" for row in rows), [row.seconds for row in rows]
-    about = [rows[0].group, len(rows), compiled, statistics.median(seconds), max(seconds)]
+    group, models = rows[0].group, len(rows)
+    tried = models if models == expected[group] else f"{models} of {expected[group]}"
+    about = [group, tried, compiled, statistics.median(seconds), max(seconds)]
     return [[*about, q, *shares(rows, q)] for q in QUANTITIES]
 
 
@@ -414,19 +420,19 @@ def chosen(arguments: argparse.Namespace, known: dict[tuple[str, str], Row]) -> 
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     table, page = arguments.output / "coverage.csv", arguments.output / "coverage.md"
-    known = read(table)
+    for group in GROUPS.values():
+        importlib.import_module(group.package)  # once, for all the processes to come
+    known, expected = read(table), {name: len(list(group.names())) for name, group in GROUPS.items()}
 
     def done(row: Row) -> None:
         known[row.key] = row
         write(table, known.values())
-        page.write_text(summary(known.values()), encoding="utf-8")
+        page.write_text(summary(known.values(), expected), encoding="utf-8")
 
     if not arguments.summary:
-        for group in arguments.groups:
-            importlib.import_module(GROUPS[group].package)  # once, for all the processes to come
         limits = Limits(arguments.timeout, arguments.memory)
         sweep(chosen(arguments, known), arguments.jobs, limits, done)
-    page.write_text(summary(known.values()), encoding="utf-8")
+    page.write_text(summary(known.values(), expected), encoding="utf-8")
     print(page.read_text(encoding="utf-8"))
     return 0
 
