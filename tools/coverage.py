@@ -347,7 +347,8 @@ def summary(rows: Iterable[Row], expected: Mapping[str, int]) -> str:
     table = tabulate(
         [line for of in groups for line in totals(of, expected)], HEADERS, tablefmt="github", floatfmt=".1f"
     )
-    about = f"- fxcurv {fxcurv.__version__} (revisions: see the rows), torch {torch.__version__.partition('+')[0]}, 1 thread"
+    versions = f"fxcurv {fxcurv.__version__} (revisions: see the rows), torch {torch.__version__.partition('+')[0]}"
+    about = f"- {versions}, 1 thread"
     cells = "- cells: the share of the elements in percent, and the number of parameter tensors"
     failed = [row for row in rows if row.outcome != "compiled"]
     refusals = "\n".join(f"- {row.group}:{row.model}, {row.outcome}: {told(row)}" for row in failed)
