@@ -16,6 +16,7 @@ from fxcurv.choice import Asked, Choice, chosen
 from fxcurv.eager import by_autograd
 from fxcurv.errors import CaptureError, FxcurvError, InputError, QuantityError, UnsupportedError
 from fxcurv.losses import as_loss
+from fxcurv.picture import Format, picture
 from fxcurv.program import Program
 from fxcurv.result import Curvature
 from fxcurv.run import Batch, fresh_generator, run
@@ -126,13 +127,22 @@ class Compiled:
         return self._latest
 
     @property
-    def stages(self) -> Mapping[str, fx.GraphModule]:
-        """The latest program's graph after each stage: captured, lowered, canonical, forward, backward[factor]."""
+    def program(self) -> Program:
+        """The latest program."""
         if self._latest is None:
             raise FxcurvError(
                 "nothing is compiled yet", remedy="call it on a batch first, or pass example_inputs= to compile()"
             )
-        return self._latest.stages
+        return self._latest
+
+    @property
+    def stages(self) -> Mapping[str, fx.GraphModule]:
+        """The latest program's graph after each stage: captured, lowered, canonical, forward, backward[factor]."""
+        return self.program.stages
+
+    def picture(self, format: Format = "mermaid", depth: int | None = None) -> str:
+        """The model as a flow chart in Mermaid or DOT: modules down to `depth`, coloured by what they get."""
+        return picture(self.program, format, depth)
 
     def print_tabular(self, stage: str | None = None) -> None:
         """Print the graph of a stage (`"backward"`: of all factors), by default the canonical and backward graphs."""

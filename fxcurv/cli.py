@@ -21,6 +21,7 @@ from fxcurv import data, targets
 from fxcurv.check import as_json, check
 from fxcurv.errors import FxcurvError, InputError
 from fxcurv.losses import BY_NAME, as_loss
+from fxcurv.picture import Format
 from fxcurv.show import tabular
 
 __all__ = ["main"]
@@ -60,15 +61,32 @@ def _compute(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     target = targets.resolve(arguments.target, seed=arguments.seed)
     compiled = fxcurv.compile(
-        target.model, arguments.loss, _names(arguments.quantities), example_inputs=_example(arguments, target)
+        target.model,
+        arguments.loss,
+        _names(arguments.quantities),
+        example_inputs=_example(arguments, target),
+        on_unsupported="error" if arguments.format == "text" else "skip",  # a picture shows what is refused
     )
+    if arguments.format != "text":
+        return _written(f"{compiled.picture(arguments.format, arguments.depth)}\n", arguments.output)
     asked, families = arguments.stage.split(","), {name: name.partition("[")[0] for name in compiled.stages}
     for name in asked:
         if name not in {*families, *families.values()}:
             raise InputError(f"no stage is called {name!r}", remedy=f"there are {', '.join(families)}")
     stages = {name: gm for name, gm in compiled.stages.items() if name in asked or families[name] in asked}
-    for name, gm in stages.items():
-        print(f"{name}\n{gm.code if arguments.code else tabular(gm)}\n")
+    tables = (f"{name}\n{gm.code if arguments.code else tabular(gm)}\n\n" for name, gm in stages.items())
+    return _written("".join(tables), arguments.output)
+
+
+def _written(text: str, file: Path | None) -> int:
+    """Print a text, or write it to a file."""
+    if file is None:
+        print(text, end="")
+        return 0
+    if not file.parent.is_dir():
+        raise InputError(f"there is no folder {file.parent}", remedy="create it, or choose another --output")
+    file.write_text(text, encoding="utf-8")
+    print(f"wrote {file}")
     return 0
 
 
@@ -222,6 +240,11 @@ def _parser() -> argparse.ArgumentParser:
         help="captured, lowered, canonical, forward, backward (default canonical,backward)",
     )
     show.add_argument("--code", action="store_true", help="print generated Python code instead of tables")
+    show.add_argument(
+        "--format", default="text", choices=("text", *get_args(Format)), help="tables, or a picture of the modules"
+    )
+    show.add_argument("--depth", type=int, metavar="N", help="names of a module path that a picture shows")
+    show.add_argument("--output", type=Path, metavar="FILE", help="write to a file")
     checked.add_argument("--format", default="text", choices=("text", "json"))
     demo = command("demo", _demo, "train a small residual CNN on handwritten digits and look at its curvature")
     demo.add_argument(

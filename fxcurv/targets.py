@@ -164,7 +164,7 @@ def _torchvision(locator: str, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple
     if trained is not None:
         _load(model, locator, trained)
     shape = _torchvision_shape(models.get_model_weights(name))
-    side = kwargs.get("image_size")
+    side = getattr(model, "image_size", None)  # of a model that takes one resolution only
     return model, (*shape[:-2], side, side) if shape is not None and isinstance(side, int) else shape
 
 

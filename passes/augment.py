@@ -13,7 +13,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import networkx as nx
 from torch import fx, nn
 
 from fxcurv import ops
@@ -34,7 +33,7 @@ from fxcurv.rules import rule_of
 from fxcurv.shapes import Shape
 from fxcurv.spec import module_of, output_of
 from passes.rewrite import free_target
-from passes.uses import Uses, flow_of, layout_of, parameter_uses, reaching, used
+from passes.uses import Uses, carrying, layout_of, parameter_uses, used
 
 __all__ = ["Augmented", "augment"]
 
@@ -112,13 +111,11 @@ class _Emitter:
     def __init__(self, gm: fx.GraphModule, uses: Uses) -> None:
         self.gm, self.uses = gm, uses
         self.forward = _Forward(gm)
-        self.flow, self.reaching = flow_of(gm), reaching(gm)
 
     def pull_back(self, wanted: Collection[str]) -> _Backward:
         """A backward graph that carries S from the output to every node that uses a wanted parameter."""
         using = {node for name in self.uses if name in wanted for node, _ in self.uses[name]}
-        pulled = using.union(*(nx.descendants(self.flow, node) for node in using)) & self.reaching
-        backward, output = _Backward(), output_of(self.gm)
+        pulled, backward, output = carrying(self.gm, using), _Backward(), output_of(self.gm)
         arriving: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
         arriving[output].append(backward.placeholder("S", _columns(output)))
         for node in reversed(self.gm.graph.nodes):

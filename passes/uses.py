@@ -18,7 +18,7 @@ from fxcurv.rules import rule_of
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of, output_of
 
-__all__ = ["Uses", "flow_of", "layout_of", "parameter_uses", "reaching", "refusals", "used"]
+__all__ = ["Uses", "bottlenecks", "carrying", "layout_of", "parameter_uses", "refusals", "used"]
 
 Role = Literal["weight", "bias", "value"]
 Uses = dict[str, list[tuple[fx.Node, Role]]]
@@ -51,6 +51,22 @@ def refusals(gm: fx.GraphModule, parameters: Iterable[str]) -> dict[str, FxcurvE
         uses = parameter_uses(gm, parameters)
         found |= {name: node.meta["refusal"] for name in uses if any(user in below for user, _ in uses[name])}
     return found
+
+
+def carrying(gm: fx.GraphModule, using: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes at which columns are needed: on a path from one that uses a wanted parameter to the output."""
+    below = set[fx.Node]().union(*nx.bfs_layers(flow_of(gm), list(using)))
+    return below & reaching(gm)
+
+
+def bottlenecks(gm: fx.GraphModule, using: Iterable[fx.Node]) -> list[fx.Node]:
+    """The nodes that every path from the first of these nodes to the output passes, in the order of the graph."""
+    using, output = set(using), output_of(gm)
+    above = nx.immediate_dominators(flow_of(gm).reverse(copy=False), output)
+    chain = [node for node in gm.graph.nodes if node in using and (node in above or node == output)][:1]
+    while chain and chain[-1] != output:
+        chain.append(above[chain[-1]])
+    return chain
 
 
 def flow_of(gm: fx.GraphModule) -> nx.DiGraph[fx.Node]:

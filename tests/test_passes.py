@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import replace
 
+import networkx as nx
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +23,7 @@ from passes.functionalize import functionalize
 from passes.locate import locate
 from passes.lower import lower
 from passes.schedule import schedule
+from passes.uses import bottlenecks, carrying, flow_of, parameter_uses
 
 CPU = torch.device("cpu")
 
@@ -147,6 +149,26 @@ def test_augment_walks_the_rules_in_reverse(model: nn.Module) -> None:
         diag_ggn_conv_weight_diagonal ([x_conv], [s_conv]) Diagonal
         output ({'diag_ggn.conv.weight.diagonal': diag_ggn_conv_weight_diagonal},)
     """)
+
+
+def test_columns_are_carried_as_far_as_they_are_needed(model: nn.Module) -> None:
+    canonical = fxcurv.trace(model, X)
+    using = {node for ((node, _),) in parameter_uses(canonical, ["skip.weight"]).values()}
+    assert {str(node.target) for node in carrying(canonical, using)} == {"skip", "add", "relu", "mean", "fc"}
+    assert carrying(canonical, []) == set()
+
+
+def test_a_bottleneck_is_what_separates_the_lowest_use_from_the_output(model: nn.Module) -> None:
+    """The dominators of the lowest use are the nodes without which no path leads from it to the output."""
+    canonical = fxcurv.trace(model, X)
+    using = {node for uses in parameter_uses(canonical, ["conv.weight", "skip.bias"]).values() for node, _ in uses}
+    flow, output = flow_of(canonical), canonical.graph.output_node().all_input_nodes[0]
+    conv = next(node for node in canonical.graph.nodes if node.target == "conv")
+    between = nx.descendants(flow, conv) - {output}
+    separating = [n for n in between if not nx.has_path(nx.restricted_view(flow, [n], []), conv, output)]
+    assert bottlenecks(canonical, using) == [n for n in canonical.graph.nodes if n in {conv, output, *separating}]
+    assert [str(node.target) for node in bottlenecks(canonical, using)] == ["conv", "bn", "add", "relu", "mean", "fc"]
+    assert bottlenecks(canonical, []) == []
 
 
 def test_augment_stops_where_nothing_below_is_wanted(model: nn.Module) -> None:

@@ -2,8 +2,9 @@
 
 Python blocks run in one namespace, in the order of the page. Lines of `sh` blocks that call fxcurv run in process, in a
 folder of their own (the demo is replaced: it takes longer than a test may); those that install or test are compared
-with pyproject.toml and with what CI runs. A `text` block is what the block before it prints: a line `...` stands for
-any lines, at the end of a line for its rest, and numbers with a decimal point need only agree to three digits.
+with pyproject.toml and with what CI runs. A `text` or `mermaid` block is what the block before it prints: a line `...`
+stands for any lines, at the end of a line for its rest, and numbers with a decimal point need only agree to three
+digits.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def test_readme(capsys: pytest.CaptureFixture[str], demos: list[Path], tmp_path:
     printed = ""
     with unchanged(rules.RULES, passes.lowerings.LOWERINGS), torch.random.fork_rng(devices=[]):
         for block in blocks(README):
-            if block.language == "text":
+            if block.language in ("text", "mermaid"):
                 assert matches(block.content, printed), f"README.md, line {block.line}: the code prints\n{printed}"
             else:
                 run(block, namespace)
@@ -221,6 +222,12 @@ def test_the_benchmark_is_the_generated_one() -> None:
     shown = README.partition("<!-- bench:begin -->")[2].partition("<!-- bench:end -->")[0]
     generated = (ROOT / "tools/results/bench.md").read_text(encoding="utf-8")
     assert shown.strip() == generated.partition("\n\n- ")[2].join(("- ", "")).strip()
+
+
+def test_the_coverage_is_the_generated_one() -> None:
+    shown = README.partition("<!-- coverage:begin -->")[2].partition("<!-- coverage:end -->")[0]
+    generated = (ROOT / "tools/results/coverage.md").read_text(encoding="utf-8")
+    assert shown.strip() == generated.partition("# Coverage\n")[2].partition("\n## ")[0].strip()
 
 
 # What the page says without showing it ----------------------------------------------------------------------------

@@ -103,17 +103,13 @@ def test_torchvision_says_the_shape_of_an_input_and_downloads_no_backbone(
     assert resolve(f"torchvision:{name}").input_shape == shape
 
 
-def test_torchvision_image_size_is_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`image_size` reaches the builder and the shape (a stand-in for the ViT: 86 million weights to draw)."""
-    models = pytest.importorskip("torchvision.models")
-
-    def small(*, weights: None, image_size: int) -> nn.Module:
-        return nn.Linear(image_size, 1)
-
-    monkeypatch.setattr(models, "get_model_builder", lambda name: small)
-    target = resolve("torchvision:vit_b_16?image_size=32")
-    assert target.input_shape == (3, 32, 32)
-    assert target.model.in_features == 32
+@pytest.mark.parametrize(
+    ("target", "side"), [("torchvision:vit_b_32?image_size=64", 64), ("torchvision:vit_h_14", 224)]
+)
+def test_a_model_of_one_resolution_says_it(target: str, side: int) -> None:
+    """Also where its default weights are for another (on the meta device: there are many weights to draw)."""
+    with torch.device("meta"):
+        assert resolve(target).input_shape == (3, side, side)
 
 
 def test_timm_target() -> None:
