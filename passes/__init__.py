@@ -58,12 +58,13 @@ def compile_program(model: nn.Module, stages: Mapping[str, fx.GraphModule], choi
     }
     augmented = augment(stages["canonical"], choice.quantities, computed)
     forward = verify(schedule(verify(augmented.forward, "forward")), "forward")
-    backwards = {factor: _optimized(gm) for factor, gm in augmented.backwards.items()}
+    trials: dict[object, bool] = {}
+    backwards = {factor: _optimized(gm, trials) for factor, gm in augmented.backwards.items()}
     emitted = {f"backward[{factor}]": gm for factor, gm in backwards.items()}
     plan = Plan.of(model, choice, augmented.jobs, refused)
     return Program({**stages, "forward": forward, **emitted}, forward, backwards, plan)
 
 
-def _optimized(backward: fx.GraphModule) -> fx.GraphModule:
-    contracted = verify(contract(verify(backward, "backward")), "backward")
+def _optimized(backward: fx.GraphModule, trials: dict[object, bool]) -> fx.GraphModule:
+    contracted = verify(contract(verify(backward, "backward"), trials), "backward")
     return verify(schedule(contracted), "backward")

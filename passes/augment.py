@@ -32,7 +32,7 @@ from fxcurv.quantities import Factor, Quantity, owners
 from fxcurv.rules import rule_of
 from fxcurv.shapes import Shape
 from fxcurv.spec import module_of, output_of
-from passes.rewrite import free_target
+from passes.rewrite import Targets
 from passes.uses import Uses, carrying, layout_of, parameter_uses, used
 
 __all__ = ["Augmented", "augment"]
@@ -71,6 +71,7 @@ class _Graph:
     name: str
     graph: fx.Graph = field(default_factory=fx.Graph)
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    targets: Targets = field(default_factory=Targets)
     calls: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
     placeholders: dict[str, fx.Node] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class _Graph:
         """The node that calls `module` on `args`."""
         key = (type(module), module.extra_repr(), id(getattr(module, "op", None)), _hashable(args))
         if key not in self.calls:
-            target = free_target(target, self.modules)
+            target = self.targets.free(target)
             self.modules[target] = module.eval()
             self.calls[key] = self.graph.call_module(target, args)
             if shape is not None:
@@ -204,7 +205,7 @@ class _Forward(_Graph):
         super().__init__("Forward")
         output = self.graph.graph_copy(gm.graph, values := {})
         self.output: Any = output
-        self.modules = {str(n.target): module_of(n) for n in gm.graph.nodes if n.op == "call_module"}
+        self.modules = {self.targets.free(str(n.target)): module_of(n) for n in gm.graph.nodes if n.op == "call_module"}
         self.nodes: dict[fx.Node, fx.Node] = values
         for old, new in values.items():
             new.meta = dict(old.meta)

@@ -17,9 +17,9 @@ from passes.rewrite import rewrites
 __all__ = ["contract", "single_positions", "together"]
 
 
-def contract(gm: fx.GraphModule) -> fx.GraphModule:
-    """A backward graph with the contractions that are always the cheapest."""
-    return rewrites(gm, single_positions, partial(together, trials={}))
+def contract(gm: fx.GraphModule, trials: dict[object, bool]) -> fx.GraphModule:
+    """A backward graph with the contractions that are always the cheapest; `trials` are shared by all of a model."""
+    return rewrites(gm, single_positions, partial(together, trials=trials))
 
 
 def single_positions(node: fx.Node, op: nn.Module) -> fx.Node | None:

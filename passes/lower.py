@@ -18,7 +18,7 @@ from fxcurv.spec import Source
 from passes import lowerings
 from passes.functionalize import packet_of
 from passes.lowerings import Slots, where
-from passes.rewrite import free_target
+from passes.rewrite import Targets
 
 __all__ = ["lower"]
 
@@ -42,6 +42,7 @@ class _Lowering:
     model: nn.Module
     graph: fx.Graph = field(default_factory=fx.Graph)
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    targets: Targets = field(default_factory=Targets)
     live: set[fx.Node] = field(default_factory=set)
     data: set[fx.Node] = field(default_factory=set)
     values: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -149,7 +150,7 @@ class _Lowering:
     def _call(
         self, node: fx.Node, path: str, op: nn.Module, args: tuple[fx.Node, ...], sources: dict[str, Source]
     ) -> fx.Node:
-        target = free_target(path, self.modules)
+        target = self.targets.free(path)
         self.modules[target] = op.eval()
         called = _annotated(self.graph.call_module(target, args), node)
         called.meta["slots"] = sources

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from keyword import iskeyword
 
 from torch import fx, nn
 
 from fxcurv.spec import module_of
 
-__all__ = ["Rewrite", "copied", "free_target", "rewrites"]
+__all__ = ["Rewrite", "Targets", "copied", "rewrites"]
 
 Rewrite = Callable[[fx.Node, nn.Module], fx.Node | None]
 
@@ -40,19 +40,32 @@ def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
     return fx.GraphModule(gm, gm.graph, class_name=type(gm).__name__)
 
 
-def free_target(path: str, taken: Collection[str]) -> str:
-    """`path`, as `a_b` instead of `a.b` where `a` is a module already, and with a number behind it if it is taken.
+class Targets:
+    """The targets of a graph's modules, each given once."""
 
-    A part that is a keyword of Python gets an underscore.
-    """
-    path = ".".join(f"{part}_" if iskeyword(part) else part for part in path.split("."))
-    while any(path.startswith(f"{t}.") for t in taken):
-        parent, _, last = path.rpartition(".")
-        path = f"{parent}_{last}"
-    target, number = path, 0
-    while hasattr(fx.GraphModule, target.rpartition(".")[2]) or any(
-        t == target or t.startswith(f"{target}.") for t in taken
-    ):
-        number += 1
-        target = f"{path}_{number}"
-    return target
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+        self.parents: set[str] = set()
+
+    def free(self, path: str) -> str:
+        """`path`, as `a_b` instead of `a.b` where `a` is a module already, and with a number behind it if it is taken.
+
+        A part that is a keyword of Python gets an underscore.
+        """
+        path = ".".join(f"{part}_" if iskeyword(part) else part for part in path.split("."))
+        while not self.taken.isdisjoint(_parents(path)):
+            parent, _, last = path.rpartition(".")
+            path = f"{parent}_{last}"
+        target, number = path, 0
+        while hasattr(fx.GraphModule, target.rpartition(".")[2]) or target in self.taken or target in self.parents:
+            number += 1
+            target = f"{path}_{number}"
+        self.taken.add(target)
+        self.parents.update(_parents(target))
+        return target
+
+
+def _parents(path: str) -> list[str]:
+    """a.b.c -> a, a.b."""
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]

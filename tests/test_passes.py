@@ -194,7 +194,7 @@ def test_one_pullback_serves_all_quantities_of_a_factor(model: nn.Module) -> Non
 def test_contract_squares_single_positions(model: nn.Module) -> None:
     canonical = passes.canonicalize(model, X)["canonical"]
     (backward,) = augment(canonical, named("diag_ggn"), {"diag_ggn": ["fc.weight", "conv.weight"]}).backwards.values()
-    contracted = verify(contract(backward), "backward")
+    contracted = verify(contract(backward, {}), "backward")
     assert [n.split() for n in text(backward, "name", "module").splitlines() if "diagonal" in n] == [
         ["diag_ggn_conv_weight_diagonal", "Diagonal"],
         ["diag_ggn_fc_weight_diagonal", "Diagonal"],
