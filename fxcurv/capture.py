@@ -175,9 +175,10 @@ def _example(t: Tensor) -> Tensor:
 
 
 def structural_copy(model: nn.Module, *shared: Tensor) -> nn.Module:
-    """A copy of the modules that shares the given tensors with `model`."""
+    """A copy of the modules that shares the given tensors with `model`, and those that it computed and kept."""
+    kept = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf)
     try:
-        return copy.deepcopy(model, {id(t): t for t in shared})
+        return copy.deepcopy(model, {id(t): t for t in (*shared, *kept)})
     except Exception as error:
         raise CaptureError(
             f"the model cannot be copied ({error})", remedy="make its attributes deep-copyable"

@@ -163,6 +163,35 @@ class Standardized(nn.Conv2d):
         return torch.nn.functional.conv2d(input, (self.weight - mean) / std, self.bias)
 
 
+def standardized(weight: Tensor) -> Tensor:
+    flat = weight.reshape(1, len(weight), -1)
+    return torch.nn.functional.batch_norm(flat, None, None, training=True).reshape_as(weight)
+
+
+class StandardizedByBatchNorm(nn.Module):
+    """A convolution whose weight goes through batch_norm before it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 3, 2, bias=False), nn.Linear(27, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.nn.functional.conv2d(x, standardized(self.conv.weight))
+        return self.head(y.flatten(1))
+
+
+class Attending(nn.Module):
+    """`nn.MultiheadAttention` with the batch at axis 1, as it is by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.transpose(0, 1)
+        return self.head(self.attention(y, y, y)[0].mean(0))
+
+
 class Positioned(nn.Module):
     """Tokens with a learned position embedding, a class token and a layer scale."""
 
@@ -183,21 +212,31 @@ class Positioned(nn.Module):
         (lambda: samples.seeded(Positioned, "positioned"), (2, 5, 3)),
         (lambda: seeded(lambda: nn.LayerNorm(3), lambda: nn.Linear(3, 3)), (2, 3)),
         (lambda: seeded(lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Flatten), (2, 3, 4)),
+        (lambda: samples.seeded(Attending, "attending"), (2, 3, 4)),
     ],
-    ids=["weight_standardised", "position_embedding", "layer_norm", "attention"],
+    ids=["weight_standardised", "position_embedding", "layer_norm", "encoder_layer", "attention"],
 )
 def test_parameters_are_never_dropped(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
-    """Every parameter has a right value or the model is refused, naming the parameter or the node."""
+    """Every parameter has a value, and it is right."""
     model, (x, y) = build(), data(*shape)
-    try:
-        result = fxcurv.compile(model, quantities="diag_ggn")(x, y)["diag_ggn"]
-    except fxcurv.UnsupportedError as error:
-        message = str(error)
-    else:
-        message = ""
-        for name, value in reference.diag_ggn(model, nn.CrossEntropyLoss(), x, y).items():
-            assert_close(result[name], value, name)
-    assert not message or "parameter '" in message or "node '" in message
+    result = fxcurv.compile(model, quantities="diag_ggn")(x, y)["diag_ggn"]
+    expected = reference.diag_ggn(model, nn.CrossEntropyLoss(), x, y)
+    assert set(result) == set(expected) == set(dict(model.named_parameters()))
+    for name, value in expected.items():
+        assert_close(result[name], value, name)
+
+
+def test_a_weight_standardised_by_batch_norm_is_seen_through() -> None:
+    """timm's form: the weight's channels as a batch of one, in training mode though the model is not."""
+    model, (x, y) = samples.seeded(StandardizedByBatchNorm, "regressions"), data(2, 2, 4, 4)
+    value = fxcurv.compile(model, quantities="diag_ggn")(x, y)["diag_ggn"]["conv.weight"]
+    assert_close(value, reference.diag_ggn(model, nn.CrossEntropyLoss(), x, y)["conv.weight"], "diagonal")
+    plain = seeded(lambda: nn.Conv2d(2, 3, 2, bias=False), nn.Flatten, lambda: nn.Linear(27, 3))
+    with torch.no_grad():
+        plain.get_parameter("0.weight").copy_(standardized(model.get_parameter("conv.weight")))
+        plain.load_state_dict({f"2.{k}": v for k, v in model.get_submodule("head").state_dict().items()}, strict=False)
+    ignorant = fxcurv.compile(plain, quantities="diag_ggn")(x, y)["diag_ggn"]["0.weight"]
+    differ(ignorant, value)  # the standardised weight taken for the parameter
 
 
 def test_the_empirical_fisher_is_not_the_square_of_the_mean_gradient() -> None:
@@ -235,6 +274,14 @@ def test_modules_keep_their_settings(inplace: bool) -> None:
     assert settings == [(type(m), m.training, getattr(m, "inplace", None), m.extra_repr()) for m in model.modules()]
     assert tracked == int(model.get_buffer("1.num_batches_tracked"))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    model, (x, y) = samples.freeze(seeded(lambda: nn.Linear(4, 4), lambda: nn.Linear(4, 3)), "0.weight"), data(2, 4)
+    result = fxcurv.compile(model, quantities=list(fxcurv.NAMES))(x, y)
+    assert {name: p.requires_grad for name, p in model.named_parameters()}["0.weight"] is False
+    assert all(result[quantity].status["0.weight"] == "frozen" for quantity in fxcurv.NAMES)
+    assert all("0.weight" not in result[quantity] for quantity in fxcurv.NAMES)
 
 
 def test_the_global_random_state_is_not_consumed() -> None:

@@ -23,12 +23,12 @@ QUANTITIES = {
 TOLERANCE = 1e-9
 
 
-def assert_close(ours: Tensor, theirs: Tensor, what: str) -> None:
-    """Equal to `TOLERANCE` relative to the largest entry."""
+def assert_close(ours: Tensor, theirs: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+    """Equal to `tolerance` relative to the largest entry."""
     assert ours.shape == theirs.shape, f"{what}: shape {list(ours.shape)}, not {list(theirs.shape)}"
     scale = float(theirs.abs().max()) if theirs.numel() else 0.0
     error = float((ours - theirs).abs().max()) if theirs.numel() else 0.0
-    assert error <= TOLERANCE * max(scale, 1e-3), f"{what}: off by {error:.3g}, entries up to {scale:.3g}"
+    assert error <= tolerance * max(scale, 1e-3), f"{what}: off by {error:.3g}, entries up to {scale:.3g}"
 
 
 def names(group: tuple[Sample, ...]) -> list[str]:
