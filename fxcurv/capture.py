@@ -134,7 +134,7 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
 
     @functools.wraps(forward)
     def selected(*args: Any, **kwargs: Any) -> Tensor:
-        with _DataIsDetached():
+        with _Traceable():
             return select(forward(*args, **kwargs))
 
     shared.forward = selected
@@ -158,16 +158,31 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
     return Captured(graph, *_sources(program, model))
 
 
-class _DataIsDetached(TorchFunctionMode):
-    """Traces `x.data` as `x.detach()`, which tracing would else lose sight of."""
+class _Traceable(TorchFunctionMode):
+    """Traces what tracing would lose sight of, or fix to one batch size, as calls that mean the same."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return args[0].detach() if func == _READS_DATA else func(*args, **(kwargs or {}))
+        same = _TRACEABLE[func] if func in _TRACEABLE else func
+        return same(*args, **(kwargs or {}))
 
 
-_READS_DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
+def _take_along_dim(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+    """`torch.take_along_dim`, whose own code reads the batch size as a number."""
+    if dim is None:
+        return input.flatten().gather(0, indices.flatten())
+    sizes = torch.broadcast_shapes(input.select(dim, 0).shape, indices.select(dim, 0).shape)
+    axis = dim % input.ndim
+    whole, at = (t.expand(*sizes[:axis], t.shape[axis], *sizes[axis:]) for t in (input, indices))
+    return whole.gather(axis, at)
+
+
+_TRACEABLE: dict[Any, Callable[..., Any]] = {
+    Tensor.data.__get__: Tensor.detach,  # pyright: ignore[reportAttributeAccessIssue]
+    torch.take_along_dim: _take_along_dim,
+    Tensor.take_along_dim: _take_along_dim,
+}
 
 
 def _example(t: Tensor) -> Tensor:

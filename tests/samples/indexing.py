@@ -11,6 +11,8 @@ from samples.rows import IMAGE, TOKENS, Op, functions
 ORDER = torch.tensor([2, 0, 1, 2])
 PICKED: dict[str, Op] = {
     "gather_constant": lambda x: x.gather(1, ORDER.view(1, 4, 1, 1).expand(x.shape[0], 4, 6, 5)),
+    "take_along_dim": lambda x: torch.take_along_dim(x, ORDER.view(1, 4, 1, 1), 1),
+    "take_along_dim_sorted": lambda x: x.take_along_dim(x[:, :1].argsort(-1), dim=-1),
     "index_two": lambda x: x[:, ORDER[:2], ORDER[2:]],
     "index_apart": lambda x: x[:, ORDER[:3], :, ORDER[:3]].transpose(0, 1),
     "index_bool": lambda x: x[:, torch.tensor([True, False, True, True])],

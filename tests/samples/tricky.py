@@ -82,7 +82,6 @@ TRICKY = (
             "cholesky": lambda x: torch.linalg.cholesky(x @ x.mT + torch.eye(6, dtype=x.dtype)),
             "place_in_batch": lambda x: x * torch.arange(x.shape[0]).view(-1, 1, 1, 1),
             "over_batch_size": lambda x: x / x.shape[0],
-            "take_along_dim": lambda x: torch.take_along_dim(x, torch.tensor([2, 0]).view(1, 2, 1, 1), 1),
             "shuffle_without_batch": lambda x: torch.native_channel_shuffle(x, 2),
             "branch_on_shape": lambda x: x.relu() if x.shape[2] > 3 else x,
         },
