@@ -74,10 +74,8 @@ def lowering_of(node: fx.Node) -> Lowering:
     operands = [n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
     if packet in FILLS or (packet in MOVES and set(operands) == {dtype}):
         return LOWERINGS[packet]
-    if dtype.is_complex or any(d.is_complex for d in operands):
-        return _generic(ops.Opaque)
-    if not dtype.is_floating_point:
-        return _generic(ops.Discrete)
+    if not dtype.is_floating_point or any(d.is_complex for d in operands):
+        return _generic(_any_kind(node))
     return LOWERINGS.get(packet) or _generic(ops.Pointwise if _is_pointwise(node) else ops.Opaque)
 
 
@@ -258,6 +256,12 @@ def _elu(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     return low.emit(node, nn.ELU(a["alpha"]), low.value(a["self"], node))
 
 
+def _any_kind(node: fx.Node) -> type[ops.Call]:
+    """The kind of any operator, by the type of its entries."""
+    dtype = node.meta["val"].dtype
+    return ops.Opaque if dtype.is_floating_point or dtype.is_complex else ops.Discrete
+
+
 def _is_pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) and len(node.all_input_nodes) == 1
 
@@ -390,7 +394,7 @@ def _blank(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 @lowers("index")
 def _index(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     """Entries picked for each sample: `x[torch.arange(len(x)), …]`."""
-    kind = ops.Opaque if node.meta["val"].dtype.is_floating_point else ops.Discrete
+    kind = _any_kind(node)
     first, *others = a["indices"]
     if not isinstance(first, fx.Node) or not _counts_samples(first) or _shape(a["self"], node)[0] != Batch():
         return _generic(kind)(low, node, a)
@@ -485,7 +489,7 @@ def part(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
     if packet == "unbind":
         return low.emit(node, ops.Select(a["dim"], index % len(parts)), low.value(a["self"], node))
     if packet not in ("chunk", "split", "split_with_sizes"):
-        return _generic(ops.Opaque if node.meta["val"].dtype.is_floating_point else ops.Discrete)(low, node, {})
+        return _generic(_any_kind(node))(low, node, {})
     sizes = [_number(p.shape[a["dim"]], node) for p in parts]
     start = sum(sizes[:index])
     return low.emit(node, ops.Slice(a["dim"], start, start + sizes[index]), low.value(a["self"], node))

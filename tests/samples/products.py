@@ -74,6 +74,8 @@ SPECTRA: dict[str, Op] = {
     "fnet": lambda x: torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real,
     "rfft2_magnitude": magnitudes,
     "rfft2_filter": filtered,
+    "complex_parts": lambda x: torch.tensor_split(torch.fft.fft(x), 2, 1)[1].real * x[:, 2:],
+    "complex_pick": lambda x: torch.fft.fft(x)[torch.arange(x.shape[0]), x.mean((2, 3)).argmax(1)].imag,
     "fft_parts": spectrum_parts,
     "angle_free": lambda x: torch.fft.ifft2(torch.fft.fftshift(torch.fft.fft2(x), (2, 3))).imag,
     "rfft_real_view": lambda x: torch.view_as_real(torch.fft.rfft(x, dim=2)).flatten(3),
