@@ -136,7 +136,8 @@ def _matrix(name: str, weight: Tensor, passes: Sequence[_Pass], pulled: Sequence
         return None
     inputs = [one.inputs(name) for one in passes]
     layouts = {tuple(x.shape[1:] for x in xs) for xs in inputs}
-    shared = len(passes) > 1 and all(_equal(xs, inputs[0]) for xs in inputs[1:])
+    reads = any(call.reads for one in passes for call in one.calls_of(name))
+    shared = len(passes) > 1 and not reads and all(_equal(xs, inputs[0]) for xs in inputs[1:])
     if shared or len(layouts) > 1 or len({x.shape[2:] for x in inputs[0]}) > 1:
         return None
     for xs, p in zip(inputs, pulled, strict=True):
@@ -183,6 +184,8 @@ class _Call:
     weight: str
     bias: str | None
     z: Tensor
+    reads: bool
+    """Whether what the layer sees is differentiable in the model's inputs."""
 
     @property
     def _use(self) -> Use:
@@ -267,8 +270,9 @@ def _forward(model: nn.Module, inputs: Inputs, output: Output) -> list[_Pass]:
     number = batch_size(inputs)
 
     def forward(samples: slice) -> _Pass:
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[samples].clone(), as_call(inputs))
-        with _Recorder(names) as recorder:
+        given = pytree.tree_map_only(Tensor, lambda t: _leaf(t[samples]), as_call(inputs))
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, given)  # which the model may write into
+        with _Recorder(names, [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor)]) as recorder:
             y = select(copy(*args, **kwargs))
         if not y.requires_grad:
             raise InputError("the output depends on no trainable parameter", node="output", remedy="see requires_grad")
@@ -289,6 +293,11 @@ def _forward(model: nn.Module, inputs: Inputs, output: Output) -> list[_Pass]:
     return single if apart else [whole]
 
 
+def _leaf(t: Tensor) -> Tensor:
+    """A leaf of autograd's graph with these values."""
+    return t.detach().requires_grad_(t.is_floating_point())
+
+
 def _check_repeatable(model: nn.Module, copy: nn.Module, first: Tensor, second: Tensor) -> None:
     buffers = zip(model.named_buffers(), copy.buffers(), strict=False)
     updated = [name for (name, before), after in buffers if before.shape == after.shape and not _same(before, after)]
@@ -305,9 +314,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 class _Recorder(TorchFunctionMode):
     """Records the calls of linear layers and convolutions on the parameters of the given names, by identity."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.names = names
+        self.names, self.inputs = names, inputs
+        self.reading: dict[Any, bool] = {}
         self.calls: list[_Call] = []
 
     def __torch_function__(
@@ -328,8 +338,23 @@ class _Recorder(TorchFunctionMode):
             _convolution(func, **given) if func in CONVOLUTIONS else (nn.Linear(1, 1, device="meta"), given["input"])
         )
         bias = self.names.get(id(given.get("bias")))
-        self.calls.append(_Call(op, x.detach(), self.names[id(given["weight"])], bias, z))
+        self.calls.append(_Call(op, x.detach(), self.names[id(given["weight"])], bias, z, self._reads(x.grad_fn)))
         return y + z
+
+    def _reads(self, end: Any) -> bool:
+        """Whether the graph of autograd leads from a node to an input of the model; `reading` remembers."""
+        stack = [end]
+        while stack:
+            node = stack[-1]
+            before = [] if node is None else [n for n, _ in node.next_functions]
+            new = [n for n in before if n not in self.reading and n is not None]
+            if node is not None and node not in self.reading and new:
+                stack += new
+                continue
+            leaf = getattr(node, "variable", None)
+            self.reading[node] = any(t is leaf for t in self.inputs) or any(self.reading.get(n, False) for n in before)
+            stack.pop()
+        return self.reading[end]
 
 
 def _body(func: FunctionType) -> FunctionType:
