@@ -78,10 +78,14 @@ class Compiled:
         on_unsupported: OnUnsupported = "error",
     ) -> None:
         if not any(p.requires_grad for p in model.parameters()):
-            raise QuantityError("the model has no trainable parameters", remedy="set requires_grad_(True) on some")
+            raise QuantityError(
+                "the model has no trainable parameters", remedy="set requires_grad_(True) on some", code="FXC408"
+            )
         if on_unsupported not in get_args(OnUnsupported):
             raise QuantityError(
-                f"on_unsupported={on_unsupported!r}", remedy=f"choose one of {', '.join(get_args(OnUnsupported))}"
+                f"on_unsupported={on_unsupported!r}",
+                remedy=f"choose one of {', '.join(get_args(OnUnsupported))}",
+                code="FXC409",
             )
         self.model, self.loss, self.choice, self.output = model, loss, choice, output
         self.on_unsupported = on_unsupported
@@ -131,7 +135,9 @@ class Compiled:
         """The latest program."""
         if self._latest is None:
             raise FxcurvError(
-                "nothing is compiled yet", remedy="call it on a batch first, or pass example_inputs= to compile()"
+                "nothing is compiled yet",
+                remedy="call it on a batch first, or pass example_inputs= to compile()",
+                code="FXC410",
             )
         return self._latest
 
@@ -149,7 +155,9 @@ class Compiled:
         asked = ("canonical", "backward") if stage is None else (stage,)
         found = [name for name in self.stages if name in asked or name.partition("[")[0] in asked]
         if not found:
-            raise QuantityError(f"no stage is called {stage!r}", remedy=f"there are {', '.join(self.stages)}")
+            raise QuantityError(
+                f"no stage is called {stage!r}", remedy=f"there are {', '.join(self.stages)}", code="FXC410"
+            )
         for name in found:
             print(f"{name}\n{tabular(self.stages[name])}\n")
 
@@ -171,10 +179,12 @@ def _signature(model: nn.Module, inputs: Inputs) -> object:
 def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
     if not isinstance(inputs, Tensor | tuple | dict):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
-            f"the input is a {type(inputs).__name__}", remedy="give a tensor, a tuple (positional) or a dict (keywords)"
+            f"the input is a {type(inputs).__name__}",
+            remedy="give a tensor, a tuple (positional) or a dict (keywords)",
+            code="FXC110",
         )
     if batch_size(inputs) == 0:
-        raise InputError("the batch holds no samples", remedy="give at least one")
+        raise InputError("the batch holds no samples", remedy="give at least one", code="FXC110")
     parameter = next(model.parameters(), None)
     for t in pytree.tree_leaves(as_call(inputs)):
         if not isinstance(t, Tensor) or parameter is None:
@@ -183,6 +193,7 @@ def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
             raise InputError(
                 f"the input is on {t.device}, the model on {parameter.device}",
                 remedy=f"move it: x.to({str(parameter.device)!r})",
+                code="FXC111",
             )
         if not t.is_floating_point():
             continue
@@ -190,6 +201,7 @@ def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
             raise InputError(
                 f"the input is of type {t.dtype}, the model of {parameter.dtype}",
                 remedy=f"convert it: x.to({parameter.dtype})",
+                code="FXC111",
             )
         if not bool(t.isfinite().all()):
-            raise InputError("the input holds NaN or infinity", remedy="clean the data")
+            raise InputError("the input holds NaN or infinity", remedy="clean the data", code="FXC112")

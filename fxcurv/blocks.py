@@ -59,6 +59,7 @@ class Block(ABC):
             raise InputError(
                 f"a vector of {v.numel()} entries for a block on {list(self.shape)}",
                 remedy=f"give {self.numel} entries",
+                code="FXC411",
             )
         return self._mv(v.reshape(-1)).reshape(v.shape)
 

@@ -21,7 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fxcurv.errors import CaptureError, FxcurvError, InputError
+from fxcurv.errors import CaptureError, FxcurvError, InputError, raised_at
 
 __all__ = [
     "Captured",
@@ -62,14 +62,16 @@ def batch_size(inputs: Inputs) -> int:
     """The length of axis 0, which all input tensors share."""
     tensors = [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
     if not tensors:
-        raise InputError("no input tensor was given", remedy="call it as curv(inputs, target)")
+        raise InputError("no input tensor was given", remedy="call it as curv(inputs, target)", code="FXC110")
     for t in tensors:
         if t.ndim == 0:
-            raise InputError("an input is a scalar", remedy="give every input a leading batch axis")
+            raise InputError("an input is a scalar", remedy="give every input a leading batch axis", code="FXC110")
     sizes = {t.shape[0] for t in tensors}
     if len(sizes) != 1:
         raise InputError(
-            f"inputs have different batch sizes {sorted(sizes)}", remedy="let axis 0 of every input be the batch"
+            f"inputs have different batch sizes {sorted(sizes)}",
+            remedy="let axis 0 of every input be the batch",
+            code="FXC110",
         )
     return sizes.pop()
 
@@ -150,7 +152,9 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
         if integers and not _mentions_data(error):
             remedy = "convert it: x.float(), unless the model expects indices"
             raise InputError(
-                f"the input is of type {integers[0]}, and the model cannot be traced on it: {error}", remedy=remedy
+                f"the input is of type {integers[0]}, and the model cannot be traced on it: {error}",
+                remedy=remedy,
+                code="FXC111",
             ) from error
         raise _translated(error) from error
     graph = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
@@ -196,7 +200,7 @@ def structural_copy(model: nn.Module, *shared: Tensor) -> nn.Module:
         return copy.deepcopy(model, {id(t): t for t in (*shared, *kept)})
     except Exception as error:
         raise CaptureError(
-            f"the model cannot be copied ({error})", remedy="make its attributes deep-copyable"
+            f"the model cannot be copied ({error})", remedy="make its attributes deep-copyable", code="FXC103"
         ) from error
 
 
@@ -219,11 +223,15 @@ def _translated(error: Exception) -> CaptureError:
         return CaptureError(
             f"data-dependent control flow{where}: {text.splitlines()[0]}",
             remedy="decide on shapes or constants instead of values, or use torch.where",
+            code="FXC101",
+            location=raised_at(error),
         )
     first = next((line for line in text.splitlines() if line.strip()), name)
     return CaptureError(
         f"the model cannot be traced{where}: {name}: {first}",
         remedy="give inputs of the shape that the model takes; the error that it was raised from has the whole trace",
+        code="FXC102",
+        location=raised_at(error),
     )
 
 

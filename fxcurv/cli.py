@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compute(arguments: argparse.Namespace) -> int:
     if arguments.save and not arguments.save.parent.is_dir():
-        raise InputError(f"there is no folder {arguments.save.parent}", remedy="create it, or choose another --save")
+        raise InputError(
+            f"there is no folder {arguments.save.parent}", remedy="create it, or choose another --save", code="FXC007"
+        )
     target = targets.resolve(arguments.target, seed=arguments.seed)
     model, loss, like = target.model, as_loss(arguments.loss), _like(target)
     batch = data.load(arguments.data, _batch(arguments), _shape(arguments, target), seed=arguments.seed)
@@ -72,7 +74,7 @@ def _show(arguments: argparse.Namespace) -> int:
     asked, families = arguments.stage.split(","), {name: name.partition("[")[0] for name in compiled.stages}
     for name in asked:
         if name not in {*families, *families.values()}:
-            raise InputError(f"no stage is called {name!r}", remedy=f"there are {', '.join(families)}")
+            raise InputError(f"no stage is called {name!r}", remedy=f"there are {', '.join(families)}", code="FXC007")
     stages = {name: gm for name, gm in compiled.stages.items() if name in asked or families[name] in asked}
     tables = (f"{name}\n{gm.code if arguments.code else tabular(gm)}\n\n" for name, gm in stages.items())
     return _written("".join(tables), arguments.output)
@@ -146,12 +148,16 @@ def _shape(arguments: argparse.Namespace, target: targets.Target) -> tuple[int, 
     if arguments.input is None:
         if target.input_shape is None:
             raise InputError(
-                f"{target.name} does not say the shape of its input", remedy="give --input, e.g. --input 3x32x32"
+                f"{target.name} does not say the shape of its input",
+                remedy="give --input, e.g. --input 3x32x32",
+                code="FXC007",
             )
         return target.input_shape
     sizes = arguments.input.split("x")
     if not all(size.isdecimal() and int(size) for size in sizes):
-        raise InputError(f"--input {arguments.input} is no shape", remedy="give the sizes of one input, e.g. 3x32x32")
+        raise InputError(
+            f"--input {arguments.input} is no shape", remedy="give the sizes of one input, e.g. 3x32x32", code="FXC007"
+        )
     return tuple(map(int, sizes))
 
 
@@ -171,7 +177,9 @@ def _targets(
     output = _output(model, inputs)
     if isinstance(loss, nn.CrossEntropyLoss):
         if output.ndim < 2:
-            raise InputError(f"the model returns {list(output.shape)}: no classes", remedy="choose another --loss")
+            raise InputError(
+                f"the model returns {list(output.shape)}: no classes", remedy="choose another --loss", code="FXC406"
+            )
         usable = labels is not None and output.ndim == 2 and int(labels.max()) < output.shape[1]
         return labels.to(output.device) if usable and labels is not None else output.argmax(1)
     noise = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
@@ -186,11 +194,13 @@ def _output(model: nn.Module, inputs: Tensor) -> Tensor:
         raise InputError(
             f"the model fails on an input of shape {list(inputs.shape)}: {type(error).__name__}: {error}",
             remedy="give --input, e.g. --input 3x32x32",
+            code="FXC007",
         ) from error
     if not isinstance(output, Tensor):
         raise InputError(
             f"the model returns a {type(output).__name__}, not a tensor",
             remedy="use fxcurv.compile(..., output=...) in Python",
+            code="FXC105",
         )
     return output
 

@@ -47,11 +47,13 @@ class _Request:
 def load(kind: Kind, batch: int, shape: Sequence[int], classes: int | None = None, seed: int | Generator = 0) -> Batch:
     """`batch` inputs of the given shape (without the batch axis); with `classes`, labels below it only."""
     if kind not in _LOADERS:
-        raise InputError(f"there are no data named {kind!r}", remedy=f"choose one of {', '.join(get_args(Kind))}")
+        raise InputError(
+            f"there are no data named {kind!r}", remedy=f"choose one of {', '.join(get_args(Kind))}", code="FXC009"
+        )
     if batch < 1 or any(n < 1 for n in shape):
-        raise InputError(f"a batch of {batch} inputs of shape {tuple(shape)} is empty")
+        raise InputError(f"a batch of {batch} inputs of shape {tuple(shape)} is empty", code="FXC009")
     if classes is not None and classes < 1:
-        raise InputError(f"there are no labels below {classes}", remedy="give at least one class")
+        raise InputError(f"there are no labels below {classes}", remedy="give at least one class", code="FXC009")
     generator = seed if isinstance(seed, Generator) else Generator().manual_seed(seed)
     return _LOADERS[kind](_Request(batch, tuple(shape), classes, generator))
 
@@ -165,7 +167,9 @@ def _photo_files() -> list[Path]:
     files = [Path(root) / inside for package, _, inside in places for root in roots.get(package) or ()]
     files = [file for file in files if file.is_file()]
     if not files:
-        raise MissingPackageError("no package with sample photos is installed", remedy=f"pip install {DEMO}")
+        raise MissingPackageError(
+            "no package with sample photos is installed", remedy=f"pip install {DEMO}", code="FXC006"
+        )
     return files
 
 
@@ -210,7 +214,9 @@ def _fitted(images: Tensor, shape: tuple[int, ...]) -> Tensor:
     if len(shape) == 2:
         return _resized(images.mean(1, keepdim=True), *shape).squeeze(1)
     if len(shape) not in (3, 4):
-        raise InputError(f"images do not fit into {shape}", remedy="use random data, or an input of 1 to 4 axes")
+        raise InputError(
+            f"images do not fit into {shape}", remedy="use random data, or an input of 1 to 4 axes", code="FXC009"
+        )
     channels, (height, width) = shape[0], shape[-2:]
     x = _resized(images, height, width)
     if x.shape[1] != channels:
@@ -224,7 +230,7 @@ def _square(pixels: int, images: Tensor) -> tuple[int, int, int]:
         side = isqrt(pixels // channels)
         if channels * side * side == pixels:
             return channels, side, side
-    raise InputError(f"{pixels} inputs are no square image", remedy="use random data")
+    raise InputError(f"{pixels} inputs are no square image", remedy="use random data", code="FXC009")
 
 
 def _resized(images: Tensor, height: int, width: int) -> Tensor:

@@ -123,7 +123,9 @@ def run(output: Path, *, seed: int = 0, say: Callable[[str], None] = print) -> D
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DemoError(f"cannot write to {output}: {error.strerror}", remedy="choose another --output") from error
+        raise DemoError(
+            f"cannot write to {output}: {error.strerror}", remedy="choose another --output", code="FXC007"
+        ) from error
     with _one_thread():
         return _run(output, seed, say)
 
@@ -148,7 +150,9 @@ def _run(output: Path, seed: int, say: Callable[[str], None]) -> DemoReport:
     size = sum(p.numel() for p in model.parameters())
     say(f"network: {size:,} parameters, {EPOCHS} epochs, {accuracy:.1%} of the test digits right\n")
     if accuracy < ACCURACY_WANTED:
-        raise DemoError(f"the network got only {accuracy:.1%} of the test digits right", remedy="try another --seed")
+        raise DemoError(
+            f"the network got only {accuracy:.1%} of the test digits right", remedy="try another --seed", code="FXC010"
+        )
     curvature = _curvature(model, digits, seed)
     rows = _rows(model, curvature)
     say(_parameter_table(rows) + "\n")
@@ -347,7 +351,7 @@ def _checked(model: nn.Module, digits: _Digits, seed: int) -> tuple[CheckedEntry
     worst = max(entries, key=lambda entry: entry.error)
     if worst.error > ERROR_ALLOWED:
         found = f"diag_ggn{list(worst.index)} is {worst.computed!r}, autograd says {worst.expected!r}"
-        raise DemoError(found, node=worst.name, remedy="this is a defect of fxcurv, please report it")
+        raise DemoError(found, node=worst.name, remedy="this is a defect of fxcurv, please report it", code="FXC903")
     return tuple(entries)
 
 

@@ -1,36 +1,113 @@
-"""Errors: each says the node, the cause and the remedy."""
+"""Errors: each says node, cause and remedy, has a stable code, and knows the lines of the model that it is about.
+
+`fxcurv explain CODE` says more about a code; the table of codes is in `fxcurv/checks/codes.py`.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import fx
+
 __all__ = [
     "CaptureError",
+    "Frame",
     "FxcurvError",
     "InputError",
+    "Location",
     "LossError",
     "QuantityError",
     "SpecError",
     "UnsupportedError",
+    "frames_of",
+    "raised_at",
 ]
 
 
-class FxcurvError(Exception):
-    """`node: cause; remedy`: where it happened, what is wrong, and what to do about it."""
+# Lines of the model -----------------------------------------------------------------------------------------------
 
-    def __init__(self, cause: str, *, node: str | None = None, remedy: str | None = None) -> None:
-        self.cause, self.node, self.remedy = cause, node, remedy
-        super().__init__(cause, node, remedy)
+
+@dataclass(frozen=True)
+class Frame:
+    """One line of code on the way to a node or an error."""
+
+    file: str
+    line: int
+    function: str
 
     def __str__(self) -> str:
-        where = f"node {self.node}: " if self.node else ""
+        return f"{self.file}:{self.line} in {self.function}"
+
+
+Location = tuple[Frame, ...]
+"""The frames of the model, the innermost first; none of torch or of this package."""
+
+
+def frames_of(node: fx.Node) -> Location:
+    """The lines of the model that made a node, captured or lowered."""
+    text = str(node.meta.get("stack_trace") or node.meta.get("stack") or "")
+    found = re.findall(r'^ *File "(.*)", line (\d+), in (.*)$', text, re.MULTILINE)
+    return _users(Frame(file, int(line), function) for file, line, function in reversed(found))
+
+
+def raised_at(error: BaseException) -> Location:
+    """The lines of the model from which an exception came."""
+    frames: list[Frame] = []
+    trace: TracebackType | None = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        frames.insert(0, Frame(code.co_filename, trace.tb_lineno, code.co_name))
+        trace = trace.tb_next
+    return _users(frames)
+
+
+_PACKAGE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
+_NOT_THE_MODEL = ("<", *(f"{folder}{os.sep}" for folder in (_PACKAGE, _PACKAGE.parent / "passes", _TORCH)))
+
+
+def _users(frames: Iterable[Frame]) -> Location:
+    return tuple(frame for frame in frames if not frame.file.startswith(_NOT_THE_MODEL))
+
+
+# Errors -----------------------------------------------------------------------------------------------------------
+
+
+class FxcurvError(Exception):
+    """`node: cause; remedy [code]`: where it happened, what is wrong, what to do about it, and what to look up."""
+
+    def __init__(
+        self,
+        cause: str,
+        *,
+        node: str | None = None,
+        remedy: str | None = None,
+        code: str | None = None,
+        location: Location = (),
+    ) -> None:
+        self.cause, self.node, self.remedy, self.code, self.location = cause, node, remedy, code, location
+        super().__init__(cause, node, remedy, code, location)
+
+    @property
+    def fact(self) -> str:
+        """Where it happened and what is wrong."""
+        return f"node {self.node}: {self.cause}" if self.node else self.cause
+
+    def __str__(self) -> str:
         advice = f"; {self.remedy}" if self.remedy else ""
-        return f"{where}{self.cause}{advice}"
+        return f"{self.fact}{advice}{f' [{self.code}]' if self.code else ''}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.cause, self.node, self.remedy))
+        return _rebuild, (type(self), self.cause), {key: value for key, value in vars(self).items() if key != "cause"}
 
 
-def _rebuild(kind: type[FxcurvError], cause: str, node: str | None, remedy: str | None) -> FxcurvError:
-    return kind(cause, node=node, remedy=remedy)
+def _rebuild(kind: type[FxcurvError], cause: str) -> FxcurvError:
+    return kind(cause)
 
 
 class CaptureError(FxcurvError):

@@ -154,13 +154,13 @@ def as_loss(loss: object) -> nn.Module:
     name = loss if isinstance(loss, str) else _FUNCTIONS.get(loss) if callable(loss) else None
     if name is not None:
         if name not in BY_NAME:
-            raise LossError(f"no loss is called {name!r}", remedy=_REMEDY)
+            raise LossError(f"no loss is called {name!r}", remedy=_REMEDY, code="FXC406")
         return BY_NAME[name]()
     known = next((kind for kind in _TERMS if isinstance(loss, kind)), None)
     if known is None or not isinstance(loss, nn.Module) or type(loss).forward is not known.forward:
-        raise LossError(f"the loss {type(loss).__name__} is not supported", remedy=_REMEDY)
+        raise LossError(f"the loss {type(loss).__name__} is not supported", remedy=_REMEDY, code="FXC406")
     if loss.reduction not in ("mean", "sum"):
-        raise LossError(f"the loss has reduction {loss.reduction!r}", remedy=_REMEDY)
+        raise LossError(f"the loss has reduction {loss.reduction!r}", remedy=_REMEDY, code="FXC406")
     return loss
 
 
@@ -168,26 +168,34 @@ def loss_terms(loss: nn.Module, output: Tensor, target: Tensor) -> LossTerms:
     """The loss at an output `[N, …]`, widened to float32 if it is narrower, and a target that fits it."""
     if not isinstance(target, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
-            f"the target is a {type(target).__name__}, not a tensor", remedy="call it as curv(inputs, target)"
+            f"the target is a {type(target).__name__}, not a tensor",
+            remedy="call it as curv(inputs, target)",
+            code="FXC407",
         )
     if target.device != output.device:
         raise InputError(
-            f"the target is on {target.device}, the output on {output.device}", remedy="move them to one device"
+            f"the target is on {target.device}, the output on {output.device}",
+            remedy="move them to one device",
+            code="FXC407",
         )
     output = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
     kind = next(kind for kind in _TERMS if isinstance(loss, kind))
     if target.is_floating_point():
         target = target.to(output.dtype)
         if not bool(target.isfinite().all()):
-            raise InputError("the target holds NaN or infinity", remedy="clean the targets")
+            raise InputError("the target holds NaN or infinity", remedy="clean the targets", code="FXC407")
     terms = _TERMS[kind](loss, output, target)
     if not bool(terms.value.isfinite()):
         raise LossError(
-            "the loss is not finite", remedy="check that some target counts and that the outputs are moderate"
+            "the loss is not finite",
+            remedy="check that some target counts and that the outputs are moderate",
+            code="FXC406",
         )
     if bool((terms.omega < 0).any()):
         raise LossError(
-            "a term of the loss has a negative weight", remedy="its Hessian has no real square root: use weights ≥ 0"
+            "a term of the loss has a negative weight",
+            remedy="its Hessian has no real square root: use weights ≥ 0",
+            code="FXC406",
         )
     return terms
 
@@ -206,10 +214,13 @@ def _cross_entropy(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) ->
         raise LossError(
             f"cross entropy of an output of shape {list(output.shape)}",
             remedy="give [N, C] or [N, C, d…] with C ≥ 2 classes",
+            code="FXC406",
         )
     C, per_class = output.shape[1], _as(loss.weight, output)
     if per_class is not None and per_class.shape != (C,):
-        raise LossError(f"class weights of shape {list(per_class.shape)} for {C} classes", remedy=f"give {C} weights")
+        raise LossError(
+            f"class weights of shape {list(per_class.shape)} for {C} classes", remedy=f"give {C} weights", code="FXC406"
+        )
     q, counts = _class_probabilities(loss, output, target)
     weighted = q if per_class is None else q * _along_classes(per_class, output)
     omega = weighted.sum(1, keepdim=True)  # the mass of a term: Σ_c w_c q_c
@@ -228,23 +239,30 @@ def _class_probabilities(loss: nn.CrossEntropyLoss, output: Tensor, target: Tens
     C, smoothing = output.shape[1], loss.label_smoothing
     if target.is_floating_point():
         if target.shape != output.shape:
-            raise InputError(_shapes("class probabilities", target, output), remedy="give them in the output's shape")
+            raise InputError(
+                _shapes("class probabilities", target, output), remedy="give them in the output's shape", code="FXC407"
+            )
         if bool((target < 0).any()):
-            raise InputError("a class probability is negative", remedy="give probabilities")
+            raise InputError("a class probability is negative", remedy="give probabilities", code="FXC407")
         return target * (1 - smoothing) + smoothing / C * target.new_ones(()), target.new_tensor(target.numel() / C)
     if target.dtype != torch.int64:
-        raise InputError(f"class indices of type {target.dtype}", remedy="give torch.int64 indices, or probabilities")
+        raise InputError(
+            f"class indices of type {target.dtype}", remedy="give torch.int64 indices, or probabilities", code="FXC407"
+        )
     if target.shape != (expected := (output.shape[0], *output.shape[2:])):
-        raise InputError(_shapes("class indices", target, output), remedy=f"give indices of shape {list(expected)}")
+        raise InputError(
+            _shapes("class indices", target, output), remedy=f"give indices of shape {list(expected)}", code="FXC407"
+        )
     counted = target != loss.ignore_index
     wrong = counted & ((target < 0) | (target >= C))
     if bool(wrong.any()):
         raise InputError(
             f"class index {int(target[wrong][0])} for {C} classes",
             remedy=f"give indices from 0 to {C - 1}, or ignore_index",
+            code="FXC407",
         )
     if loss.reduction == "mean" and not bool(counted.any()):
-        raise InputError("every target is ignored", remedy="give at least one that counts")
+        raise InputError("every target is ignored", remedy="give at least one that counts", code="FXC407")
     counts = counted.unsqueeze(1).to(output.dtype)
     onehot = F.one_hot(target.where(counted, 0), C).movedim(-1, 1) * counts
     weight = _as(loss.weight, output)
@@ -261,6 +279,7 @@ def _mse(loss: nn.MSELoss, output: Tensor, target: Tensor) -> LossTerms:
         raise InputError(
             _shapes(f"a target of type {target.dtype}", target, output),
             remedy="give floating-point targets in the output's shape",
+            code="FXC407",
         )
     omega = output.new_tensor(1 / output.numel() if loss.reduction == "mean" else 1)
 
@@ -275,9 +294,10 @@ def _bce_with_logits(loss: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor)
         raise InputError(
             _shapes(f"a target of type {target.dtype}", target, output),
             remedy="give floating-point targets in the output's shape",
+            code="FXC407",
         )
     if bool((target < 0).any()) or bool((target > 1).any()):
-        raise InputError("a target is outside of [0, 1]", remedy="give probabilities")
+        raise InputError("a target is outside of [0, 1]", remedy="give probabilities", code="FXC407")
     omega = torch.full_like(output, 1 / output.numel() if loss.reduction == "mean" else 1)
     pos_weight, weight = _as(loss.pos_weight, output), _as(loss.weight, output)
     omega = omega if pos_weight is None else omega * (1 + (pos_weight - 1) * target)

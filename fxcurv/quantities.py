@@ -55,7 +55,9 @@ class Sampled:
 
     def __post_init__(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise QuantityError(f"Sampled(k={self.k!r})", remedy="k is a positive whole number of columns")
+            raise QuantityError(
+                f"Sampled(k={self.k!r})", remedy="k is a positive whole number of columns", code="FXC409"
+            )
 
     def __str__(self) -> str:
         return f"sampled({self.k})"
@@ -205,7 +207,7 @@ class KFAC:
 
     def __post_init__(self) -> None:
         if self.approx not in ("expand", "reduce"):
-            raise QuantityError(f"KFAC(approx={self.approx!r})", remedy="choose 'expand' or 'reduce'")
+            raise QuantityError(f"KFAC(approx={self.approx!r})", remedy="choose 'expand' or 'reduce'", code="FXC409")
 
     def owner(self, used: Used) -> str:
         joined = self.joint and used.partner is not None and not used.matrix
@@ -258,7 +260,7 @@ def named(quantities: str | Quantity | Iterable[str | Quantity]) -> dict[str, Qu
         if quantity not in (result[key] for key in taken):
             result[f"{name}_{len(taken)}" if name in result else name] = quantity
     if not result:
-        raise QuantityError("no quantity was asked for", remedy=f"choose some of {', '.join(NAMES)}")
+        raise QuantityError("no quantity was asked for", remedy=f"choose some of {', '.join(NAMES)}", code="FXC409")
     return result
 
 
@@ -267,7 +269,7 @@ def _by_name(name: str) -> Quantity:
         return NAMES[name]
     close = difflib.get_close_matches(name, NAMES, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise QuantityError(f"no quantity is called {name!r}", remedy=f"{hint}there are {', '.join(NAMES)}")
+    raise QuantityError(f"no quantity is called {name!r}", remedy=f"{hint}there are {', '.join(NAMES)}", code="FXC409")
 
 
 def _family_of(quantity: Quantity) -> str:
@@ -275,5 +277,6 @@ def _family_of(quantity: Quantity) -> str:
         raise QuantityError(
             f"{quantity!r} is no quantity",
             remedy=f"give a name ({', '.join(NAMES)}) or an object such as fxcurv.KFAC()",
+            code="FXC409",
         )
     return quantity.family

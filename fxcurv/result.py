@@ -60,13 +60,16 @@ class Entries(Mapping[str, Any]):
 
     def __getitem__(self, parameter: str) -> Any:
         if parameter not in self.entries:
-            raise QuantityError(f"the model has no parameter {parameter!r}", remedy="see result.table() for the names")
+            raise QuantityError(
+                f"the model has no parameter {parameter!r}", remedy="see result.table() for the names", code="FXC410"
+            )
         entry = self.entries[parameter]
         if entry.value is None:
             why = f" ({entry.reason})" if entry.reason else ""
             raise QuantityError(
                 f"{entry.quantity} of {parameter!r} has no value: {entry.status}{why}",
                 remedy=_REMEDIES.get(entry.status),
+                code="FXC410",
             )
         return entry.value
 
@@ -99,7 +102,9 @@ class Curvature(Mapping[str, Entries]):
 
     def __getitem__(self, quantity: str) -> Entries:
         if quantity not in self.quantities:
-            raise QuantityError(f"{quantity!r} was not computed", remedy=f"there are {', '.join(self.quantities)}")
+            raise QuantityError(
+                f"{quantity!r} was not computed", remedy=f"there are {', '.join(self.quantities)}", code="FXC410"
+            )
         return self.quantities[quantity]
 
     def __iter__(self) -> Iterator[str]:
@@ -166,9 +171,11 @@ class Curvature(Mapping[str, Entries]):
         try:
             from safetensors.torch import save_file
         except ImportError:
-            raise FxcurvError("saving needs the safetensors package", remedy='pip install "fxcurv[save]"') from None
+            raise FxcurvError(
+                "saving needs the safetensors package", remedy='pip install "fxcurv[save]"', code="FXC006"
+            ) from None
         if not Path(path).parent.is_dir():
-            raise FxcurvError(f"there is no folder {Path(path).parent}", remedy="create it first")
+            raise FxcurvError(f"there is no folder {Path(path).parent}", remedy="create it first", code="FXC007")
         tensors = {
             f"{e.quantity}/{e.parameter}/{name}": t.contiguous().clone()
             for e in self.entries

@@ -80,7 +80,7 @@ def rule_of(op: nn.Module) -> Rule:
         return RULES[type(op)]
     except KeyError:
         raise SpecError(
-            f"no rule for module type {type(op).__name__}", remedy="declare one in fxcurv/rules.py"
+            f"no rule for module type {type(op).__name__}", remedy="declare one in fxcurv/rules.py", code="FXC301"
         ) from None
 
 
@@ -89,7 +89,7 @@ def rule_of(op: nn.Module) -> Rule:
 
 def _declare(op: type[nn.Module], rule: Rule) -> None:
     if op in RULES:
-        raise SpecError(f"a second rule for module type {op.__name__}", remedy="keep one row per op")
+        raise SpecError(f"a second rule for module type {op.__name__}", remedy="keep one row per op", code="FXC302")
     RULES[op] = rule
 
 

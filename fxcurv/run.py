@@ -61,6 +61,7 @@ def checked_terms(loss: nn.Module, output: Tensor, target: Tensor) -> LossTerms:
             "the model's output holds NaN or infinity",
             node="output",
             remedy="check its parameters and the scale of the input",
+            code="FXC405",
         )
     return loss_terms(loss, output, target)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcurv.errors import CaptureError
+from fxcurv.errors import CaptureError, Location
 
 __all__ = ["Batch", "Samples", "Shape", "resolve", "shape_of", "show_shape", "size_of"]
 
@@ -27,12 +27,12 @@ Shape = tuple[int | Batch | str, ...]
 """Sizes; V stands for the number of columns."""
 
 
-def shape_of(value: Tensor, node: str) -> Shape:
+def shape_of(value: Tensor, node: str, location: Location = ()) -> Shape:
     """The shape of a traced tensor."""
-    return tuple(size_of(size, node) for size in value.shape)
+    return tuple(size_of(size, node, location) for size in value.shape)
 
 
-def size_of(size: int | torch.SymInt, node: str) -> int | Batch:
+def size_of(size: int | torch.SymInt, node: str, location: Location = ()) -> int | Batch:
     """A traced size as a number or a multiple of the batch size."""
     if isinstance(size, int):
         return size
@@ -43,7 +43,11 @@ def size_of(size: int | torch.SymInt, node: str) -> int | Batch:
     multiple = expression / next(iter(symbols)) if len(symbols) == 1 else None
     if multiple is None or not multiple.is_Integer:
         raise CaptureError(
-            f"a size of {expression} is no multiple of the batch size", node=node, remedy="keep samples apart"
+            f"a size of {expression} is no multiple of the batch size",
+            node=node,
+            remedy="keep samples apart",
+            code="FXC204",
+            location=location,
         )
     return Batch(int(multiple))
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxcurv import pullback, rules
 from fxcurv.contractions import Statistic
-from fxcurv.errors import SpecError
+from fxcurv.errors import SpecError, frames_of
 from fxcurv.shapes import show_shape
 
 __all__ = ["Source", "Stage", "describe", "module_of", "output_of", "verify"]
@@ -103,7 +103,12 @@ def verify(gm: fx.GraphModule, stage: Stage) -> fx.GraphModule:
     for node in gm.graph.nodes:
         broken = law(node) if node.op == opcode else _frame(node, opcode)
         if broken:
-            raise SpecError(f"not legal in a {stage} graph: {broken}", node=f"'{node.name}' {node.op} {node.target}")
+            raise SpecError(
+                f"not legal in a {stage} graph: {broken}",
+                node=f"'{node.name}' {node.op} {node.target}",
+                code="FXC901",
+                location=frames_of(node),
+            )
     return gm
 
 

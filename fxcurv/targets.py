@@ -108,7 +108,9 @@ def imported(module: str, install: str = DEMO) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != package:
             raise
-        raise MissingPackageError(f"{package} is not installed", remedy=f"pip install {install}") from error
+        raise MissingPackageError(
+            f"{package} is not installed", remedy=f"pip install {install}", code="FXC006"
+        ) from error
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
@@ -121,6 +123,7 @@ def _mismatch() -> MissingPackageError:
     return MissingPackageError(
         f"torchvision {version('torchvision')} is built for another torch than {torch.__version__}",
         remedy="reinstall both together: pip install --force-reinstall torch torchvision",
+        code="FXC006",
     )
 
 
@@ -133,9 +136,9 @@ def _literals(query: str) -> dict[str, Any]:
     for pair in filter(None, query.split("&")):
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise TargetError(f"{pair!r} is not a keyword argument", remedy="write ?key=value&key=value")
+            raise TargetError(f"{pair!r} is not a keyword argument", remedy="write ?key=value&key=value", code="FXC001")
         if key in kwargs:
-            raise TargetError(f"the keyword {key!r} is given twice")
+            raise TargetError(f"the keyword {key!r} is given twice", code="FXC001")
         kwargs[key] = _literal(unquote_plus(value))
     return kwargs
 
@@ -200,7 +203,7 @@ def _check_name(locator: str, name: str, names: Iterable[str]) -> None:
     known = list(names)
     if name not in known:
         library = locator.partition(":")[0]
-        raise TargetError(f"{library} has no model {name!r}", remedy=_suggestion(name, known))
+        raise TargetError(f"{library} has no model {name!r}", remedy=_suggestion(name, known), code="FXC002")
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str | None:
@@ -215,11 +218,13 @@ def _without_download(kwargs: dict[str, Any]) -> str | None:
     """Take `weights` and `pretrained` out of `kwargs`, and refuse what would make the library download."""
     for key in ("pretrained", "weights_backbone"):
         if value := kwargs.pop(key, None):
-            raise TargetError(f"{key}={value} would download weights", remedy=_WEIGHTS)
+            raise TargetError(f"{key}={value} would download weights", remedy=_WEIGHTS, code="FXC005")
     weights: Any = kwargs.pop("weights", None)
     if weights is None or (isinstance(weights, str) and (weights in PACKAGED or Path(weights).is_file())):
         return weights
-    raise TargetError(f"weights={weights!r} is neither a file nor the name of installed weights", remedy=_WEIGHTS)
+    raise TargetError(
+        f"weights={weights!r} is neither a file nor the name of installed weights", remedy=_WEIGHTS, code="FXC005"
+    )
 
 
 _WEIGHTS = f"nothing is downloaded: give weights=FILE, or one of weights={', '.join(PACKAGED)}"
@@ -230,7 +235,7 @@ def _load(model: nn.Module, locator: str, weights: str) -> None:
     packaged = PACKAGED.get(weights)
     if packaged is not None and locator not in packaged.models:
         fit = ", ".join(packaged.models)
-        raise TargetError(f"the weights {weights!r} do not fit {locator}", remedy=f"they fit {fit}")
+        raise TargetError(f"the weights {weights!r} do not fit {locator}", remedy=f"they fit {fit}", code="FXC005")
     file = Path(weights) if packaged is None else _packaged_file(packaged)
     try:
         state = cast("dict[str, Tensor]", torch.load(file, map_location="cpu", weights_only=True))
@@ -239,7 +244,7 @@ def _load(model: nn.Module, locator: str, weights: str) -> None:
         model.load_state_dict(state)
     except Exception as error:
         remedy = "give a state dict of this very model"
-        raise TargetError(f"{file.name} does not fit {locator}: {error}", remedy=remedy) from error
+        raise TargetError(f"{file.name} does not fit {locator}: {error}", remedy=remedy, code="FXC005") from error
 
 
 def _packaged_file(packaged: Packaged) -> Path:
@@ -247,7 +252,7 @@ def _packaged_file(packaged: Packaged) -> Path:
     places = None if spec is None else spec.submodule_search_locations
     if not places:
         name = packaged.distribution
-        raise MissingPackageError(f"{name} is not installed", remedy=f"pip install {name}")
+        raise MissingPackageError(f"{name} is not installed", remedy=f"pip install {name}", code="FXC006")
     return Path(next(iter(places))) / packaged.file
 
 
@@ -257,7 +262,7 @@ def _packaged_file(packaged: Packaged) -> Path:
 def _from_factory(locator: str, kwargs: dict[str, Any]) -> nn.Module:
     place, colon, attribute = locator.rpartition(":")
     if not (colon and place and attribute):
-        raise TargetError(f"{locator!r} is no target", remedy=f"write {FORMS}")
+        raise TargetError(f"{locator!r} is no target", remedy=f"write {FORMS}", code="FXC001")
     file = Path(place) if place.endswith(".py") else None
     with _importing_from(Path.cwd() if file is None else file.resolve().parent):
         module = _module(place) if file is None else _file(file)
@@ -265,9 +270,9 @@ def _from_factory(locator: str, kwargs: dict[str, Any]) -> nn.Module:
         if not isinstance(made, nn.Module):
             made = _called(locator, made, kwargs)
         elif kwargs:
-            raise TargetError(f"{locator} is a model, not a factory: it takes no keyword arguments")
+            raise TargetError(f"{locator} is a model, not a factory: it takes no keyword arguments", code="FXC001")
     if not isinstance(made, nn.Module):
-        raise TargetError(f"{locator} returns a {type(made).__name__}, not a torch.nn.Module")
+        raise TargetError(f"{locator} returns a {type(made).__name__}, not a torch.nn.Module", code="FXC004")
     return made
 
 
@@ -286,7 +291,9 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:
-        raise TargetError(f"cannot import {name}: {type(error).__name__}: {error}", remedy=f"write {FORMS}") from error
+        raise TargetError(
+            f"cannot import {name}: {type(error).__name__}: {error}", remedy=f"write {FORMS}", code="FXC003"
+        ) from error
 
 
 def _file(path: Path) -> Any:
@@ -294,14 +301,14 @@ def _file(path: Path) -> Any:
     name = f"fxcurv_target_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise TargetError(f"there is no file {path}")
+        raise TargetError(f"there is no file {path}", code="FXC002")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise TargetError(f"cannot import {path}: {type(error).__name__}: {error}") from error
+        raise TargetError(f"cannot import {path}: {type(error).__name__}: {error}", code="FXC003") from error
     return module
 
 
@@ -310,7 +317,9 @@ def _attribute(module: Any, place: str, attribute: str) -> Any:
         return operator.attrgetter(attribute)(module)
     except AttributeError as error:
         known = [name for name, value in vars(module).items() if callable(value)]
-        raise TargetError(f"{place} has no {attribute!r}", remedy=_suggestion(attribute, known)) from error
+        raise TargetError(
+            f"{place} has no {attribute!r}", remedy=_suggestion(attribute, known), code="FXC002"
+        ) from error
 
 
 def _called(locator: str, factory: Any, kwargs: dict[str, Any]) -> Any:
@@ -318,4 +327,6 @@ def _called(locator: str, factory: Any, kwargs: dict[str, Any]) -> Any:
         return factory(**kwargs)
     except Exception as error:
         given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
-        raise TargetError(f"{locator} cannot be built with ({given}): {type(error).__name__}: {error}") from error
+        raise TargetError(
+            f"{locator} cannot be built with ({given}): {type(error).__name__}: {error}", code="FXC004"
+        ) from error

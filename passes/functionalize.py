@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from fxcurv.errors import CaptureError
+from fxcurv.errors import CaptureError, Location, frames_of
 
 __all__ = ["described", "functionalize", "packet_of"]
 
@@ -70,7 +70,7 @@ def _replace(node: fx.Node, sources: Mapping[str, str]) -> None:
     aliases = [n for n in node.graph.nodes if n not in later and n is not node and _memory(n) == memory]
     for alias in aliases:
         if alias.op == "placeholder":
-            raise _overwrites(alias, sources)
+            raise _overwrites(alias, sources, frames_of(node))
     node.target = _out_of_place(node)
     _evaluate(node)
     root = _put_back(target, node)
@@ -138,6 +138,8 @@ def _unknown_view(view: fx.Node) -> CaptureError:
         f"an in-place op writes through a view that {view.target} takes",
         node=described(view),
         remedy="write it out of place: x = op(x) instead of op_(x)",
+        code="FXC202",
+        location=frames_of(view),
     )
 
 
@@ -201,23 +203,31 @@ def _out_of_place(node: fx.Node) -> Any:
     functional = getattr(packet, node.target._overloadname, None)
     if functional is None or functional._schema.is_mutable:
         raise CaptureError(
-            f"{node.target} changes a tensor in place", node=described(node), remedy="write it out of place"
+            f"{node.target} changes a tensor in place",
+            node=described(node),
+            remedy="write it out of place",
+            code="FXC202",
+            location=frames_of(node),
         )
     return functional
 
 
-def _overwrites(placeholder: fx.Node, sources: Mapping[str, str]) -> CaptureError:
+def _overwrites(placeholder: fx.Node, sources: Mapping[str, str], location: Location) -> CaptureError:
     if placeholder.name not in sources:
         return CaptureError(
             "the model overwrites its input in place",
             node=f"'{placeholder.name}'",
             remedy="give the first op inplace=False, or clone the input in forward",
+            code="FXC201",
+            location=location,
         )
     module, _, buffer = sources[placeholder.name].rpartition(".")
     return CaptureError(
         f"the model updates its buffer {buffer}, as BatchNorm in training mode does, which couples the samples",
         node=f"'{module}'",
         remedy="call model.eval(), or keep state out of forward",
+        code="FXC402",
+        location=location,
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcurv import ops
-from fxcurv.errors import UnsupportedError
+from fxcurv.errors import UnsupportedError, frames_of
 from fxcurv.rules import rule_of
 from fxcurv.shapes import Batch, Samples, Shape, resolve
 from fxcurv.spec import describe, module_of
@@ -48,7 +48,13 @@ def locate(gm: fx.GraphModule, device: torch.device, strict: bool = True) -> fx.
     if output.meta["samples"] != Samples(0):
         place = output.meta["samples"]
         where = "does not depend on the input" if place is None else f"has its samples at axis {place}"
-        raise UnsupportedError(f"the output {where}", node=describe(output), remedy="return the samples along axis 0")
+        raise UnsupportedError(
+            f"the output {where}",
+            node=describe(output),
+            remedy="return the samples along axis 0",
+            code="FXC404",
+            location=frames_of(output),
+        )
     return gm
 
 
@@ -235,4 +241,6 @@ def _mixing(node: fx.Node, why: str) -> UnsupportedError:
         f"samples of the batch mix here: {why}",
         node=describe(node),
         remedy="let each sample's output depend on that sample alone",
+        code="FXC401",
+        location=frames_of(node),
     )

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxcurv import ops
 from fxcurv.capture import Captured
-from fxcurv.errors import CaptureError, UnsupportedError
+from fxcurv.errors import CaptureError, UnsupportedError, frames_of
 from fxcurv.shapes import Batch, shape_of
 from fxcurv.spec import Source
 from passes import lowerings
@@ -80,6 +80,7 @@ class _Lowering:
                 f"the model works for one batch size only, {value.shape[0]}",
                 node=f"'{node.name}'",
                 remedy="use -1 or x.shape[0] where it reshapes",
+                code="FXC106",
             )
         self.live.add(node)
         self.data.add(node)
@@ -104,7 +105,11 @@ class _Lowering:
         """The canonical node of an ATen node: its lowered value, a parameter, or a constant."""
         if not isinstance(argument, fx.Node):
             raise UnsupportedError(
-                f"{argument!r} is no tensor", node=where(user), remedy="return a tensor that depends on the input"
+                f"{argument!r} is no tensor",
+                node=where(user),
+                remedy="return a tensor that depends on the input",
+                code="FXC207",
+                location=frames_of(user),
             )
         if argument not in self.values:
             source = self._source(argument)
@@ -138,7 +143,11 @@ class _Lowering:
         ancestors = _ancestors(node)
         if any(n in self.live and n.op != "placeholder" for n in ancestors):
             raise UnsupportedError(
-                "a constant depends on the batch size", node=where(node), remedy="compute it from the input's values"
+                "a constant depends on the batch size",
+                node=where(node),
+                remedy="compute it from the input's values",
+                code="FXC204",
+                location=frames_of(node),
             )
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         for n in (n for n in node.graph.nodes if n in ancestors):
@@ -169,7 +178,7 @@ def _check_real(name: str, node: fx.Node) -> None:
 def _annotated(new: fx.Node, old: fx.Node) -> fx.Node:
     value = old.meta["val"]
     new.meta = {
-        "shape": shape_of(value, where(old)),
+        "shape": shape_of(value, where(old), frames_of(old)),
         "dtype": value.dtype,
         "stack": old.meta.get("stack_trace"),
         "slots": {},

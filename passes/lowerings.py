@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcurv import ops
-from fxcurv.errors import InputError, UnsupportedError
+from fxcurv.errors import InputError, UnsupportedError, frames_of
 from fxcurv.shapes import Batch, Shape, shape_of, size_of
 from passes.functionalize import described, packet_of
 
@@ -87,7 +87,11 @@ def arguments(node: fx.Node) -> Arguments:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         raise UnsupportedError(
-            f"{node.target} is no operator", node=where(node), remedy="keep such calls out of forward"
+            f"{node.target} is no operator",
+            node=where(node),
+            remedy="keep such calls out of forward",
+            code="FXC203",
+            location=frames_of(node),
         )
     given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
     return {a.name: given.get(a.name, node.kwargs.get(a.name, a.default_value)) for a in schema.arguments}
@@ -201,6 +205,8 @@ def _batch_norm(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
             "BatchNorm uses the statistics of the batch, which couples its samples",
             node=where(node),
             remedy="call model.eval() (with track_running_stats=True), or replace it",
+            code="FXC402",
+            location=frames_of(node),
         )
     slots: Slots = {"weight": a["weight"], "bias": a["bias"], "mean": a["running_mean"], "var": a["running_var"]}
     if not low.depends(a["input"]) or not low.holdable(*slots.values()):
@@ -360,7 +366,11 @@ def _reshape(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     shape = _shape(node, node)
     if sum(isinstance(size, Batch) for size in shape) > 1:
         raise UnsupportedError(
-            "the result has no single batch axis", node=where(node), remedy="keep samples along one axis"
+            "the result has no single batch axis",
+            node=where(node),
+            remedy="keep samples along one axis",
+            code="FXC204",
+            location=frames_of(node),
         )
     return low.emit(node, ops.Reshape(_flexible(shape)), low.value(_first(a), node))
 
@@ -463,7 +473,13 @@ def _slice(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     if not isinstance(size, int):
         if isinstance(start, int) and start == 0 and a["step"] == 1 and node.meta["val"].shape[a["dim"]] == size:
             return low.emit(node, nn.Identity(), low.value(a["self"], node))
-        raise UnsupportedError("the batch axis is cut", node=where(node), remedy="keep every sample")
+        raise UnsupportedError(
+            "the batch axis is cut",
+            node=where(node),
+            remedy="keep every sample",
+            code="FXC205",
+            location=frames_of(node),
+        )
     start, stop, step = slice(start, stop, a["step"]).indices(size)
     return low.emit(node, ops.Slice(a["dim"], start, stop, step), low.value(a["self"], node))
 
@@ -497,7 +513,13 @@ def part(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
 
 def _number(size: int | torch.SymInt, node: fx.Node) -> int:
     if not isinstance(size, int):
-        raise UnsupportedError("the batch axis is cut", node=where(node), remedy="keep every sample")
+        raise UnsupportedError(
+            "the batch axis is cut",
+            node=where(node),
+            remedy="keep every sample",
+            code="FXC205",
+            location=frames_of(node),
+        )
     return size
 
 
@@ -519,14 +541,24 @@ def _to(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     x, dtype = low.value(a["self"], node), node.meta["val"].dtype
     if not dtype.is_floating_point:
         raise UnsupportedError(
-            f"the data is converted to {dtype}", node=where(node), remedy="keep it in floating point"
+            f"the data is converted to {dtype}",
+            node=where(node),
+            remedy="keep it in floating point",
+            code="FXC206",
+            location=frames_of(node),
         )
     return low.emit(node, nn.Identity() if x.meta["dtype"] == dtype else ops.Cast(dtype), x)
 
 
 def _dropout(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     if a["train"] and a["p"] > 0:
-        raise InputError("Dropout draws at random in training mode", node=where(node), remedy="call model.eval()")
+        raise InputError(
+            "Dropout draws at random in training mode",
+            node=where(node),
+            remedy="call model.eval()",
+            code="FXC403",
+            location=frames_of(node),
+        )
     return low.emit(node, nn.Dropout(a["p"]), low.value(_first(a), node))
 
 
