@@ -7,8 +7,9 @@ from fxcurv.blocks import Block as Block
 from fxcurv.blocks import Dense as Dense
 from fxcurv.blocks import Diagonal as Diagonal
 from fxcurv.blocks import Kronecker as Kronecker
-from fxcurv.check import Report as Report
-from fxcurv.check import check as check
+from fxcurv.checks import Demands as Demands
+from fxcurv.checks import Report as Report
+from fxcurv.checks import check as check
 from fxcurv.errors import CaptureError as CaptureError
 from fxcurv.errors import FxcurvError as FxcurvError
 from fxcurv.errors import InputError as InputError

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import fxcurv
 from fxcurv import data, targets
-from fxcurv.check import as_json, check
+from fxcurv.checks import check
+from fxcurv.checks.formats import FORMATS
 from fxcurv.errors import FxcurvError, InputError
 from fxcurv.losses import BY_NAME, as_loss
 from fxcurv.picture import Format
@@ -98,7 +99,7 @@ def _check(arguments: argparse.Namespace) -> int:
         target = targets.resolve(name, seed=arguments.seed)
         inputs, quantities = _example(arguments, target), _names(arguments.quantities)
         reports.append(check(target.model, inputs, quantities, loss=arguments.loss, target=name))
-    print(as_json(reports) if arguments.format == "json" else "\n\n".join(map(str, reports)))
+    print(FORMATS[arguments.format](reports))
     return 0 if all(report.ok for report in reports) else 1
 
 

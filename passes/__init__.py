@@ -34,19 +34,25 @@ from passes.lower import lower
 from passes.schedule import schedule
 from passes.uses import refusals
 
-__all__ = ["canonicalize", "compile_program"]
+__all__ = ["canonicalize", "compile_program", "lowered"]
 
 
 def canonicalize(
     model: nn.Module, inputs: Inputs, output: Output = None, *, strict: bool = True
 ) -> dict[str, fx.GraphModule]:
     """The stages up to the canonical graph; unless `strict`, it may have nodes that are refused."""
+    stages = lowered(model, inputs, output)
+    canonical = verify(locate(stages.pop("folded"), device_of(inputs), strict), "canonical")
+    return {**stages, "canonical": canonical}
+
+
+def lowered(model: nn.Module, inputs: Inputs, output: Output = None) -> dict[str, fx.GraphModule]:
+    """The stages for which nothing need be computed."""
     captured = capture(model, inputs, output)
     functional = functionalize(inline(captured.graph), captured.sources)
     captured = replace(captured, graph=verify(functional, "captured"))
-    lowered = verify(lower(captured, model), "lowered")
-    canonical = verify(locate(verify(fold(lowered), "lowered"), device_of(inputs), strict), "canonical")
-    return {"captured": captured.graph, "lowered": lowered, "canonical": canonical}
+    gm = verify(lower(captured, model), "lowered")
+    return {"captured": captured.graph, "lowered": gm, "folded": verify(fold(gm), "lowered")}
 
 
 def compile_program(model: nn.Module, stages: Mapping[str, fx.GraphModule], choice: Choice) -> Program:

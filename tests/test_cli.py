@@ -261,15 +261,16 @@ def test_check_passes(nets: str, capsys: Capture) -> None:
     assert (code, err) == (0, "")
     assert re.search(r"^fc.weight +Linear +\[2, 4\] +exact +exact$", out, re.MULTILINE)
     assert re.search(r"^body.bias +Linear +\[4\] +frozen +frozen$", out, re.MULTILINE)
-    assert re.search(r"^spare.bias +Linear +\[2\] +unreached +unreached$", out, re.MULTILINE)
-    assert re.search(r"Partly: 6 parameters: 4 frozen, 4 exact, 4 unreached -> PASS +\d+\.\d s$", out)
+    assert re.search(r"^spare.bias +Linear +\[2\] +unreached +unreached +FXC430$", out, re.MULTILINE)
+    assert re.search(r"Partly: 6 parameters: 4 frozen, 4 exact, 4 unreached; .* -> PASS +\d+\.\d s$", out)
 
 
 def test_check_finds(nets: str, capsys: Capture) -> None:
     code, out, err = run(capsys, "check", f"{nets}:Mixing", "--quantities", "kfac")
     assert (code, err) == (1, "")
-    assert re.search(r"^fc.weight +Linear +\[2, 3\] +unsupported$", out, re.MULTILINE)
-    assert re.search(r"^  node 'mean' .*samples of the batch mix here.*; let each sample", out, re.MULTILINE)
+    line = NETS[: NETS.index("y.mean(0)")].count("\n") + 1
+    assert re.search(rf"^fc.weight +Linear +\[2, 3\] +unsupported +FXC401 .*nets.py:{line}$", out, re.MULTILINE)
+    assert re.search(r"^  FXC401  error .*: node 'mean' .*samples of the batch mix here.*; let each", out, re.MULTILINE)
     assert "-> FAIL" in out
 
 
@@ -277,14 +278,15 @@ def test_check_of_several_targets_as_json(nets: str, capsys: Capture) -> None:
     names = [f"{nets}:{net}" for net in ("Partly", "Mixing", "small")]
     code, out, err = run(capsys, "check", *names, "--format", "json", "--quantities", "kfac,grad")
     assert (code, err) == (1, ""), "one of them fails"
-    reports = json.loads(out)
-    assert [report["target"] for report in reports] == names
-    assert [report["summary"]["ok"] for report in reports] == [True, False, True]
-    for name, report in zip(names, reports, strict=True):
+    document = json.loads(out)
+    assert [target["name"] for target in document["targets"]] == names
+    assert [target["ok"] for target in document["targets"]] == [True, False, True]
+    rows = [[row for row in document["rows"] if row["target"] == name] for name in names]
+    for name, of_target in zip(names, rows, strict=True):
         parameters = [parameter for parameter, _ in resolve(name).model.named_parameters()]
-        found = [(row["quantity"], row["parameter"]) for row in report["rows"]]
+        found = [(row["quantity"], row["parameter"]) for row in of_target]
         assert found == [(quantity, parameter) for quantity in ("kfac", "grad") for parameter in parameters]
-    partly, mixing, small = ({row["parameter"]: row["status"] for row in report["rows"]} for report in reports)
+    partly, mixing, small = ({row["parameter"]: row["status"] for row in of_target} for of_target in rows)
     assert partly == {
         "body.weight": "frozen",
         "body.bias": "frozen",
@@ -295,7 +297,7 @@ def test_check_of_several_targets_as_json(nets: str, capsys: Capture) -> None:
     }
     assert set(mixing.values()) == {"unsupported"}
     assert set(small.values()) == {"exact"}
-    assert all(row["message"].startswith("node 'mean'") and row["suggestion"] for row in reports[1]["rows"])
+    assert all(row["message"].startswith("node 'mean'") and row["suggestion"] for row in rows[1])
 
 
 def test_check_takes_the_loss_and_the_shape(nets: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +312,7 @@ def test_check_takes_the_loss_and_the_shape(nets: str, capsys: Capture, monkeypa
     code, out, _ = run(capsys, "check", f"{nets}:shapeless", "--input", "7x4", "--loss", "mse")
     assert code == 0
     assert losses == ["mse"]
-    assert "2 parameters: 4 exact -> PASS" in out
+    assert "2 parameters: 4 exact; kfac 100.0%, diag_ggn 100.0% -> PASS" in out
 
 
 @pytest.mark.parametrize(

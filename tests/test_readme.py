@@ -204,7 +204,7 @@ def test_the_vocabulary_is_that_of_the_rules() -> None:
 
 def test_every_file_has_a_place_in_the_layout() -> None:
     listed = [name for cell, _ in table("| file | what") for name in re.findall(r"`([^`]+)`", cell)]
-    files = (path for folder in ("fxcurv", "passes") for path in (ROOT / folder).glob("*.py"))
+    files = (path for folder in ("fxcurv", "passes") for path in (ROOT / folder).rglob("*.py"))
     assert sorted(listed) == sorted(
         str(path.relative_to(ROOT).as_posix()) for path in files if not path.stem.startswith("_")
     )

@@ -1,0 +1,7 @@
+"""Checks: is a model curvature-compatible, and did a change break it? Findings, codes, formats, configuration."""
+
+from fxcurv.checks.levels import check as check
+from fxcurv.checks.policy import Allowance as Allowance
+from fxcurv.checks.policy import Demands as Demands
+from fxcurv.checks.report import Report as Report
+from fxcurv.checks.report import Row as Row

@@ -1,0 +1,204 @@
+"""The formats of reports: a function from reports to text for each."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from xml.etree import ElementTree as ET
+
+from tabulate import tabulate
+
+from fxcurv.checks.policy import base
+from fxcurv.checks.report import STATUSES, Report, Row, document
+from fxcurv.checks.sarif import as_sarif
+
+__all__ = ["FORMATS", "markdown", "text"]
+
+Reports = Sequence[Report]
+
+
+# For people -------------------------------------------------------------------------------------------------------
+
+
+def text(reports: Reports) -> str:
+    """A table per target, each reason once, and a verdict."""
+    return "\n\n".join(map(_text, reports))
+
+
+def _text(report: Report) -> str:
+    headers, rows = _table(report)
+    table = tabulate(rows, headers, disable_numparse=True) if rows else ""
+    reasons = ["  " + "  ".join(filter(None, _said(rows))) for rows in _together(report.findings)]
+    return "\n".join(filter(None, (table, *reasons, *_suppressed(report), _verdict(report))))
+
+
+def _table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """A line per parameter; codes and places only where something is found."""
+    status = {(row.parameter, row.quantity): row.status for row in report.rows}
+    rows = {row.parameter: row for row in report.rows if row.parameter}
+    found = {row.parameter: row for row in reversed(report.findings)}
+    lines = [
+        [name, row.op or row.module_type, str(list(row.shape)), *(status[name, q] for q in report.quantities)]
+        + ([found[name].code if name in found else "", found[name].where if name in found else ""] if found else [])
+        for name, row in rows.items()
+    ]
+    return ["parameter", "op", "shape", *report.quantities, *(("code", "where") if found else ())], lines
+
+
+def _together(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that say the same about several parameters and quantities."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.target, row.code, row.severity, row.where, row.text), []).append(row)
+    return list(groups.values())
+
+
+def _said(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Code, severity, place and text of rows that say the same."""
+    return rows[0].code, str(rows[0].severity), rows[0].where, f"{_names(rows)}{rows[0].text}"
+
+
+def _names(rows: Sequence[Row]) -> str:
+    """The first of their parameters, before what is said about them."""
+    names = list(dict.fromkeys(row.parameter for row in rows if row.parameter))
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}: " if names else ""
+
+
+def _suppressed(report: Report) -> list[str]:
+    counts = Counter(row.suppressed for row in report.rows if row.suppressed)
+    return [f"  {count} suppressed: {reason}" for reason, count in counts.items()]
+
+
+def _verdict(report: Report) -> str:
+    counts = Counter(row.status for row in report.rows)
+    found = ", ".join(f"{count} {status}" for status, count in counts.items())
+    share = ", ".join(f"{quantity} {report.coverage(quantity):.1%}" for quantity in report.quantities)
+    number = len({row.parameter for row in report.rows if row.parameter})
+    verdict = "PASS" if report.ok else "FAIL"
+    return f"{report.target}: {number} parameters: {found}; {share} -> {verdict}   {report.seconds:.1f} s"
+
+
+def markdown(reports: Reports) -> str:
+    """A line per target, and below it what was found: the summary of a job."""
+    quantities = list(dict.fromkeys(quantity for report in reports for quantity in report.quantities))
+    shares = [[f"{r.coverage(q):.1%}" if q in r.quantities else "" for q in quantities] for r in reports]
+    lines = [
+        [f"`{r.target}`", "✅" if r.ok else "❌", str(len(_together(r.failures))), *share, f"{r.seconds:.1f}"]
+        for r, share in zip(reports, shares, strict=True)
+    ]
+    headers = ["target", "", "failures", *quantities, "seconds"]
+    parts = ["## fxcurv check", tabulate(lines, headers, tablefmt="github", disable_numparse=True)]
+    found = [_cells(rows) for r in reports for rows in _together(r.findings)]
+    if found:
+        parts.append(tabulate(found, ["target", "code", "severity", "where", "finding"], tablefmt="github"))
+    return "\n\n".join(parts)
+
+
+def _cells(rows: Sequence[Row]) -> list[str]:
+    code, severity, where, said = _said(rows)
+    escaped = said.replace("|", "\\|").replace("\n", " ")
+    return [f"`{rows[0].target}`", code, severity, f"`{where}`" if where else "", escaped]
+
+
+# For machines -----------------------------------------------------------------------------------------------------
+
+
+def as_json(reports: Reports) -> str:
+    """The document that `schema.json` describes."""
+    return json.dumps(document(reports), indent=2, ensure_ascii=False)
+
+
+def as_jsonl(reports: Reports) -> str:
+    """One row a line."""
+    return "\n".join(json.dumps(row.to_dict(), ensure_ascii=False) for report in reports for row in report.rows)
+
+
+def as_csv(reports: Reports) -> str:
+    """One line per target, as timm writes its results."""
+    quantities = list(dict.fromkeys(quantity for report in reports for quantity in report.quantities))
+    statuses = [f"{quantity}_{status}" for quantity in quantities for status in STATUSES]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["model", "input", "param_count", "nodes", *statuses, "coverage", "ok", "seconds"])
+    for report in reports:
+        counts = [report.statuses(quantity)[status] for quantity in quantities for status in STATUSES]
+        coverage = min((report.coverage(quantity) for quantity in report.quantities), default=0.0)
+        facts = [report.target, report.input, report.numel, report.nodes]
+        writer.writerow([*facts, *counts, f"{coverage:.6f}", report.ok, f"{report.seconds:.3f}"])
+    return out.getvalue().rstrip("\n")
+
+
+def as_github(reports: Reports) -> str:
+    """Workflow commands, which GitHub shows beside the lines, ten errors and ten warnings a step: one per reason."""
+    return "\n".join(_annotation(rows) for report in reports for rows in _together(report.findings))
+
+
+def _annotation(rows: Sequence[Row]) -> str:
+    row = rows[0]
+    level = "notice" if row.severity == "note" else str(row.severity)
+    place = {"file": row.file, "line": row.line, "col": row.column} if row.file else {}
+    properties = {"title": f"fxcurv ({row.code})", **place}
+    help = f"\n  help: {row.suggestion}" if row.suggestion else ""
+    listed = ",".join(f"{key}={_escaped(str(value), ':,')}" for key, value in properties.items())
+    return f"::{level} {listed}::{_escaped(f'{row.target}: {_names(rows)}{row.message}{help}')}"
+
+
+def _escaped(text: str, more: str = "") -> str:
+    """What the workflow command's syntax takes, as the runner undoes it."""
+    for character in f"%\r\n{more}":
+        text = text.replace(character, f"%{ord(character):02X}")
+    return text
+
+
+def as_junit(reports: Reports) -> str:
+    """A suite per target, a case per parameter × quantity; what is frozen or suppressed is skipped."""
+    suites = ET.Element("testsuites", name="fxcurv check")
+    for report in reports:
+        suites.append(_suite(report))
+    totals = {key: sum(int(suite.get(key, "0")) for suite in suites) for key in ("tests", "failures", "errors")}
+    suites.attrib |= {key: str(value) for key, value in totals.items()}
+    ET.indent(suites)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(suites, encoding="unicode")
+
+
+def _suite(report: Report) -> ET.Element:
+    suite = ET.Element("testsuite", name=report.target, time=f"{report.seconds:.3f}")
+    failing = {id(row) for row in report.failures}
+    kinds: Counter[str] = Counter()
+    for row in report.rows:
+        case = ET.SubElement(suite, "testcase", name=f"{row.quantity}[{row.parameter}]", classname=report.target)
+        kind = _outcome(row, id(row) in failing)
+        if kind:
+            kinds[kind] += 1
+            said = {"message": row.suppressed or row.message or row.status, "type": row.code or row.status}
+            ET.SubElement(case, kind, said).text = "\n".join(filter(None, (row.where, row.suggestion, *row.stack)))
+    suite.attrib |= {
+        "tests": str(len(report.rows)),
+        "failures": str(kinds["failure"]),
+        "errors": str(kinds["error"]),
+        "skipped": str(kinds["skipped"]),
+    }
+    return suite
+
+
+def _outcome(row: Row, fails: bool) -> str:
+    if row.suppressed or base(row.status) == "frozen":
+        return "skipped"
+    return ("error" if base(row.status) == "error" else "failure") if fails else ""
+
+
+FORMATS: dict[str, Callable[[Reports], str]] = {
+    "text": text,
+    "json": as_json,
+    "jsonl": as_jsonl,
+    "csv": as_csv,
+    "github": as_github,
+    "sarif": as_sarif,
+    "junit": as_junit,
+    "markdown": markdown,
+}
+"""What `--format` can name."""

@@ -1,0 +1,193 @@
+"""What a check finds: a row per parameter × quantity, a report per target, one document for all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+import fxcurv
+from fxcurv.checks.codes import Severity
+from fxcurv.checks.policy import Demands, Level, base
+from fxcurv.errors import FxcurvError
+
+__all__ = ["STATUSES", "Report", "Row", "document", "judged"]
+
+STATUSES = ("exact", "approx", "fallback", "frozen", "unreached", "unsupported", "error")
+"""The closed set, without the names of approximations."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter × quantity: what it gets and why not more; without a parameter, of the target as a whole.
+
+    `file`, `line`, `column` say where to look inside of the repository, `stack` the innermost lines of the model
+    wherever they are. `suppressed` says why a finding does not count: ignored, allowed with a reason, or known.
+    """
+
+    target: str
+    parameter: str
+    quantity: str
+    status: str
+    module: str = ""
+    module_type: str = ""
+    shape: tuple[int, ...] = ()
+    numel: int = 0
+    node: str = ""
+    op: str = ""
+    code: str = ""
+    severity: Severity | None = None
+    message: str = ""
+    suggestion: str = ""
+    file: str | None = None
+    line: int | None = None
+    column: int | None = None
+    stack: tuple[str, ...] = ()
+    suppressed: str = ""
+
+    @property
+    def approximation(self) -> str:
+        """`diagonal` of the status `approx(diagonal)`."""
+        return self.status.partition("(")[2].removesuffix(")")
+
+    @property
+    def fingerprint(self) -> str:
+        """What makes a finding the same finding after an edit: no line numbers."""
+        identity = "\0".join((self.target, self.parameter, self.op, self.quantity, self.code))
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    @property
+    def where(self) -> str:
+        """`file:line` to look at."""
+        if self.file is not None:
+            return f"{self.file}:{self.line}"
+        return self.stack[0].partition(" in ")[0] if self.stack else ""
+
+    @property
+    def text(self) -> str:
+        """Cause and remedy in one line."""
+        return f"{self.message}; {self.suggestion}" if self.suggestion else self.message
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        extra = {"approximation": self.approximation, "fingerprint": self.fingerprint}
+        return {**asdict(self), "shape": list(self.shape), "stack": list(self.stack), **extra}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found for one target."""
+
+    target: str
+    rows: tuple[Row, ...]
+    quantities: tuple[str, ...]
+    level: Level = "shape"
+    input: str = ""
+    nodes: int = 0
+    seconds: float = 0.0
+    demands: Demands = field(default_factory=Demands)
+
+    @property
+    def findings(self) -> tuple[Row, ...]:
+        """The rows that have something to say, and are not suppressed."""
+        return tuple(row for row in self.rows if row.severity is not None and not row.suppressed)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The findings that make the check fail."""
+        return tuple(row for row in self.findings if row.severity in self.demands.fatal)
+
+    @property
+    def ok(self) -> bool:
+        """Whether something was checked and nothing fails."""
+        return bool(self.rows) and not self.failures
+
+    @property
+    def numel(self) -> int:
+        """Entries of all parameters."""
+        return sum({row.parameter: row.numel for row in self.rows}.values())
+
+    def coverage(self, quantity: str) -> float:
+        """The share of trainable entries that get the quantity as it is required."""
+        return self.demands.coverage([row for row in self.rows if row.quantity == quantity])
+
+    def statuses(self, quantity: str) -> dict[str, int]:
+        """How many parameters have each status, all of the closed set."""
+        counts = Counter(base(row.status) for row in self.rows if row.quantity == quantity)
+        return {status: counts[status] for status in STATUSES}
+
+    def raise_if_failed(self) -> None:
+        """Raise the first failure."""
+        for row in self.failures:
+            raise FxcurvError(row.message, remedy=row.suggestion or None, code=row.code)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of this report alone."""
+        return document([self])
+
+    def summary(self) -> dict[str, Any]:
+        """The target's line in the document."""
+        return {
+            "name": self.target,
+            "ok": self.ok,
+            "level": self.level,
+            "input": self.input,
+            "quantities": list(self.quantities),
+            "parameters": len({row.parameter for row in self.rows if row.parameter}),
+            "numel": self.numel,
+            "nodes": self.nodes,
+            "seconds": round(self.seconds, 3),
+            "coverage": {quantity: round(self.coverage(quantity), 6) for quantity in self.quantities},
+            "statuses": {quantity: self.statuses(quantity) for quantity in self.quantities},
+        }
+
+    def __str__(self) -> str:
+        from fxcurv.checks.formats import text
+
+        return text([self])
+
+
+def document(reports: Sequence[Report]) -> dict[str, Any]:
+    """Plain containers, as the JSON format prints them and `schema.json` beside this file describes them."""
+    rows = [row for report in reports for row in report.rows]
+    return {
+        "schema_version": 1,
+        "tool": {"name": "fxcurv", "version": fxcurv.__version__},
+        "environment": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "torch": str(torch.__version__),
+        },
+        "targets": [report.summary() for report in reports],
+        "rows": [row.to_dict() for row in rows],
+        "summary": {
+            "ok": all(report.ok for report in reports),
+            "targets": len(reports),
+            "failed": sum(not report.ok for report in reports),
+            "statuses": dict(Counter(base(row.status) for row in rows)),
+            "codes": dict(Counter(row.code for report in reports for row in report.findings)),
+            "suppressed": sum(bool(row.suppressed) for row in rows),
+            "seconds": round(sum(report.seconds for report in reports), 3),
+        },
+    }
+
+
+def judged(report: Report) -> Report:
+    """The report with a severity on every row that has something to say, as its demands see it."""
+    rows: list[Row] = []
+    for quantity in dict.fromkeys(row.quantity for row in report.rows):
+        own = [row for row in report.rows if row.quantity == quantity]
+        rows += _judged(own, report.demands)
+    return replace(report, rows=tuple(rows))
+
+
+def _judged(rows: Sequence[Row], demands: Demands) -> Iterable[Row]:
+    enough = demands.min_coverage < 1 and demands.coverage(rows) >= demands.min_coverage
+    for row in rows:
+        severity = demands.severity(row.status, row.code, enough)
+        yield replace(row, severity=severity, suppressed=demands.suppressed(row) if severity else "")
