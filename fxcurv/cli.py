@@ -1,4 +1,4 @@
-"""The command line: fxcurv compute | show | check | demo | env.
+"""The command line: fxcurv compute | show | check | explain | rules | demo | env.
 
 Exit codes: 0 done or passed, 1 findings of `check`, 2 wrong usage or a refusal.
 """
@@ -6,8 +6,10 @@ Exit codes: 0 done or passed, 1 findings of `check`, 2 wrong usage or a refusal.
 from __future__ import annotations
 
 import argparse
+import logging
 import platform
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,9 +20,9 @@ from torch import Tensor, nn
 
 import fxcurv
 from fxcurv import data, targets
-from fxcurv.checks import check
-from fxcurv.checks.formats import FORMATS
+from fxcurv.checks.command import add_check, add_explain, add_rules
 from fxcurv.errors import FxcurvError, InputError
+from fxcurv.examples import example, like, shape_of_one
 from fxcurv.losses import BY_NAME, as_loss
 from fxcurv.picture import Format
 from fxcurv.show import tabular
@@ -29,14 +31,19 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; errors that the user can mend are one line on stderr."""
+    """Run one command; errors are one line on stderr, and 2, so that they are not taken for findings."""
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
+    logging.getLogger("torch").setLevel(logging.ERROR)  # whole graphs, where tracing fails
     try:
         return command(arguments)
     except FxcurvError as error:
         print(f"fxcurv: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        if arguments.traceback:
+            traceback.print_exc()
+        print(f"fxcurv: unexpected {type(error).__name__}: {error}; see --traceback [FXC904]", file=sys.stderr)
+    return 2
 
 
 # Commands ---------------------------------------------------------------------------------------------------------
@@ -48,10 +55,10 @@ def _compute(arguments: argparse.Namespace) -> int:
             f"there is no folder {arguments.save.parent}", remedy="create it, or choose another --save", code="FXC007"
         )
     target = targets.resolve(arguments.target, seed=arguments.seed)
-    model, loss, like = target.model, as_loss(arguments.loss), _like(target)
-    batch = data.load(arguments.data, _batch(arguments), _shape(arguments, target), seed=arguments.seed)
+    model, loss, held = target.model, as_loss(arguments.loss), like(target)
+    batch = data.load(arguments.data, _batch(arguments), shape_of_one(target, arguments.input), seed=arguments.seed)
     compiled = fxcurv.compile(model, loss, _names(arguments.quantities))
-    inputs, generator = batch.inputs.to(like), torch.Generator(like.device).manual_seed(arguments.seed)
+    inputs, generator = batch.inputs.to(held), torch.Generator(held.device).manual_seed(arguments.seed)
     y = _targets(model, loss, inputs, batch.targets, generator)
     result = compiled(inputs, y, generator, progress=True)
     print(f"{target.name}: {batch.description}\n{result}")
@@ -91,16 +98,6 @@ def _written(text: str, file: Path | None) -> int:
     file.write_text(text, encoding="utf-8")
     print(f"wrote {file}")
     return 0
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    reports = []
-    for name in arguments.target:
-        target = targets.resolve(name, seed=arguments.seed)
-        inputs, quantities = _example(arguments, target), _names(arguments.quantities)
-        reports.append(check(target.model, inputs, quantities, loss=arguments.loss, target=name))
-    print(FORMATS[arguments.format](reports))
-    return 0 if all(report.ok for report in reports) else 1
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -144,33 +141,6 @@ def _batch(arguments: argparse.Namespace) -> int:
     return default if arguments.batch is None else arguments.batch
 
 
-def _shape(arguments: argparse.Namespace, target: targets.Target) -> tuple[int, ...]:
-    """The shape of one input: given as `3x64x64`, or what the model says."""
-    if arguments.input is None:
-        if target.input_shape is None:
-            raise InputError(
-                f"{target.name} does not say the shape of its input",
-                remedy="give --input, e.g. --input 3x32x32",
-                code="FXC007",
-            )
-        return target.input_shape
-    sizes = arguments.input.split("x")
-    if not all(size.isdecimal() and int(size) for size in sizes):
-        raise InputError(
-            f"--input {arguments.input} is no shape", remedy="give the sizes of one input, e.g. 3x32x32", code="FXC007"
-        )
-    return tuple(map(int, sizes))
-
-
-def _example(arguments: argparse.Namespace, target: targets.Target) -> Tensor:
-    return _like(target).new_zeros(2, *_shape(arguments, target))
-
-
-def _like(target: targets.Target) -> Tensor:
-    """A tensor of the type and on the device that the model computes with."""
-    return next(target.model.parameters(), torch.empty(0)).detach()
-
-
 def _targets(
     model: nn.Module, loss: nn.Module, inputs: Tensor, labels: Tensor | None, generator: torch.Generator
 ) -> Tensor:
@@ -206,46 +176,50 @@ def _output(model: nn.Module, inputs: Tensor) -> Tensor:
     return output
 
 
+# The parser -------------------------------------------------------------------------------------------------------
+
+_TARGET = (
+    "TARGET: torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory, each with ?key=value&…"
+)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "fxcurv", description="Curvature of neural networks: KFAC, diagonal GGN and relatives."
     )
     parser.add_argument("--version", action="version", version=f"fxcurv {fxcurv.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    named = (
-        "TARGET: torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory, each with ?key=value&…"
-    )
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=help, description=help, epilog=named if name not in ("demo", "env") else None
-        )
-        sub.set_defaults(command=run)
-        if name != "env":
-            sub.add_argument("--seed", type=int, default=0, help="of untrained weights, data and samples (default 0)")
-        return sub
+    def command(name: str, add: Callable[[argparse.ArgumentParser], None], help: str, epilog: str = "") -> None:
+        sub = commands.add_parser(name, help=help, description=help, epilog=epilog)
+        sub.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
+        add(sub)
 
-    compute = command("compute", _compute, "compute curvature of a model on a batch and print it per parameter")
-    show = command("show", _show, "print the rewritten graphs of a model, forward and backward")
-    checked = command(
-        "check", _check, "say for every parameter and quantity whether it is exact, approximated or refused"
-    )
-    for sub in (compute, show, checked):
-        sub.add_argument("target", nargs="+" if sub is checked else None, metavar="TARGET")
-        sub.add_argument(
-            "--quantities",
-            default="kfac,diag_ggn",
-            metavar="Q,…",
-            help=f"of {', '.join(fxcurv.NAMES)} (default kfac,diag_ggn)",
-        )
-        sub.add_argument("--loss", default="cross_entropy", choices=list(BY_NAME))
-        sub.add_argument("--input", metavar="SHAPE", help="of one input, e.g. 3x32x32 (default: what the model says)")
-    compute.add_argument("--batch", type=int, help="samples (default 8; 2 photos)")
-    compute.add_argument(
+    command("compute", _add_compute, "compute curvature of a model on a batch and print it per parameter", _TARGET)
+    command("show", _add_show, "print the rewritten graphs of a model, forward and backward", _TARGET)
+    command("check", add_check, "say for every parameter and quantity whether it is exact, named or refused", _CHECK)
+    command("explain", add_explain, "say what a code means, and what to do")
+    command("rules", add_rules, "list all codes")
+    command("demo", _add_demo, "train a small residual CNN on handwritten digits and look at its curvature")
+    command("env", lambda sub: sub.set_defaults(command=_env), "print versions for a bug report")
+    return parser
+
+
+_CHECK = f"{_TARGET}, or a pattern such as timm:test_*. Exit codes: 0 passed, 1 findings, 2 wrong use."
+
+
+def _add_compute(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, _compute)
+    parser.add_argument("--batch", type=int, help="samples (default 8; 2 photos)")
+    parser.add_argument(
         "--data", default="random", choices=get_args(data.Kind), help="real or random inputs (default random)"
     )
-    compute.add_argument("--save", type=Path, metavar="FILE.safetensors", help="write every tensor to a file")
-    show.add_argument(
+    parser.add_argument("--save", type=Path, metavar="FILE.safetensors", help="write every tensor to a file")
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, _show)
+    parser.add_argument(
         "--stage",
         default="canonical,backward",
         help="captured, lowered, canonical, forward, backward (default canonical,backward)",
@@ -261,5 +235,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--output", type=Path, default=Path("fxcurv-demo"), help="folder for tables and pictures (default fxcurv-demo)"
     )
-    command("env", _env, "print versions for a bug report")
-    return parser
+    _add_seed(parser)
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="of untrained weights, data and samples (default 0)")

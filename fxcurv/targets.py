@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import fnmatch
 import importlib
 import importlib.util
 import inspect
@@ -34,7 +35,18 @@ from torch import Tensor, nn
 
 from fxcurv.errors import FxcurvError
 
-__all__ = ["DEMO", "PACKAGED", "MissingPackageError", "Packaged", "Target", "TargetError", "imported", "resolve"]
+__all__ = [
+    "DEMO",
+    "PACKAGED",
+    "MissingPackageError",
+    "Packaged",
+    "Target",
+    "TargetError",
+    "imported",
+    "lookup",
+    "matching",
+    "resolve",
+]
 
 FORMS = "torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory, each with ?key=value&…"
 DEMO = '"fxcurv[demo]"'
@@ -51,11 +63,12 @@ class MissingPackageError(FxcurvError):
 
 @dataclass(frozen=True)
 class Target:
-    """A model in eval mode, the string that names it, and the shape of one input where the model says it."""
+    """A model in eval mode, the string that names it, the shape of one input where the model says it, what built it."""
 
     name: str
     model: nn.Module
     input_shape: tuple[int, ...] | None
+    factory: object = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,7 @@ PACKAGED: Mapping[str, Packaged] = {
 def resolve(target: str, *, seed: int = 0) -> Target:
     """The model that `target` names, in eval mode; untrained weights come from `seed`, not the global generator."""
     locator, _, query = target.partition("?")
-    kwargs = _literals(query)
+    kwargs, factory = _literals(query), None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if locator.startswith("torchvision:"):
@@ -95,9 +108,23 @@ def resolve(target: str, *, seed: int = 0) -> Target:
         elif locator.startswith("timm:"):
             model, shape = _timm(locator, kwargs)
         else:
-            model = _from_factory(locator, kwargs)
+            factory = lookup(locator)
+            model = _made(locator, factory, kwargs)
             shape = getattr(model, "input_shape", None)
-    return Target(target, model.eval(), None if shape is None else tuple(int(n) for n in shape))
+    return Target(target, model.eval(), None if shape is None else tuple(int(n) for n in shape), factory)
+
+
+def matching(pattern: str) -> list[str]:
+    """The targets that `timm:test_*` or `torchvision:vit_*` stands for; what is no pattern stands for itself."""
+    locator, mark, query = pattern.partition("?")
+    library, _, names = locator.partition(":")
+    if not set(names) & set("*[") or library not in ("torchvision", "timm"):
+        return [pattern]
+    module, install = ("torchvision.models", "torchvision") if library == "torchvision" else ("timm", '"fxcurv[timm]"')
+    found = fnmatch.filter(imported(module, install).list_models(), names)
+    if not found:
+        raise TargetError(f"no model of {library} is called {names}", remedy="see its list_models()", code="FXC002")
+    return [f"{library}:{name}{mark}{query}" for name in found]
 
 
 def imported(module: str, install: str = DEMO) -> Any:
@@ -259,18 +286,25 @@ def _packaged_file(packaged: Packaged) -> Path:
 # Models of your own --------------------------------------------------------------------------------------------------
 
 
-def _from_factory(locator: str, kwargs: dict[str, Any]) -> nn.Module:
+def lookup(locator: str) -> Any:
+    """What `package.module:name` or `path/to/file.py:name` names."""
     place, colon, attribute = locator.rpartition(":")
     if not (colon and place and attribute):
         raise TargetError(f"{locator!r} is no target", remedy=f"write {FORMS}", code="FXC001")
     file = Path(place) if place.endswith(".py") else None
     with _importing_from(Path.cwd() if file is None else file.resolve().parent):
-        module = _module(place) if file is None else _file(file)
-        made = _attribute(module, place, attribute)
-        if not isinstance(made, nn.Module):
-            made = _called(locator, made, kwargs)
-        elif kwargs:
+        return _attribute(_module(place) if file is None else _file(file), place, attribute)
+
+
+def _made(locator: str, factory: Any, kwargs: dict[str, Any]) -> nn.Module:
+    """The model that a factory returns, or that it is."""
+    if isinstance(factory, nn.Module):
+        if kwargs:
             raise TargetError(f"{locator} is a model, not a factory: it takes no keyword arguments", code="FXC001")
+        return factory
+    place = locator.rpartition(":")[0]
+    with _importing_from(Path(place).resolve().parent if place.endswith(".py") else Path.cwd()):
+        made = _called(locator, factory, kwargs)
     if not isinstance(made, nn.Module):
         raise TargetError(f"{locator} returns a {type(made).__name__}, not a torch.nn.Module", code="FXC004")
     return made

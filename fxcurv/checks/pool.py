@@ -1,0 +1,155 @@
+"""Targets in processes of their own: several at once, each with a time limit; one that dies is a finding."""
+
+from __future__ import annotations
+
+import io
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fxcurv import targets
+from fxcurv.checks.anchors import Anchors, defined_at
+from fxcurv.checks.codes import CODES
+from fxcurv.checks.levels import Question, Subject, examine
+from fxcurv.checks.report import Report, Row, judged
+from fxcurv.errors import Frame, FxcurvError
+from fxcurv.examples import example
+
+__all__ = ["Outcome", "Task", "perform", "perform_all"]
+
+Outcome = Report | FxcurvError
+"""What came of a target: its report, or why it is none."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One target, what is asked of it, and where its findings are shown."""
+
+    name: str
+    question: Question
+    root: Path
+    input: str | None = None
+    mode: str = "eval"
+    seed: int = 0
+    listed: tuple[Frame, ...] = ()
+
+    @property
+    def anchors(self) -> Anchors:
+        """The anchors that are known without building the model."""
+        return Anchors(self.root, self.listed)
+
+
+def perform(task: Task) -> Outcome:
+    """Build the model and check it. What the model prints is dropped, and the graphs that torch prints when it fails."""
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            target = targets.resolve(task.name, seed=task.seed)
+            model = target.model.train(task.mode == "train")
+            anchors = replace(task.anchors, fallbacks=(*defined_at(target.factory), *task.listed))
+            inputs = example(target, task.input, task.seed)
+            return examine(Subject(task.name, model, inputs, None, anchors), task.question)
+    except FxcurvError as error:
+        return error
+
+
+# Processes --------------------------------------------------------------------------------------------------------
+
+
+def perform_all(tasks: Sequence[Task], jobs: int = 1, timeout: float | None = None) -> list[Outcome]:
+    """What came of every target, in their order; a bar shows how far it is, on a terminal."""
+    results: dict[int, Outcome] = {}
+    alone = timeout is None and (jobs == 1 or len(tasks) == 1)
+    done = ((k, perform(task)) for k, task in enumerate(tasks)) if alone else _in_processes(tasks, jobs, timeout)
+    for k, outcome in tqdm(done, "check", len(tasks), unit="target", disable=None if len(tasks) > 1 else True):
+        results[k] = outcome
+    return [results[k] for k in range(len(tasks))]
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A process at work on a task; its time begins when it says so, after its imports."""
+
+    index: int
+    process: Any
+    results: Connection
+    began: float | None = None
+
+    def late(self, timeout: float | None) -> bool:
+        return timeout is not None and self.began is not None and time.monotonic() - self.began > timeout
+
+
+def _in_processes(tasks: Sequence[Task], jobs: int, timeout: float | None) -> Iterator[tuple[int, Outcome]]:
+    """Outcomes as they come, of at most `jobs` processes at a time; none outlives the loop."""
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__])
+    waiting, running = list(enumerate(tasks)), list[_Running]()
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(_started(context, *waiting.pop(0), threads))
+            wait([r.results for r in running], None if timeout is None else 0.05)
+            for r in [r for r in running if r.results.poll() or r.late(timeout)]:
+                running.remove(r)
+                outcome = _received(r, tasks[r.index], timeout)
+                if outcome is None:
+                    running.append(replace(r, began=time.monotonic()))
+                else:
+                    _end(r)
+                    yield r.index, outcome
+    finally:
+        for r in running:
+            _end(r)
+
+
+def _started(context: Any, index: int, task: Task, threads: int) -> _Running:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(task, sender, threads), daemon=True)
+    process.start()
+    sender.close()  # so that the end of the process is the end of the pipe
+    return _Running(index, process, receiver)
+
+
+def _work(task: Task, sender: Connection, threads: int) -> None:
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    sender.send(None)
+    try:
+        sender.send(perform(task))
+    except Exception as error:  # what cannot be pickled, or what `perform` raises on purpose
+        sender.send(FxcurvError(f"{task.name}: {type(error).__name__}: {error}", code="FXC904"))
+
+
+def _received(r: _Running, task: Task, timeout: float | None) -> Outcome | None:
+    """What a process sent: first that it has begun, then the outcome; a finding if it sends nothing more."""
+    try:
+        return r.results.recv() if r.results.poll() else _failed(task, "FXC501", f"not checked within {timeout:g} s")
+    except EOFError:
+        r.process.join()
+        return _failed(task, "FXC902", f"the process of the check ended with exit code {r.process.exitcode}")
+
+
+def _end(r: _Running) -> None:
+    r.process.kill()
+    r.process.join()
+    r.results.close()
+
+
+def _failed(task: Task, code: str, message: str) -> Report:
+    """The report on a target of which only that is known."""
+    place, remedy = task.anchors.place(()), CODES[code].remedy
+    row = Row(task.name, "", "", "error", code=code, message=message, suggestion=remedy, **place)
+    question = task.question
+    return judged(Report(task.name, (row,), tuple(question.quantities), question.level, demands=question.demands))
