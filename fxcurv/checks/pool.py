@@ -50,7 +50,7 @@ class Task:
 
 
 def perform(task: Task) -> Outcome:
-    """Build the model and check it. What the model prints is dropped, and the graphs that torch prints when it fails."""
+    """Build the model and check it. What the model prints, and torch where it fails, is dropped."""
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             target = targets.resolve(task.name, seed=task.seed)
