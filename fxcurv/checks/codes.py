@@ -419,6 +419,15 @@ _TABLE = (
         "Something failed that no check foresaw.",
         "run it with --traceback, and report what it prints",
     ),
+    Code(
+        "FXC905",
+        "not verified",
+        "information",
+        "warning",
+        "Autograd on the model itself finds the value in another form than the compiled graph, such as a dense block "
+        "instead of Kronecker factors, so that the two cannot be compared.",
+        "compare diag_ggn or grad of the parameter instead",
+    ),
 )
 
 CODES: dict[str, Code] = {row.code: row for row in _TABLE}

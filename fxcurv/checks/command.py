@@ -18,9 +18,9 @@ from fxcurv.checks import baseline, codes, config, formats
 from fxcurv.checks.levels import Question
 from fxcurv.checks.pool import Task, perform_all
 from fxcurv.checks.report import Report, judged
+from fxcurv.choice import chosen
 from fxcurv.errors import FxcurvError, InputError
 from fxcurv.losses import as_loss
-from fxcurv.quantities import named
 
 __all__ = ["add_check", "add_explain", "add_rules"]
 
@@ -76,11 +76,13 @@ def _tasks(arguments: argparse.Namespace, read: config.Config, known: baseline.B
         raise InputError("there is nothing to check", remedy=remedy, code="FXC007")
     tasks: list[Task] = []
     for target in asked:
-        chosen = read.of(target)
-        demands = replace(chosen.demands, known=known.fingerprints)
-        question = Question(named(chosen.quantities), as_loss(chosen.loss), chosen.level, demands, arguments.traceback)
+        own = read.of(target)
+        demands = replace(own.demands, known=known.fingerprints)
+        question = Question(
+            chosen(own.quantities), as_loss(own.loss), own.level, own.on_unsupported, demands, arguments.traceback
+        )
         for name in targets.matching(target.name):
-            tasks.append(Task(name, question, read.root, chosen.input, chosen.mode, chosen.seed, target.listed))
+            tasks.append(Task(name, question, read.root, own.input, own.mode, own.seed, target.listed))
     return tasks
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from fxcurv.api import OnUnsupported
 from fxcurv.checks.anchors import repository
 from fxcurv.checks.codes import CODES
 from fxcurv.checks.formats import FORMATS
@@ -122,6 +123,9 @@ class Settings:
     loss: str = field(default="cross_entropy", metadata=_among(BY_NAME, "default cross_entropy"))
     input: str | None = field(default=None, metadata=_as(_text, _INPUT, "SPEC"))
     level: Level = field(default="shape", metadata=_among(get_args(Level), _LEVEL))
+    on_unsupported: OnUnsupported = field(
+        default="skip", metadata=_among(get_args(OnUnsupported), "of compile(); error refuses models, not parameters")
+    )
     require: Require = field(default="approx", metadata=_among(get_args(Require), "the worst status that passes"))
     min_coverage: float = field(
         default=1.0, metadata=_as(_number(0, 1), "share of trainable entries that must pass (default 1)", "SHARE")
@@ -153,7 +157,7 @@ def options() -> tuple[Option, ...]:
     return tuple(Option(f.name, **f.metadata) for f in declared)
 
 
-_OF_TARGETS = ("quantities", "loss", "input", "level", "require", "min_coverage", "mode")
+_OF_TARGETS = ("quantities", "loss", "input", "level", "on_unsupported", "require", "min_coverage", "mode")
 
 
 # Layers -----------------------------------------------------------------------------------------------------------

@@ -8,34 +8,34 @@ numeric   compiled in float64 and run on a tiny batch, each value compared with 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
-from torch import fx, nn
+from torch import nn
 
-from fxcurv.api import Compiled
+from fxcurv.api import Compiled, OnUnsupported
 from fxcurv.capture import Inputs, Output
 from fxcurv.checks.anchors import Anchors, defined_at
+from fxcurv.checks.numeric import disagreements, doubled
 from fxcurv.checks.policy import Demands, Level
 from fxcurv.checks.report import Report, judged
-from fxcurv.checks.rows import Place, computed, described, refused
-from fxcurv.checks.static import static_statuses
+from fxcurv.checks.rows import Found, Place, computed, described, fallen_back, refused
+from fxcurv.checks.static import static_found
+from fxcurv.choice import Asked, Choice, chosen
 from fxcurv.errors import FxcurvError
 from fxcurv.losses import as_loss
-from fxcurv.quantities import Quantity, named
 
 __all__ = ["Question", "Subject", "check", "examine"]
-
-Asked = str | Quantity | Iterable[str | Quantity]
 
 
 @dataclass(frozen=True)
 class Question:
     """What is asked of every target."""
 
-    quantities: Mapping[str, Quantity]
+    choice: Choice
     loss: nn.Module
     level: Level = "shape"
+    on_unsupported: OnUnsupported = "skip"
     demands: Demands = field(default_factory=Demands)
     raising: bool = False
     """Whether an exception that no check foresaw is raised instead of reported."""
@@ -61,13 +61,15 @@ def check(
     output: Output = None,
     target: str | None = None,
     level: Level = "shape",
+    on_unsupported: OnUnsupported = "skip",
     demands: Demands | None = None,
 ) -> Report:
     """Report what every parameter of `model` would get, for inputs of this shape; the model is left as it is.
 
-    `level` is "static", "shape" or "numeric"; only the last computes anything. `demands` say what passes.
+    `level` is "static", "shape" or "numeric"; only the last computes anything. `on_unsupported` is that of `compile`;
+    "error" refuses the model where "skip" refuses parameters. `demands` say what passes.
     """
-    question = Question(named(quantities), as_loss(loss), level, demands or Demands())
+    question = Question(chosen(quantities), as_loss(loss), level, on_unsupported, demands or Demands())
     anchors = Anchors(fallbacks=defined_at(type(model)))
     return examine(Subject(target or type(model).__name__, model, inputs, output, anchors), question)
 
@@ -75,40 +77,47 @@ def check(
 def examine(subject: Subject, question: Question) -> Report:
     """The report on one target; what goes wrong while it is checked is a finding."""
     started = time.perf_counter()
-    if not any(p.requires_grad for p in subject.model.parameters()):
-        Compiled(subject.model, question.loss, question.quantities, subject.output)  # says so
+    compiled = _compiled(subject, question)  # refuses what is no question about the model
     place, nodes = Place(subject.name, subject.model, subject.anchors), 0
     try:
-        found = _LEVELS[question.level](subject, question)
-        rows, nodes = computed(place, found.statuses, found.canonical), len(found.canonical.graph.nodes)
+        found = _LEVELS[question.level](subject, question, compiled)
+        rows, nodes = computed(place, found), len(found.canonical.graph.nodes)
     except Exception as error:
         if question.raising and not isinstance(error, FxcurvError):
             raise
-        rows = refused(place, question.quantities, error)
-    seconds, quantities = time.perf_counter() - started, tuple(question.quantities)
+        rows = refused(place, question.choice.of(subject.model), error)
+    if question.on_unsupported == "fallback":
+        rows = list(map(fallen_back, rows))
+    seconds, quantities = time.perf_counter() - started, tuple(question.choice.quantities)
     told = question.level, described(subject.inputs), nodes, seconds, question.demands
     return judged(Report(subject.name, tuple(rows), quantities, *told))
+
+
+def _compiled(subject: Subject, question: Question) -> Compiled:
+    return Compiled(subject.model, question.loss, question.choice, subject.output, question.on_unsupported)
 
 
 # The levels -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Found:
-    """What each parameter gets, and the canonical graph that says where it is used."""
-
-    statuses: Mapping[str, Mapping[str, str]]
-    canonical: fx.GraphModule
+def _static(subject: Subject, question: Question, compiled: Compiled) -> Found:
+    return static_found(subject.model, subject.inputs, subject.output, question.choice)
 
 
-def _static(subject: Subject, question: Question) -> Found:
-    return Found(*static_statuses(subject.model, subject.inputs, subject.output, question.quantities))
-
-
-def _shape(subject: Subject, question: Question) -> Found:
-    compiled = Compiled(subject.model, question.loss, question.quantities, subject.output)
+def _shape(subject: Subject, question: Question, compiled: Compiled) -> Found:
     program = compiled.prepare(subject.inputs)
-    return Found(program.statuses, program.canonical)
+    return Found(program.plan.statuses, program.canonical, program.plan.refusals)
 
 
-_LEVELS: dict[Level, Callable[[Subject, Question], Found]] = {"static": _static, "shape": _shape}
+def _numeric(subject: Subject, question: Question, compiled: Compiled) -> Found:
+    found = _shape(subject, question, compiled)
+    in_double, inputs = doubled(subject.model, subject.inputs)
+    twin = _compiled(replace(subject, model=in_double), replace(question, on_unsupported="skip"))
+    return replace(found, errors=disagreements(twin, inputs))
+
+
+_LEVELS: dict[Level, Callable[[Subject, Question, Compiled], Found]] = {
+    "static": _static,
+    "shape": _shape,
+    "numeric": _numeric,
+}

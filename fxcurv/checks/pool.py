@@ -152,4 +152,6 @@ def _failed(task: Task, code: str, message: str) -> Report:
     place, remedy = task.anchors.place(()), CODES[code].remedy
     row = Row(task.name, "", "", "error", code=code, message=message, suggestion=remedy, **place)
     question = task.question
-    return judged(Report(task.name, (row,), tuple(question.quantities), question.level, demands=question.demands))
+    return judged(
+        Report(task.name, (row,), tuple(question.choice.quantities), question.level, demands=question.demands)
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -18,10 +19,13 @@ from fxcurv.errors import FxcurvError, frames_of, raised_at
 from fxcurv.spec import describe, module_of
 from passes.uses import parameter_uses
 
-__all__ = ["Place", "computed", "described", "refused", "whole"]
+__all__ = ["TOLERANCE", "Found", "Place", "computed", "described", "fallen_back", "refused", "whole"]
 
 _CODES = {"approx": "FXC320", "fallback": "FXC321", "unsupported": "FXC322", "unreached": "FXC430"}
 """What a status says by itself."""
+
+TOLERANCE = 1e-8
+"""The relative error that rounding in float64 explains."""
 
 _DEFECTS = "FXC9"
 """Codes with which a check went wrong, so that it says nothing about the model."""
@@ -42,35 +46,67 @@ class Place:
         return Row(self.target, name, quantity, status, module, kind, tuple(parameter.shape), parameter.numel())
 
 
-def computed(place: Place, statuses: Mapping[str, Mapping[str, str]], canonical: fx.GraphModule) -> list[Row]:
+@dataclass(frozen=True)
+class Found:
+    """What each parameter gets, the graph that says where it is used, why it is refused, how wrong its numbers are."""
+
+    statuses: Mapping[str, Mapping[str, str]]
+    canonical: fx.GraphModule
+    refusals: Mapping[str, FxcurvError] = field(default_factory=dict)
+    errors: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+
+def computed(place: Place, found: Found) -> list[Row]:
     """A row per parameter × quantity, with the op that uses the parameter first."""
-    uses = parameter_uses(canonical, {name for found in statuses.values() for name in found})
-    nodes = {name: found[0][0] for name, found in uses.items()}
-    return [
-        _used(place, place.row(name, quantity, status), nodes.get(name))
-        for quantity, found in statuses.items()
-        for name, status in found.items()
-    ]
+    uses = parameter_uses(found.canonical, {name for statuses in found.statuses.values() for name in statuses})
+    rows: list[Row] = []
+    for quantity, statuses in found.statuses.items():
+        for name, status in statuses.items():
+            row = _used(place, place.row(name, quantity, status), uses[name][0][0] if name in uses else None)
+            row = replace(row, **_told(whole(place, found.refusals[name]))) if status == "unsupported" else row
+            rows.append(_verified(row, found.errors.get((quantity, name), 0.0)))
+    return rows
 
 
 def _used(place: Place, row: Row, node: fx.Node | None) -> Row:
     """The row with the node that uses its parameter, and with what its status says by itself."""
-    told: dict[str, Any] = {}
+    told = place.anchors.place(frames_of(node) if node is not None else ())
     if node is not None:
-        told = {"node": describe(node), "op": type(module_of(node)).__name__, **place.anchors.place(frames_of(node))}
-    if code := _CODES.get(base(row.status)):
-        told |= {} if node is not None else place.anchors.place(())
-        told |= {"code": code, "message": CODES[code].title, "suggestion": CODES[code].remedy}
-    return replace(row, **told)
+        told |= {"node": describe(node), "op": type(module_of(node)).__name__}
+    return _coded(replace(row, **told), _CODES.get(base(row.status), ""))
 
 
-def refused(place: Place, quantities: Iterable[str], error: Exception) -> list[Row]:
+def _coded(row: Row, code: str) -> Row:
+    said = {"code": code, "message": CODES[code].title, "suggestion": CODES[code].remedy} if code else {}
+    return replace(row, **said)
+
+
+def _verified(row: Row, error: float) -> Row:
+    """The row, as an error where its value disagrees with that of autograd."""
+    if math.isnan(error):
+        return _coded(row, "FXC905")
+    if error <= TOLERANCE:
+        return row
+    row = _coded(replace(row, status="error"), "FXC903")
+    return replace(row, message=f"{row.message}: relative error {error:.1e} in float64, more than {TOLERANCE:g}")
+
+
+def fallen_back(row: Row) -> Row:
+    """An unsupported row as the value that autograd gives it instead, with the reason."""
+    if row.status != "unsupported":
+        return row
+    fallback = _coded(replace(row, status="fallback"), "FXC321")
+    return replace(fallback, message=f"{fallback.message}: {row.message} [{row.code}]")
+
+
+def refused(place: Place, asked: Mapping[str, Iterable[str]], error: Exception) -> list[Row]:
     """A row per parameter × quantity of a model that is refused as a whole; frozen ones ask for nothing."""
     finding, rows = whole(place, error), list[Row]()
-    for quantity in quantities:
-        for name, parameter in place.model.named_parameters():
-            row = place.row(name, quantity, finding.status if parameter.requires_grad else "frozen")
-            rows.append(replace(row, **_told(finding)) if parameter.requires_grad else row)
+    for quantity, names in asked.items():
+        for name in names:
+            trainable = place.model.get_parameter(name).requires_grad
+            row = place.row(name, quantity, finding.status if trainable else "frozen")
+            rows.append(replace(row, **_told(finding)) if trainable else row)
     return rows
 
 

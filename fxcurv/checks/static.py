@@ -7,7 +7,6 @@ so a model that passes may still be refused by the level above, for samples that
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,34 +15,33 @@ from torch.utils import _pytree as pytree
 
 from fxcurv import ops
 from fxcurv.capture import Inputs, Output
-from fxcurv.program import Job
-from fxcurv.quantities import Quantity
+from fxcurv.checks.rows import Found
+from fxcurv.choice import Choice
+from fxcurv.program import Job, Plan
+from fxcurv.quantities import owners
 from fxcurv.shapes import Samples
 from fxcurv.spec import module_of
 from passes import lowered
 from passes.rewrite import copied
 from passes.uses import parameter_uses, used
 
-__all__ = ["static_statuses"]
-
-Statuses = dict[str, dict[str, str]]
+__all__ = ["static_found"]
 
 
-def static_statuses(
-    model: nn.Module, inputs: Inputs, output: Output, quantities: Mapping[str, Quantity]
-) -> tuple[Statuses, fx.GraphModule]:
-    """Quantity -> parameter -> status, and the graph that they are read off."""
+def static_found(model: nn.Module, inputs: Inputs, output: Output, choice: Choice) -> Found:
+    """What each parameter would get, and the graph that it is read off."""
     on_meta: Any = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
     gm = _assumed_apart(lowered(_without_memory(model), on_meta, output)["folded"])
-    parameters = dict(model.named_parameters())
-    uses = parameter_uses(gm, [name for name, p in parameters.items() if p.requires_grad])
-
-    def status(name: str, quantity: Quantity) -> str:
-        if name not in uses:
-            return "unreached" if parameters[name].requires_grad else "frozen"
-        return Job("", quantity, used(name, uses), (name,), {}).status
-
-    return {key: {name: status(name, quantity) for name in parameters} for key, quantity in quantities.items()}, gm
+    uses = parameter_uses(gm, [name for name, p in model.named_parameters() if p.requires_grad])
+    described = {name: used(name, uses) for name in uses}
+    jobs = [
+        Job(name, quantity, described[owner], owned, {})
+        for name, quantity in choice.quantities.items()
+        for owner, owned in owners(
+            quantity, {p: described[p] for p in choice.of(model)[name] if p in described}
+        ).items()
+    ]
+    return Found(Plan.of(model, choice, tuple(jobs), {}).statuses, gm)
 
 
 def _without_memory(model: nn.Module) -> nn.Module:

@@ -1,0 +1,82 @@
+"""The numeric level: compiled values against those of autograd on the model itself, in float64, on a tiny batch."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxcurv.api import Compiled
+from fxcurv.capture import Inputs, as_call, selector
+from fxcurv.eager import by_autograd
+from fxcurv.result import Entry
+from fxcurv.run import Batch
+
+__all__ = ["disagreements", "doubled"]
+
+SAMPLES = 2
+SEED = 0
+NEGLIGIBLE = 1e-6
+"""Values this much smaller than the largest of their quantity are rounding, such as gradients that cancel to zero."""
+
+
+def doubled(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any]:
+    """The model and the first samples in float64, both copies."""
+
+    def in_double(t: Tensor) -> Tensor:
+        return t[:SAMPLES].double() if t.is_floating_point() else t[:SAMPLES]
+
+    return copy.deepcopy(model).double(), pytree.tree_map_only(Tensor, in_double, inputs)
+
+
+def disagreements(compiled: Compiled, inputs: Inputs) -> dict[tuple[str, str], float]:
+    """Relative error by quantity and parameter; NaN where the two values have different forms."""
+    target = _targets(compiled, inputs)
+    found = compiled(inputs, target, torch.Generator().manual_seed(SEED))
+    batch = Batch(inputs, target, torch.Generator().manual_seed(SEED))
+    expected = by_autograd(compiled.model, compiled.loss, compiled.choice, batch, compiled.output)
+    errors: dict[tuple[str, str], float] = {}
+    for quantity, entries in found.items():
+        theirs = expected[quantity].entries
+        scale = _scales(list(theirs.values()))
+        for name, entry in entries.entries.items():
+            if entry.value is not None:
+                errors[quantity, name] = _error(entry, theirs[name], scale)
+    return errors
+
+
+def _scales(entries: list[Entry]) -> dict[str, float]:
+    """The largest number of each kind of tensor."""
+    largest: defaultdict[str, float] = defaultdict(float)
+    for entry in entries:
+        for kind, t in entry.tensors().items():
+            largest[kind] = max(largest[kind], float(t.abs().max()))
+    return largest
+
+
+def _error(found: Entry, expected: Entry, scales: dict[str, float]) -> float:
+    ours, theirs = found.tensors(), expected.tensors()
+    if {kind: t.shape for kind, t in ours.items()} != {kind: t.shape for kind, t in theirs.items()}:
+        return math.nan
+    errors = (
+        float((ours[kind] - t).abs().max()) / max(float(t.abs().max()), NEGLIGIBLE * scales[kind], 1e-300)
+        for kind, t in theirs.items()
+    )
+    return max(errors)
+
+
+def _targets(compiled: Compiled, inputs: Inputs) -> Tensor:
+    """Random targets of the shape that the loss takes."""
+    args, kwargs = as_call(inputs)
+    with torch.no_grad():
+        output = selector(compiled.output)(compiled.model(*args, **kwargs))
+    generator = torch.Generator().manual_seed(SEED)
+    if isinstance(compiled.loss, nn.CrossEntropyLoss):
+        return torch.randint(output.shape[1], (len(output), *output.shape[2:]), generator=generator)
+    noise = torch.randn(output.shape, dtype=output.dtype, generator=generator)
+    return noise if isinstance(compiled.loss, nn.MSELoss) else (noise > 0).to(output.dtype)
