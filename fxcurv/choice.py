@@ -52,6 +52,7 @@ class Choice:
                 raise QuantityError(
                     f"no pattern of quantities= matches the parameter {name!r}",
                     remedy="add one, such as '*'; the value None asks for nothing",
+                    code="FXC409",
                 )
         counted = {name: names or () for name, names in asked.items() if self.among is None or name in self.among}
         return {q: tuple(name for name, names in counted.items() if q in names) for q in self.quantities}
@@ -103,4 +104,5 @@ def _matchless(pattern: Pattern, aliases: Mapping[str, list[str]]) -> QuantityEr
     return QuantityError(
         f"no parameter of the model matches {shown!r}",
         remedy=f"did you mean {' or '.join(close)}?" if close else "see model.named_parameters() for the names",
+        code="FXC409",
     )

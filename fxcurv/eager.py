@@ -275,7 +275,9 @@ def _forward(model: nn.Module, inputs: Inputs, output: Output) -> list[_Pass]:
         with _Recorder(names, [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor)]) as recorder:
             y = select(copy(*args, **kwargs))
         if not y.requires_grad:
-            raise InputError("the output depends on no trainable parameter", node="output", remedy="see requires_grad")
+            raise InputError(
+                "the output depends on no trainable parameter", node="output", remedy="see requires_grad", code="FXC207"
+            )
         found = _gradients(y, [call.z for call in recorder.calls], torch.ones_like(y))
         return _Pass(samples, y, [call for call, g in zip(recorder.calls, found, strict=True) if g is not None])
 
@@ -302,9 +304,9 @@ def _check_repeatable(model: nn.Module, copy: nn.Module, first: Tensor, second: 
     buffers = zip(model.named_buffers(), copy.buffers(), strict=False)
     updated = [name for (name, before), after in buffers if before.shape == after.shape and not _same(before, after)]
     if updated:
-        raise InputError(f"the model updates its buffer {updated[0]}", remedy="call model.eval()")
+        raise InputError(f"the model updates its buffer {updated[0]}", remedy="call model.eval()", code="FXC402")
     if not _same(first, second):
-        raise InputError("the model's output changes from call to call", remedy="call model.eval()")
+        raise InputError("the model's output changes from call to call", remedy="call model.eval()", code="FXC403")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

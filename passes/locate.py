@@ -52,7 +52,7 @@ def locate(gm: fx.GraphModule, device: torch.device, strict: bool = True) -> fx.
             f"the output {where}",
             node=describe(output),
             remedy="return the samples along axis 0",
-            code="FXC404",
+            code="FXC207" if place is None else "FXC404",
             location=frames_of(output),
         )
     return gm

@@ -312,7 +312,7 @@ _TABLE = (
         "FXC403",
         "dropout in training mode",
         "misconfigured",
-        "The model draws at random, so that it has no single curvature.",
+        "The model draws at random, or its output changes from call to call, so that it has no single curvature.",
         "call model.eval()",
     ),
     _error(

@@ -124,6 +124,8 @@ def _publish(reports: Sequence[Report], settings: config.Settings) -> None:
         print(text)
     else:
         _write(settings.output, f"{text}\n")
+    for format, file in settings.also:
+        _write(file, f"{formats.FORMATS[format](reports)}\n")
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if settings.format == "github" and summary:
         with Path(summary).open("a", encoding="utf-8") as file:

@@ -46,6 +46,13 @@ def _codes(value: object) -> tuple[str, ...]:
     return prefixes
 
 
+def _reports(value: object) -> tuple[tuple[str, Path], ...]:
+    pairs = [word.partition("=") for word in _words(value)]
+    if not all(format in FORMATS and file for format, _, file in pairs):
+        raise ValueError(f"give FORMAT=FILE, the format one of {', '.join(FORMATS)}")
+    return tuple((format, Path(file)) for format, _, file in pairs)
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("give a string")
@@ -141,6 +148,10 @@ class Settings:
     timeout: float | None = field(default=None, metadata=_as(_number(0.001), "seconds for one target", "S"))
     format: str = field(default="text", metadata=_among(FORMATS, "default text"))
     output: Path | None = field(default=None, metadata=_as(_path, "write the report to a file", "FILE"))
+    also: tuple[tuple[str, Path], ...] = field(
+        default=(),
+        metadata=_as(_reports, "further reports, into files: sarif=check.sarif,junit=check.xml", "FORMAT=FILE,…"),
+    )
     statistics: bool = field(default=False, metadata=_as(_flag, "count findings by code, on stderr"))
     seed: int = field(default=0, metadata=_as(_number(0, whole=True), "of weights and inputs (default 0)", "N"))
     allow: tuple[Allowance, ...] = ()

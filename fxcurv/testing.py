@@ -1,0 +1,31 @@
+"""testing: a model's curvature-compatibility as an assertion, for a test suite."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fxcurv.capture import Inputs, Output
+from fxcurv.checks import Demands, Report, check
+from fxcurv.checks.policy import Level, Require
+from fxcurv.choice import Asked
+
+__all__ = ["assert_compatible"]
+
+
+def assert_compatible(
+    model: nn.Module,
+    inputs: Inputs,
+    quantities: Asked = ("kfac", "diag_ggn"),
+    *,
+    require: Require = "approx",
+    level: Level = "shape",
+    loss: object = "cross_entropy",
+    output: Output = None,
+) -> Report:
+    """The report of `fxcurv.check`; an AssertionError with its table if a parameter gets less than is required."""
+    __tracebackhide__ = True  # pytest then shows the line of the test
+    demands = Demands(require=require)
+    report = check(model, inputs, quantities, loss=loss, output=output, level=level, demands=demands)
+    if not report.ok:
+        raise AssertionError(f"not compatible with curvature\n{report}")
+    return report
