@@ -1,4 +1,4 @@
-"""The codes are closed: every one that is used is in the table, every one in the table is used, and nothing has none."""
+"""The codes are closed: each one used is in the table, each one in the table is used, and no error has none."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Uncopyable:
 
 def uncopyable() -> nn.Module:
     model = Lambda(lambda y, x: y)
-    model.handle = Uncopyable()
+    vars(model)["handle"] = Uncopyable()
     return model
 
 

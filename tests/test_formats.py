@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
-import jsonschema
 import pytest
 import torch
+from jsonschema import ValidationError, validators
 from torch import Tensor, nn
 
 import fxcurv
@@ -64,7 +64,7 @@ def reports() -> list[Report]:
 def valid(document: Any, schema: Path) -> Any:
     """The document, if the schema takes it, formats included."""
     rules = json.loads(schema.read_text(encoding="utf-8"))
-    kind = jsonschema.validators.validator_for(rules)
+    kind = validators.validator_for(rules)
     kind.check_schema(rules)
     kind(rules, format_checker=kind.FORMAT_CHECKER).validate(document)
     return document
@@ -87,7 +87,7 @@ def test_json_is_what_its_schema_says(reports: list[Report]) -> None:
     assert (row["parameter"], row["file"], row["line"]) == ("body.0.weight", "tests/test_formats.py", LINE)
     for broken in ({"status": "fine"}, {"code": "E501"}, {"line": 0}, {"colour": "red"}, {"severity": "fatal"}):
         document["rows"][0] |= broken
-        with pytest.raises(jsonschema.ValidationError):
+        with pytest.raises(ValidationError):
             valid(document, schema)
         document["rows"][0] = dict(document["rows"][1])
 

@@ -93,7 +93,7 @@ def _in_processes(tasks: Sequence[Task], jobs: int, timeout: float | None) -> It
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(["torch", __name__])
     waiting, running = list(enumerate(tasks)), list[_Running]()
     threads = max(1, (os.cpu_count() or 1) // jobs)
     try:

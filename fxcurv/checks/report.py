@@ -114,7 +114,7 @@ class Report:
 
     def coverage(self, quantity: str) -> float:
         """The share of trainable entries that get the quantity as it is required."""
-        return self.demands.coverage([row for row in self.rows if row.quantity == quantity])
+        return self.demands.coverage([row for row in self.rows if row.quantity in (quantity, "")])
 
     def statuses(self, quantity: str) -> dict[str, int]:
         """How many parameters have each status, all of the closed set."""
