@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcurv.errors import CaptureError
+from fxcurv.errors import CaptureError, frames_of
 
 __all__ = ["inline"]
 
@@ -40,6 +40,8 @@ def _block(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, Sequence[
             f"a block with a graph of its own ({name})",
             node=f"'{node.name}'",
             remedy="use torch.where instead of torch.cond, and no autocast inside of forward",
+            code="FXC104",
+            location=frames_of(node),
         )
     body = args[behind]
     assert isinstance(body, fx.Node)
@@ -57,6 +59,8 @@ def _copied(node: fx.Node, body: fx.GraphModule, args: Sequence[Any], enabled: b
                     "an in-place op in a block without gradients changes a tensor from outside",
                     node=f"'{n.name}'",
                     remedy="write it out of place: x = op(x) instead of op_(x)",
+                    code="FXC202",
+                    location=frames_of(n),
                 )
             values[n] = node.graph.node_copy(n, values.__getitem__)
         returned: Any = body.graph.output_node().args[0]

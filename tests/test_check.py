@@ -202,7 +202,7 @@ def test_to_dict_is_plain() -> None:
         "parameter": "fc.weight",
         "module": "fc",
         "module_type": "Linear",
-        "op": "",
+        "op": "Linear",
         "shape": [2, 3],
         "numel": 6,
         "quantity": "kfac",

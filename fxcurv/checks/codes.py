@@ -161,8 +161,8 @@ _TABLE = (
         "FXC104",
         "a block with a graph of its own",
         "replace",
-        "torch.no_grad() and torch.cond inside of forward put a graph into the graph.",
-        "use x.detach() instead of torch.no_grad(), and torch.where instead of torch.cond",
+        "A block inside of forward, such as torch.cond or autocast, puts a graph into the graph.",
+        "use torch.where instead of torch.cond, and no autocast inside of forward",
     ),
     _error(
         "FXC105",
@@ -251,6 +251,13 @@ _TABLE = (
         "unsupportable",
         "What the model returns is a constant or a number.",
         "return a tensor that depends on the input",
+    ),
+    _error(
+        "FXC208",
+        "an argument is no tensor",
+        "not-yet",
+        "An op takes something computed that is neither a tensor nor a size, so that no module can hold the call.",
+        "write it with another op",
     ),
     # Rules ------------------------------------------------------------------------------------------------------------
     _error(
