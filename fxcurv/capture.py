@@ -110,7 +110,7 @@ def _item(returned: Any, output: str | int) -> Any:
 
 def _choose(cause: str) -> CaptureError:
     remedy = "choose one with output= (an index, a name, or a function of what the model returns)"
-    return CaptureError(cause, node="output", remedy=remedy)
+    return CaptureError(cause, node="output", remedy=remedy, code="FXC105")
 
 
 def _described(returned: Any) -> str:

@@ -172,6 +172,7 @@ def _check_real(name: str, node: fx.Node) -> None:
             f"parameter '{name}' is complex",
             node=f"'{node.name}'",
             remedy="hold real and imaginary parts: torch.view_as_complex(p) of a real p[…, 2]",
+            code="FXC209",
         )
 
 

@@ -119,7 +119,7 @@ def _rank(node: Any) -> int:
 
 
 def _shape(argument: Any, user: fx.Node) -> Shape:
-    return shape_of(argument.meta["val"], where(user))
+    return shape_of(argument.meta["val"], where(user), frames_of(user))
 
 
 def _dims(a: Arguments, key: str = "dim") -> tuple[int, ...]:
@@ -308,16 +308,24 @@ def _call(kind: type[ops.Call], low: Builder, node: fx.Node) -> tuple[ops.Call, 
     kwargs: Any = fx.map_arg(node.kwargs, take)
     if sized and not _sizes_alone(node):
         raise UnsupportedError(
-            "it computes with the batch size", node=where(node), remedy="let no value depend on the number of samples"
+            "it computes with the batch size",
+            node=where(node),
+            remedy="let no value depend on the number of samples",
+            code="FXC208",
+            location=frames_of(node),
         )
     return kind(function, args, kwargs, sized), *inputs, *([low.batch()] if sized else [])
 
 
 def _multiple(value: Any, node: fx.Node) -> int:
-    size = size_of(value, where(node)) if isinstance(value, torch.SymInt) else None
+    size = size_of(value, where(node), frames_of(node)) if isinstance(value, torch.SymInt) else None
     if not isinstance(size, Batch):
         raise UnsupportedError(
-            "an argument depends on the batch size", node=where(node), remedy="write it with -1 or another op"
+            "an argument depends on the batch size",
+            node=where(node),
+            remedy="write it with -1 or another op",
+            code="FXC204",
+            location=frames_of(node),
         )
     return size.multiple
 
@@ -397,7 +405,13 @@ def _expand(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 def _blank(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     shape, value = _shape(node, node), a.get("fill_value", int("ones" in packet_of(node)))
     if len([size for size in shape if isinstance(size, Batch)]) != 1 or isinstance(value, fx.Node):
-        raise UnsupportedError("a new tensor has no single batch axis", node=where(node), remedy="fill in a constant")
+        raise UnsupportedError(
+            "a new tensor has no single batch axis",
+            node=where(node),
+            remedy="fill in a constant",
+            code="FXC204",
+            location=frames_of(node),
+        )
     return low.emit(node, ops.Blank(shape, value, node.meta["val"].dtype), low.batch())
 
 
@@ -435,7 +449,11 @@ def _bags(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     step = _range_step(a["offsets"])
     if not isinstance(step, int) or size != (Batch(step),):
         raise UnsupportedError(
-            "bags of different lengths are in one row", node=where(node), remedy="give indices [N, T] without offsets"
+            "bags of different lengths are in one row",
+            node=where(node),
+            remedy="give indices [N, T] without offsets",
+            code="FXC210",
+            location=frames_of(node),
         )
     weights = a["per_sample_weights"]
     tensors = [a["weight"], a["indices"], *([weights] if isinstance(weights, fx.Node) else [])]

@@ -130,16 +130,16 @@ def in_autocast(y: Tensor, x: Tensor) -> Tensor:
         return y + x[:, :2]
 
 
-def through_a_diagonal(y: Tensor, x: Tensor) -> Tensor:
-    y = y.unsqueeze(1) * y.unsqueeze(2)
-    y.diagonal(dim1=1, dim2=2).mul_(2)
-    return y.flatten(1)
+def through_windows(y: Tensor, x: Tensor) -> Tensor:
+    y = y * 1
+    y.unfold(1, 1, 1).mul_(2)
+    return y
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "FXC103": uncopyable,
     "FXC104": lambda: Lambda(in_autocast),
-    "FXC202": lambda: Lambda(through_a_diagonal),
+    "FXC202": lambda: Lambda(through_windows),
     "FXC204": lambda: Lambda(lambda y, x: torch.cat([y, y.new_ones(1, 2)])),
     "FXC205": lambda: Lambda(lambda y, x: y[:2]),
     "FXC207": lambda: Lambda(lambda y, x: torch.zeros(2)),

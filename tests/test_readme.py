@@ -23,12 +23,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from test_samples import check_against_oracle
 from torch import nn
 
 import fxcurv
 import passes.lowerings
 from fxcurv import cli, demo, rules
+from fxcurv.checks.config import load
 from fxcurv.contractions import Gram, Statistic
 from fxcurv.quantities import Factor, Sums, Used
 from fxcurv.spec import module_of
@@ -67,8 +69,25 @@ def run(block: Block, namespace: dict[str, Any]) -> None:
             expected = re.match(r" exits with (\d)", comment)
             for part in command.split("&&"):
                 call(shlex.split(part), int(expected[1]) if expected else 0)
+    elif block.language == "toml":
+        Path("pyproject.toml").write_text(block.content, encoding="utf-8")
+        assert load({}, {}, Path.cwd()).targets
+        Path("pyproject.toml").unlink()
+    elif block.language == "yaml":
+        check_example(yaml.safe_load(block.content))
     else:
         pytest.fail(f"README.md, line {block.line}: a block in {block.language or 'no language'}: how is it tested?")
+
+
+def check_example(example: dict[str, Any]) -> None:
+    """The hook and the action that an example names exist, and the action has the inputs that it is given."""
+    hooks = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    for repository in example.get("repos", []):
+        assert [hook["id"] for hook in repository["hooks"]] == [hook["id"] for hook in hooks]
+    for step in example.get("steps", []):
+        folder = step["uses"].partition("@")[0].partition("/fxcurv/")[2]
+        action = yaml.safe_load((ROOT / folder / "action.yml").read_text(encoding="utf-8"))
+        assert set(step["with"]) <= set(action["inputs"])
 
 
 def call(words: Sequence[str], expected: int) -> None:

@@ -254,10 +254,25 @@ _TABLE = (
     ),
     _error(
         "FXC208",
-        "an argument is no tensor",
+        "a value is computed from the batch size",
+        "unsupportable",
+        "forward computes with the number of samples, so that what it returns for a sample depends on how many others "
+        "there are.",
+        "let no value depend on the number of samples",
+    ),
+    _error(
+        "FXC209",
+        "a complex parameter",
         "not-yet",
-        "An op takes something computed that is neither a tensor nor a size, so that no module can hold the call.",
-        "write it with another op",
+        "Curvature is defined here for real parameters.",
+        "hold real and imaginary parts in a real parameter, and view it as complex",
+    ),
+    _error(
+        "FXC210",
+        "bags of different lengths",
+        "not-yet",
+        "Samples of nn.EmbeddingBag must hold equally many indices, so that their batch has an axis of its own.",
+        "give indices [N, T] without offsets",
     ),
     # Rules ------------------------------------------------------------------------------------------------------------
     _error(

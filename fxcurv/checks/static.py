@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxcurv import ops
 from fxcurv.capture import Inputs, Output
 from fxcurv.checks.rows import Found
 from fxcurv.choice import Choice
 from fxcurv.program import Job, Plan
 from fxcurv.quantities import owners
-from fxcurv.shapes import Samples
-from fxcurv.spec import module_of
+from fxcurv.shapes import Batch, Samples, Shape
 from passes import lowered
 from passes.rewrite import copied
 from passes.uses import parameter_uses, used
@@ -57,14 +55,15 @@ def _on_meta(t: Tensor) -> Tensor:
 
 
 def _assumed_apart(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph with the samples of whatever depends on the input along one axis, the first where nothing says else."""
+    """The graph with the samples of whatever depends on the input along the first axis of the batch's size."""
     gm = copied(gm)
     for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            node.meta["samples"] = Samples(0)
-        elif node.op == "call_module":
-            op = module_of(node)
-            axis = op.axis if isinstance(op, ops.Repeat | ops.Blank) else 0
-            shared = all(x.meta["samples"] is None for x in node.all_input_nodes)
-            node.meta["samples"] = None if shared else Samples(axis)
+        shared = node.op != "placeholder" and all(x.meta["samples"] is None for x in node.all_input_nodes)
+        node.meta["samples"] = None if shared else _first(node.meta.get("shape", ()))
     return gm
+
+
+def _first(shape: Shape) -> Samples | None:
+    """All samples one behind the other along the first axis whose size is a multiple of their number."""
+    sizes = ((axis, size.multiple) for axis, size in enumerate(shape) if isinstance(size, Batch))
+    return next((Samples(axis, multiple) for axis, multiple in sizes), None)
