@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fxcurv
 from fxcurv import data
+from fxcurv.checks.levels import Question, Subject, examine
 from fxcurv.cli import main
 from fxcurv.targets import Target, resolve
 
@@ -301,17 +302,18 @@ def test_check_of_several_targets_as_json(nets: str, capsys: Capture) -> None:
 
 
 def test_check_takes_the_loss_and_the_shape(nets: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses: list[object] = []
+    losses: list[nn.Module] = []
 
-    def checked(model: nn.Module, x: Tensor, quantities: list[str], *, loss: str, target: str) -> fxcurv.Report:
-        losses.append(loss)
-        assert x.shape == (2, 7, 4)
-        return fxcurv.check(model, x, quantities, loss=loss, target=target)
+    def examined(subject: Subject, question: Question) -> fxcurv.Report:
+        losses.append(question.loss)
+        assert isinstance(subject.inputs, Tensor)
+        assert subject.inputs.shape == (2, 7, 4)
+        return examine(subject, question)
 
-    monkeypatch.setattr("fxcurv.cli.check", checked)
+    monkeypatch.setattr("fxcurv.checks.pool.examine", examined)
     code, out, _ = run(capsys, "check", f"{nets}:shapeless", "--input", "7x4", "--loss", "mse")
     assert code == 0
-    assert losses == ["mse"]
+    assert [type(loss) for loss in losses] == [nn.MSELoss]
     assert "2 parameters: 4 exact; kfac 100.0%, diag_ggn 100.0% -> PASS" in out
 
 
@@ -371,7 +373,7 @@ def test_version(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["bogus"], ["compute"], ["compute", "a.py:b", "--loss", "l1"], ["check", "--format", "text"]]
+    "argv", [[], ["bogus"], ["compute"], ["compute", "a.py:b", "--loss", "l1"], ["check", "--format", "pdf"]]
 )
 def test_wrong_usage(capsys: Capture, argv: list[str]) -> None:
     code, out, err = run(capsys, *argv)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -52,7 +53,7 @@ class Task:
 def perform(task: Task) -> Outcome:
     """Build the model and check it. What the model prints, and torch where it fails, is dropped."""
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), _rare_collections():
             target = targets.resolve(task.name, seed=task.seed)
             model = target.model.train(task.mode == "train")
             anchors = replace(task.anchors, fallbacks=(*defined_at(target.factory), *task.listed))
@@ -60,6 +61,17 @@ def perform(task: Task) -> Outcome:
             return examine(Subject(task.name, model, inputs, None, anchors), task.question)
     except FxcurvError as error:
         return error
+
+
+@contextmanager
+def _rare_collections() -> Generator[None]:
+    """Collect garbage seldom: graphs are many small objects that live until the end."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 # Processes --------------------------------------------------------------------------------------------------------
