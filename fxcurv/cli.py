@@ -74,7 +74,7 @@ def _show(arguments: argparse.Namespace) -> int:
         target.model,
         arguments.loss,
         _names(arguments.quantities),
-        example_inputs=_example(arguments, target),
+        example_inputs=example(target, arguments.input),
         on_unsupported="error" if arguments.format == "text" else "skip",  # a picture shows what is refused
     )
     if arguments.format != "text":
@@ -94,7 +94,9 @@ def _written(text: str, file: Path | None) -> int:
         print(text, end="")
         return 0
     if not file.parent.is_dir():
-        raise InputError(f"there is no folder {file.parent}", remedy="create it, or choose another --output")
+        raise InputError(
+            f"there is no folder {file.parent}", remedy="create it, or choose another --output", code="FXC007"
+        )
     file.write_text(text, encoding="utf-8")
     print(f"wrote {file}")
     return 0
@@ -224,15 +226,28 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
         default="canonical,backward",
         help="captured, lowered, canonical, forward, backward (default canonical,backward)",
     )
-    show.add_argument("--code", action="store_true", help="print generated Python code instead of tables")
-    show.add_argument(
+    parser.add_argument("--code", action="store_true", help="print generated Python code instead of tables")
+    parser.add_argument(
         "--format", default="text", choices=("text", *get_args(Format)), help="tables, or a picture of the modules"
     )
-    show.add_argument("--depth", type=int, metavar="N", help="names of a module path that a picture shows")
-    show.add_argument("--output", type=Path, metavar="FILE", help="write to a file")
-    checked.add_argument("--format", default="text", choices=("text", "json"))
-    demo = command("demo", _demo, "train a small residual CNN on handwritten digits and look at its curvature")
-    demo.add_argument(
+    parser.add_argument("--depth", type=int, metavar="N", help="names of a module path that a picture shows")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write to a file")
+
+
+def _add_model(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
+    """What every command on one model takes."""
+    parser.set_defaults(command=run)
+    parser.add_argument("target", metavar="TARGET")
+    quantities = f"of {', '.join(fxcurv.NAMES)} (default kfac,diag_ggn)"
+    parser.add_argument("--quantities", default="kfac,diag_ggn", metavar="Q,…", help=quantities)
+    parser.add_argument("--loss", default="cross_entropy", choices=list(BY_NAME))
+    parser.add_argument("--input", metavar="SHAPE", help="of one input, e.g. 3x32x32 (default: what the model says)")
+    _add_seed(parser)
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_demo)
+    parser.add_argument(
         "--output", type=Path, default=Path("fxcurv-demo"), help="folder for tables and pictures (default fxcurv-demo)"
     )
     _add_seed(parser)

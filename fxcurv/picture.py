@@ -73,9 +73,11 @@ class Chart:
 def picture(program: Program, format: Format = "mermaid", depth: int | None = None) -> str:
     """The model as a flow chart, collapsed to `depth` names of a path; by default to as many as fit in `BOXES`."""
     if format not in _WRITERS:
-        raise InputError(f"no picture has the format {format!r}", remedy=f"there are {', '.join(_WRITERS)}")
+        raise InputError(
+            f"no picture has the format {format!r}", remedy=f"there are {', '.join(_WRITERS)}", code="FXC007"
+        )
     if depth is not None and depth < 1:
-        raise InputError(f"the depth is {depth}", remedy="give 1 or more")
+        raise InputError(f"the depth is {depth}", remedy="give 1 or more", code="FXC007")
     return _WRITERS[format](chart(program, depth or finest(program.canonical.graph)))
 
 

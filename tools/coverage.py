@@ -55,12 +55,15 @@ from tqdm import tqdm
 import fxcurv
 from fxcurv import targets
 from fxcurv.capture import Inputs
-from fxcurv.check import Report
+from fxcurv.checks import Report, levels
+from fxcurv.choice import chosen
 from fxcurv.errors import FxcurvError
+from fxcurv.losses import as_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results"
 QUANTITIES = ("kfac", "diag_ggn")
+QUESTION = levels.Question(chosen(QUANTITIES), as_loss("cross_entropy"), on_unsupported="error", raising=True)
 KINDS = ("exact", "approx", "fallback", "refused", "idle")
 UNKNOWN = "unknown"
 BATCH = 2
@@ -159,7 +162,7 @@ def examine(row: Row, tell: Callable[[Row], None]) -> Row:
             model, inputs = GROUPS[row.group].build(row.model)
             row = replace(row, **sizes(model))
             tell(row)
-            report = fxcurv.check(model, inputs, QUANTITIES)
+            report = levels.examine(levels.Subject(row.model, model, inputs), QUESTION)
         row = reported(row, report)
     except Exception as error:
         row = replace(row, **explained(error))
@@ -182,13 +185,18 @@ def reported(row: Row, report: Report) -> Row:
         counts[f"{found.quantity}_{kind}"] += found.numel
         counts[f"{found.quantity}_{kind}_tensors"] += 1
     row = replace(row, outcome="compiled", counts=dict(counts), coverage=covered(counts))
-    failed = next((found for found in report.rows if not found.ok), None)
+    failed = next(iter(report.failures), None)
     if failed is None:
         return row
     return replace(row, outcome="refused", cause=failed.message, remedy=failed.suggestion)
 
 
-KIND_OF = {kind: kind for kind in KINDS} | {"unsupported": "refused", "frozen": "idle", "unreached": "idle"}
+KIND_OF = {kind: kind for kind in KINDS} | {
+    "unsupported": "refused",
+    "error": "refused",
+    "frozen": "idle",
+    "unreached": "idle",
+}
 
 
 def covered(counts: Counter[str]) -> float:
