@@ -56,14 +56,14 @@ import fxcurv
 from fxcurv import targets
 from fxcurv.capture import Inputs
 from fxcurv.checks import Report, levels
-from fxcurv.choice import chosen
+from fxcurv.choice import chosen as choice
 from fxcurv.errors import FxcurvError
 from fxcurv.losses import as_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results"
 QUANTITIES = ("kfac", "diag_ggn")
-QUESTION = levels.Question(chosen(QUANTITIES), as_loss("cross_entropy"), on_unsupported="error", raising=True)
+QUESTION = levels.Question(choice(QUANTITIES), as_loss("cross_entropy"), on_unsupported="error", raising=True)
 KINDS = ("exact", "approx", "fallback", "refused", "idle")
 UNKNOWN = "unknown"
 BATCH = 2
