@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fxcurv
+from fxcurv.api import OnUnsupported
 from fxcurv.checks import Allowance, Demands
 from fxcurv.checks.anchors import Anchors, defined_at
+from fxcurv.eager import by_autograd
 from fxcurv.errors import Frame
 
 
@@ -316,3 +319,75 @@ def test_an_unforeseen_exception_is_a_finding_with_its_line(monkeypatch: pytest.
     assert {(r.status, r.code) for r in report.failures} == {("error", "FXC904")}
     assert report.failures[0].message == "ZeroDivisionError: a defect"
     assert report.failures[0].file == "tests/test_check.py"
+
+
+# The numeric level, and what falls back ---------------------------------------------------------------------------
+
+
+def test_the_numeric_level_agrees_with_autograd() -> None:
+    report = fxcurv.check(Partly(), X, ["kfac", "diag_ggn", "grad"], level="numeric")
+    assert report.ok
+    assert {row.code for row in report.findings} == {"FXC430"}
+
+
+def test_the_numeric_level_finds_a_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the oracle is made to see another weight than the compiled graph."""
+
+    def elsewhere(model: nn.Module, *args: Any) -> fxcurv.Curvature:
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.get_parameter("fc.weight")[0] += 0.01
+        return by_autograd(other, *args)
+
+    monkeypatch.setattr("fxcurv.checks.numeric.by_autograd", elsewhere)
+    assert fxcurv.check(Partly(), X, "diag_ggn", level="shape").ok
+    report = fxcurv.check(Partly(), X, "diag_ggn", level="numeric")
+    assert {(row.parameter, row.status, row.code, row.severity) for row in report.failures} == {
+        ("fc.weight", "error", "FXC903", "error"),
+        ("fc.bias", "error", "FXC903", "error"),
+    }
+    assert "relative error " in report.failures[0].message
+    assert " in float64, more than 1e-08" in report.failures[0].message
+
+
+def test_a_value_in_another_form_is_not_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    def transposed(*args: Any) -> fxcurv.Curvature:
+        found = by_autograd(*args)
+        entry = found["grad"].entries["fc.weight"]
+        return found._mapped(lambda e: replace(e, value=cast("Tensor", e.value).T) if e is entry else e)
+
+    monkeypatch.setattr("fxcurv.checks.numeric.by_autograd", transposed)
+    report = fxcurv.check(Partly(), X, "grad", level="numeric")
+    assert report.ok
+    (row,) = (row for row in report.findings if row.severity == "warning")
+    assert (row.parameter, row.status, row.code) == ("fc.weight", "exact", "FXC905")
+
+
+class HalfMixing(nn.Module):
+    """Samples mix between two layers: behind, curvature is per sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = linear(3, 4), linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return self.head(y - y.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("on_unsupported", "body", "head"),
+    [("skip", "unsupported", "exact"), ("error", "unsupported", "unsupported"), ("fallback", "fallback", "exact")],
+)
+def test_parameters_are_refused_one_by_one(on_unsupported: OnUnsupported, body: str, head: str) -> None:
+    report = fxcurv.check(HalfMixing(), X, "grad", on_unsupported=on_unsupported, demands=Demands(require="any"))
+    assert {row.parameter: row.status for row in report.rows} == {
+        "body.weight": body,
+        "body.bias": body,
+        "head.weight": head,
+        "head.bias": head,
+    }
+    assert report.ok is (on_unsupported == "fallback")
+    fallen = [row for row in report.rows if row.status == "fallback"]
+    assert all(row.code == "FXC321" and "[FXC401]" in row.message for row in fallen)
+    assert not fxcurv.check(HalfMixing(), X, "grad", on_unsupported=on_unsupported).ok
