@@ -17,7 +17,7 @@ from fxcurv.eager import by_autograd
 from fxcurv.errors import CaptureError, FxcurvError, InputError, QuantityError, UnsupportedError
 from fxcurv.losses import as_loss
 from fxcurv.picture import Format, picture
-from fxcurv.program import Program
+from fxcurv.program import Plan, Program
 from fxcurv.result import Curvature
 from fxcurv.run import Batch, fresh_generator, run
 from fxcurv.show import tabular
@@ -129,6 +129,13 @@ class Compiled:
             self._programs[key] = passes.compile_program(self.model, stages, self.choice)
         self._latest = self._programs[key]
         return self._latest
+
+    def plan(self, inputs: Inputs) -> tuple[Plan, fx.GraphModule]:
+        """What every parameter would get, and the canonical graph that it is read off, without compiling further."""
+        _check_inputs(self.model, inputs)
+        strict = self.on_unsupported == "error"
+        canonical = passes.canonicalize(self.model, inputs, self.output, strict=strict)["canonical"]
+        return passes.plan(self.model, canonical, self.choice), canonical
 
     @property
     def program(self) -> Program:

@@ -25,8 +25,8 @@ from fxcurv.capture import Inputs, Output, as_call, batch_size, selector, struct
 from fxcurv.choice import Choice
 from fxcurv.contractions import per_sample
 from fxcurv.errors import FxcurvError, InputError
-from fxcurv.program import Job, Plan
-from fxcurv.quantities import Used, owners
+from fxcurv.program import Job, Plan, jobs_for
+from fxcurv.quantities import Used
 from fxcurv.result import Curvature
 from fxcurv.rules import Use, positions, rule_of
 from fxcurv.run import Batch, assembled, checked_terms, fresh_generator, without_autocast
@@ -53,7 +53,9 @@ def by_autograd(
         terms = checked_terms(loss, whole, batch.target)
         generator = batch.generator or fresh_generator(whole.device)
         wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        jobs = _jobs(choice, model, _used(wanted, passes))
+        used = _used(wanted, passes)
+        described = {q: _among({p: used[p] for p in names if p in used}) for q, names in choice.of(model).items()}
+        jobs = jobs_for(choice.quantities, described, fallback=True)
         sums: dict[str, Tensor] = {}
         quiet = None if batch.progress else True
         for factor in dict.fromkeys(quantity.factor for quantity in choice.quantities.values()):
@@ -64,23 +66,12 @@ def by_autograd(
                     _add(sums, _summands(mine, one.pulled(S_n, wanted)))
         for one in passes:
             _add(sums, _input_sums(jobs, one))
-    return assembled(Plan.of(model, choice, tuple(jobs), {}), sums, terms.value, whole, str(loss.reduction))
+    return assembled(Plan.of(model, choice, jobs, {}), sums, terms.value, whole, str(loss.reduction))
 
 
 def _add(sums: dict[str, Tensor], parts: Iterable[tuple[str, Tensor]]) -> None:
     for key, part in parts:
         sums[key] = sums[key] + part if key in sums else part
-
-
-def _jobs(choice: Choice, model: nn.Module, used: Mapping[str, Used]) -> list[Job]:
-    """One job for each result, of the parameters that reach the output."""
-    jobs: list[Job] = []
-    for name, parameters in choice.of(model).items():
-        quantity, described = choice.quantities[name], _among({p: used[p] for p in parameters if p in used})
-        for owner, owned in owners(quantity, described).items():
-            sums = {statistic: f"{name}.{owner}.{statistic}" for statistic in quantity.statistics(described[owner])}
-            jobs.append(Job(name, quantity, described[owner], owned, sums, fallback=True))
-    return jobs
 
 
 def _among(used: Mapping[str, Used]) -> dict[str, Used]:

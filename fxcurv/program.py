@@ -9,9 +9,9 @@ from torch import fx, nn
 
 from fxcurv.choice import Choice
 from fxcurv.errors import FxcurvError
-from fxcurv.quantities import Factor, Quantity, Used
+from fxcurv.quantities import Factor, Quantity, Used, owners
 
-__all__ = ["Job", "Plan", "Program"]
+__all__ = ["Job", "Plan", "Program", "jobs_for"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,29 @@ class Job:
         if approximation:
             return f"{'fallback' if self.fallback else 'approx'}({approximation})"
         return "fallback" if self.fallback else "exact"
+
+
+def jobs_for(
+    quantities: Mapping[str, Quantity], used: Mapping[str, Mapping[str, Used]], fallback: bool = False
+) -> tuple[Job, ...]:
+    """One job for each result; `used[quantity]` describes the parameters of which the quantity is asked."""
+    return tuple(
+        Job(
+            name,
+            quantities[name],
+            described[owner],
+            parameters,
+            _sums(name, quantities[name], described[owner]),
+            fallback,
+        )
+        for name, described in used.items()
+        for owner, parameters in owners(quantities[name], described).items()
+    )
+
+
+def _sums(name: str, quantity: Quantity, used: Used) -> dict[str, str]:
+    """The statistics that a quantity needs of a parameter, and the names of their sums."""
+    return {statistic: f"{name}.{used.name}.{statistic}" for statistic in quantity.statistics(used)}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ functionalize  in-place ops -> functional ones                  captured
 lower     ATen -> modules of the vocabulary                     lowered
 fold      what computes nothing vanishes
 locate    which axis holds the samples; mixing is refused       canonical
+plan      what every parameter gets, and of which sums
 augment   + what is kept and summed; the pullback per factor    forward, backward
 contract  definitions -> cheaper equal contractions
 schedule  every sum as soon as it can be taken                  forward, backward
@@ -22,7 +23,7 @@ from torch import fx, nn
 
 from fxcurv.capture import Inputs, Output, capture, device_of
 from fxcurv.choice import Choice
-from fxcurv.program import Plan, Program
+from fxcurv.program import Program
 from fxcurv.spec import verify
 from passes.augment import augment
 from passes.contract import contract
@@ -31,10 +32,10 @@ from passes.functionalize import functionalize
 from passes.inline import inline
 from passes.locate import locate
 from passes.lower import lower
+from passes.plan import plan
 from passes.schedule import schedule
-from passes.uses import refusals
 
-__all__ = ["canonicalize", "compile_program", "lowered"]
+__all__ = ["canonicalize", "compile_program", "lowered", "plan"]
 
 
 def canonicalize(
@@ -57,18 +58,13 @@ def lowered(model: nn.Module, inputs: Inputs, output: Output = None) -> dict[str
 
 def compile_program(model: nn.Module, stages: Mapping[str, fx.GraphModule], choice: Choice) -> Program:
     """The program that computes the chosen quantities of the model's parameters, from its canonical graph."""
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    refused = refusals(stages["canonical"], trainable)
-    computed = {
-        quantity: trainable.difference(refused).intersection(names) for quantity, names in choice.of(model).items()
-    }
-    augmented = augment(stages["canonical"], choice.quantities, computed)
+    planned = plan(model, stages["canonical"], choice)
+    augmented = augment(stages["canonical"], planned)
     forward = verify(schedule(verify(augmented.forward, "forward")), "forward")
     trials: dict[object, bool] = {}
     backwards = {factor: _optimized(gm, trials) for factor, gm in augmented.backwards.items()}
     emitted = {f"backward[{factor}]": gm for factor, gm in backwards.items()}
-    plan = Plan.of(model, choice, augmented.jobs, refused)
-    return Program({**stages, "forward": forward, **emitted}, forward, backwards, plan)
+    return Program({**stages, "forward": forward, **emitted}, forward, backwards, planned)
 
 
 def _optimized(backward: fx.GraphModule, trials: dict[object, bool]) -> fx.GraphModule:

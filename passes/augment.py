@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from fxcurv import ops
 from fxcurv.contractions import Statistic
-from fxcurv.program import Job
+from fxcurv.program import Job, Plan
 from fxcurv.pullback import (
     Accumulate,
     InputPositions,
@@ -28,37 +28,35 @@ from fxcurv.pullback import (
     PullToParameter,
     Unbroadcast,
 )
-from fxcurv.quantities import Factor, Quantity, owners
+from fxcurv.quantities import Factor
 from fxcurv.rules import rule_of
 from fxcurv.shapes import Shape
 from fxcurv.spec import module_of, output_of
 from passes.rewrite import Targets
-from passes.uses import Uses, carrying, layout_of, parameter_uses, used
+from passes.uses import Uses, carrying, layout_of, parameter_uses
 
 __all__ = ["Augmented", "augment"]
 
 
 @dataclass(frozen=True)
 class Augmented:
-    """The forward graph, a backward graph per factor, and what is made of their sums."""
+    """The forward graph, and a backward graph per factor."""
 
     forward: fx.GraphModule
     backwards: Mapping[Factor, fx.GraphModule]
-    jobs: tuple[Job, ...]
 
 
-def augment(gm: fx.GraphModule, quantities: Mapping[str, Quantity], wanted: Mapping[str, Collection[str]]) -> Augmented:
-    """The forward graph, and one backward graph per factor, which compute each quantity of its `wanted` parameters."""
-    emitter = _Emitter(gm, parameter_uses(gm, {name for names in wanted.values() for name in names}))
-    jobs: list[Job] = []
+def augment(gm: fx.GraphModule, plan: Plan) -> Augmented:
+    """The forward graph, and one backward graph per factor, which compute the sums of a plan."""
+    emitter = _Emitter(gm, parameter_uses(gm, {name for job in plan.jobs for name in job.parameters}))
     backwards: dict[Factor, fx.GraphModule] = {}
-    for factor in dict.fromkeys(quantity.factor for quantity in quantities.values()):
-        asked = [name for name, quantity in quantities.items() if quantity.factor == factor]
-        backward = emitter.pull_back({parameter for name in asked for parameter in wanted[name]})
-        for name in asked:
-            jobs += emitter.reduce(backward, name, quantities[name], wanted[name])
+    for factor in dict.fromkeys(quantity.factor for quantity in plan.quantities.values()):
+        jobs = [job for job in plan.jobs if job.quantity.factor == factor]
+        backward = emitter.pull_back({name for job in jobs for name in job.parameters})
+        for job in jobs:
+            emitter.reduce(backward, job)
         backwards[factor] = backward.finished()
-    return Augmented(emitter.forward.finished(), backwards, tuple(jobs))
+    return Augmented(emitter.forward.finished(), backwards)
 
 
 # Emission ---------------------------------------------------------------------------------------------------------
@@ -150,19 +148,11 @@ class _Emitter:
         """The inputs of a node, as the backward graph finds them."""
         return [backward.saved(self.forward.save(x), x) for x in _inputs(node)]
 
-    def reduce(self, backward: _Backward, name: str, quantity: Quantity, wanted: Collection[str]) -> list[Job]:
-        """Emit the statistics of one quantity of the wanted parameters, and say what is to be made of them."""
-        uses = {parameter: uses for parameter, uses in self.uses.items() if parameter in wanted}
-        described = {parameter: used(parameter, uses) for parameter in uses}
-        jobs: list[Job] = []
-        for owner, parameters in owners(quantity, described).items():
-            sums: dict[str, str] = {}
-            for statistic, module in quantity.statistics(described[owner]).items():
-                sums[statistic] = key = f"{name}.{owner}.{statistic}"
-                graph, args = self._arguments(backward, owner, module)
-                graph.results[key] = graph.call(key, module, args)
-            jobs.append(Job(name, quantity, described[owner], parameters, sums))
-        return jobs
+    def reduce(self, backward: _Backward, job: Job) -> None:
+        """Emit the sums of one job."""
+        for statistic, module in job.quantity.statistics(job.used).items():
+            graph, args = self._arguments(backward, job.used.name, module)
+            graph.results[job.sums[statistic]] = graph.call(job.sums[statistic], module, args)
 
     def _arguments(self, backward: _Backward, name: str, module: Statistic) -> tuple[_Graph, tuple[Any, ...]]:
         """The graph in which a statistic is computed, and the positions of all uses of the parameter that it reads."""

@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 import fxcurv
 import passes
 from fxcurv.capture import Captured, capture
+from fxcurv.choice import chosen
 from fxcurv.contractions import Diagonal, DiagonalOfSinglePositions
-from fxcurv.quantities import named
+from fxcurv.program import Plan
 from fxcurv.spec import verify
 from passes.augment import augment
 from passes.contract import contract
@@ -22,6 +23,7 @@ from passes.fold import fold
 from passes.functionalize import functionalize
 from passes.locate import locate
 from passes.lower import lower
+from passes.plan import plan
 from passes.schedule import schedule
 from passes.uses import bottlenecks, carrying, flow_of, parameter_uses
 
@@ -52,6 +54,11 @@ def model() -> nn.Module:
 
 
 X = torch.zeros(2, 2, 4, 4)
+
+
+def planned(model: nn.Module, canonical: fx.GraphModule, quantity: str, wanted: list[str]) -> Plan:
+    """The plan of one quantity for the wanted parameters alone."""
+    return plan(model, canonical, chosen(quantity).only(wanted))
 
 
 def text(gm: fx.GraphModule, *columns: str) -> str:
@@ -129,7 +136,7 @@ def test_locate_finds_the_axis_of_the_samples() -> None:
 
 def test_augment_walks_the_rules_in_reverse(model: nn.Module) -> None:
     canonical = passes.canonicalize(model, X)["canonical"]
-    augmented = augment(canonical, named("diag_ggn"), {"diag_ggn": ["conv.weight"]})
+    augmented = augment(canonical, planned(model, canonical, "diag_ggn", ["conv.weight"]))
     (backward,) = augmented.backwards.values()
     assert text(verify(backward, "backward"), "name", "args", "shape", "module") == golden("""
         s () [V, N, 2]
@@ -173,7 +180,7 @@ def test_a_bottleneck_is_what_separates_the_lowest_use_from_the_output(model: nn
 
 def test_augment_stops_where_nothing_below_is_wanted(model: nn.Module) -> None:
     canonical = passes.canonicalize(model, X)["canonical"]
-    (backward,) = augment(canonical, named("kfac"), {"kfac": ["fc.bias"]}).backwards.values()
+    (backward,) = augment(canonical, planned(model, canonical, "kfac", ["fc.bias"])).backwards.values()
     assert text(backward, "name", "args") == golden("""
         s ()
         s_fc (s,)
@@ -193,7 +200,9 @@ def test_one_pullback_serves_all_quantities_of_a_factor(model: nn.Module) -> Non
 
 def test_contract_squares_single_positions(model: nn.Module) -> None:
     canonical = passes.canonicalize(model, X)["canonical"]
-    (backward,) = augment(canonical, named("diag_ggn"), {"diag_ggn": ["fc.weight", "conv.weight"]}).backwards.values()
+    (backward,) = augment(
+        canonical, planned(model, canonical, "diag_ggn", ["fc.weight", "conv.weight"])
+    ).backwards.values()
     contracted = verify(contract(backward, {}), "backward")
     assert [n.split() for n in text(backward, "name", "module").splitlines() if "diagonal" in n] == [
         ["diag_ggn_conv_weight_diagonal", "Diagonal"],
@@ -215,7 +224,9 @@ def test_single_positions_equal_the_definition(bias: bool) -> None:
 
 def test_schedule_takes_sums_early(model: nn.Module) -> None:
     canonical = passes.canonicalize(model, X)["canonical"]
-    (backward,) = augment(canonical, named("diag_ggn"), {"diag_ggn": ["fc.weight", "conv.weight"]}).backwards.values()
+    (backward,) = augment(
+        canonical, planned(model, canonical, "diag_ggn", ["fc.weight", "conv.weight"])
+    ).backwards.values()
     rows = text(verify(schedule(backward), "backward"), "name").splitlines()
     assert rows[rows.index("s_fc") - 1 : rows.index("pull_mean")] == [
         "x_fc",

@@ -1,7 +1,7 @@
 """check(): is a model curvature-compatible? One row per parameter × quantity, at one of three levels.
 
 static    capture, lowering, rules and uses on the meta device: no memory, no arithmetic
-shape     everything that compiling does, which probes where samples are
+shape     all that compiling does before graphs are emitted: it probes where samples are
 numeric   compiled in float64 and run on a tiny batch, each value compared with autograd on the model itself
 """
 
@@ -105,8 +105,8 @@ def _static(subject: Subject, question: Question, compiled: Compiled) -> Found:
 
 
 def _shape(subject: Subject, question: Question, compiled: Compiled) -> Found:
-    program = compiled.prepare(subject.inputs)
-    return Found(program.plan.statuses, program.canonical, program.plan.refusals)
+    plan, canonical = compiled.plan(subject.inputs)
+    return Found(plan.statuses, canonical, plan.refusals)
 
 
 def _numeric(subject: Subject, question: Question, compiled: Compiled) -> Found:

@@ -16,12 +16,10 @@ from torch.utils import _pytree as pytree
 from fxcurv.capture import Inputs, Output
 from fxcurv.checks.rows import Found
 from fxcurv.choice import Choice
-from fxcurv.program import Job, Plan
-from fxcurv.quantities import owners
 from fxcurv.shapes import Batch, Samples, Shape
 from passes import lowered
+from passes.plan import plan
 from passes.rewrite import copied
-from passes.uses import parameter_uses, used
 
 __all__ = ["static_found"]
 
@@ -30,16 +28,7 @@ def static_found(model: nn.Module, inputs: Inputs, output: Output, choice: Choic
     """What each parameter would get, and the graph that it is read off."""
     on_meta: Any = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
     gm = _assumed_apart(lowered(_without_memory(model), on_meta, output)["folded"])
-    uses = parameter_uses(gm, [name for name, p in model.named_parameters() if p.requires_grad])
-    described = {name: used(name, uses) for name in uses}
-    jobs = [
-        Job(name, quantity, described[owner], owned, {})
-        for name, quantity in choice.quantities.items()
-        for owner, owned in owners(
-            quantity, {p: described[p] for p in choice.of(model)[name] if p in described}
-        ).items()
-    ]
-    return Found(Plan.of(model, choice, tuple(jobs), {}).statuses, gm)
+    return Found(plan(model, gm, choice).statuses, gm)
 
 
 def _without_memory(model: nn.Module) -> nn.Module:

@@ -1,0 +1,23 @@
+"""plan: what every parameter gets, and the sums that it is made of, read off the canonical graph."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from fxcurv.choice import Choice
+from fxcurv.program import Plan, jobs_for
+from passes.uses import parameter_uses, refusals, used
+
+__all__ = ["plan"]
+
+
+def plan(model: nn.Module, canonical: fx.GraphModule, choice: Choice) -> Plan:
+    """The plan of the chosen quantities of the model's parameters."""
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    refused = refusals(canonical, trainable)
+    uses = {
+        q: parameter_uses(canonical, trainable.intersection(names) - set(refused))
+        for q, names in choice.of(model).items()
+    }
+    described = {quantity: {name: used(name, own) for name in own} for quantity, own in uses.items()}
+    return Plan.of(model, choice, jobs_for(choice.quantities, described), refused)
