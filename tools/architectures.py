@@ -122,12 +122,17 @@ def write(rows: list[Architecture]) -> None:
 
 def read() -> list[str]:
     """The names of the representatives: the smallest of every family, then the second of every family, …"""
+    return [name for rank in zip_longest(*by_family()) for name in rank if name is not None]
+
+
+def by_family() -> list[list[str]]:
+    """The names of the representatives of every family, the smallest first."""
     with FILE.open(encoding="utf-8") as file:
         records = list(csv.DictReader(line for line in file if not line.startswith("#")))
     families: defaultdict[str, list[str]] = defaultdict(list)
     for record in sorted(records, key=lambda record: int(record["elements"])):
         families[record["family"]].append(record["model"])
-    return [name for rank in zip_longest(*families.values()) for name in rank if name is not None]
+    return list(families.values())
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """The coverage sweep: which models compile, and what every parameter of them gets.
 
-    python tools/coverage.py                                       all three groups, what is not in the table yet
+    python tools/coverage.py                                       all groups, what is not in the table yet
     python tools/coverage.py --groups timm --filter 'vit*' --again
     python tools/coverage.py --retry-failed                        what did not compile, once more
     python tools/coverage.py --summary                             the summary alone, from the table as it is
 
 The groups: every classification model of torchvision, one model of every distinct architecture of timm (see
-architectures.py), and small random models of Hugging Face (see huggingface.py). Each model is compiled as `fxcurv
-check` does it, at its own resolution, in a process of its own with a limit of time and of memory, forked from one that
-has imported everything and built nothing. A model is a row of results/coverage.csv, written as soon as it is known;
-results/coverage.md sums them up. An element of a parameter counts once per quantity:
+architectures.py), small random models of Hugging Face (see huggingface.py), each at its own resolution; and small
+models of every family of timm at the numeric level, at which every value must equal that of autograd in float64. Each
+model is examined as `fxcurv check` does it, in a process of its own with a limit of time and of memory, forked from one
+that has imported everything and built nothing. A model is a row of results/coverage.csv, written as soon as it is
+known; results/coverage.md sums them up. An element of a parameter counts once per quantity:
 
 - exact, approx, fallback: computed; the status says how (fallback: by a slower, generic path);
 - refused: the model does not compile, or nothing is known for this parameter;
@@ -41,6 +42,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(
@@ -56,6 +58,7 @@ import fxcurv
 from fxcurv import targets
 from fxcurv.capture import Inputs
 from fxcurv.checks import Report, levels
+from fxcurv.checks.policy import Level
 from fxcurv.choice import chosen as choice
 from fxcurv.errors import FxcurvError
 from fxcurv.losses import as_loss
@@ -81,6 +84,7 @@ class Group:
     package: str
     names: Callable[[], Iterable[str]]
     build: Build
+    level: Level = "shape"
 
 
 def from_library(library: str) -> Build:
@@ -116,10 +120,32 @@ def huggingface_model(name: str) -> tuple[nn.Module, Inputs]:
     return huggingface.build(name, BATCH)
 
 
+def small_names() -> list[str]:
+    """timm's models for tests, and the smallest of every family."""
+    import architectures
+    import timm
+
+    return list(dict.fromkeys([*timm.list_models("test_*"), *(family[0] for family in architectures.by_family())]))
+
+
+def small_model(name: str) -> tuple[nn.Module, Inputs]:
+    """With three classes, and random inputs of the lowest resolution that the model takes."""
+    for side in (64, 96, 128, 160, 224, 256, 384):
+        for size in ({"img_size": side}, {}):
+            with contextlib.suppress(Exception):
+                model = targets.resolve(f"timm:{name}?{urlencode({**size, 'num_classes': 3})}").model
+                x = torch.randn(BATCH, 3, side, side, generator=torch.Generator().manual_seed(0))
+                with torch.no_grad():
+                    model(x)
+                return model, x
+    raise LookupError("no resolution will do")
+
+
 GROUPS: dict[str, Group] = {
     "torchvision": Group("torchvision", torchvision_names, from_library("torchvision")),
     "timm": Group("timm", timm_names, from_library("timm")),
     "huggingface": Group("huggingface", huggingface_names, huggingface_model),
+    "numeric": Group("timm", small_names, small_model, level="numeric"),
 }
 
 
@@ -162,7 +188,8 @@ def examine(row: Row, tell: Callable[[Row], None]) -> Row:
             model, inputs = GROUPS[row.group].build(row.model)
             row = replace(row, **sizes(model))
             tell(row)
-            report = levels.examine(levels.Subject(row.model, model, inputs), QUESTION)
+            question = replace(QUESTION, level=GROUPS[row.group].level)
+            report = levels.examine(levels.Subject(row.model, model, inputs), question)
         row = reported(row, report)
     except Exception as error:
         row = replace(row, **explained(error))

@@ -1,4 +1,8 @@
-"""The numeric level: compiled values against those of autograd on the model itself, in float64, on a tiny batch."""
+"""The numeric level: compiled values against those of autograd on the model itself, in float64, on a tiny batch.
+
+A model that converts to a shorter type inside is followed in float64 by both, so that what is left is error, not
+rounding.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxcurv.api import Compiled
@@ -34,12 +39,29 @@ def doubled(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any]:
     return copy.deepcopy(model).double(), pytree.tree_map_only(Tensor, in_double, inputs)
 
 
+class _InDouble(TorchFunctionMode):
+    """Whatever would be converted to, or made in, a shorter floating-point type is of float64."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            return args[0].double()
+        longer: Any = pytree.tree_map_only(torch.dtype, _longer, (args, kwargs or {}))
+        return func(*longer[0], **longer[1])
+
+
+def _longer(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
 def disagreements(compiled: Compiled, inputs: Inputs) -> dict[tuple[str, str], float]:
     """Relative error by quantity and parameter; NaN where the two values have different forms."""
-    target = _targets(compiled, inputs)
-    found = compiled(inputs, target, torch.Generator().manual_seed(SEED))
-    batch = Batch(inputs, target, torch.Generator().manual_seed(SEED))
-    expected = by_autograd(compiled.model, compiled.loss, compiled.choice, batch, compiled.output)
+    with _InDouble():
+        target = _targets(compiled, inputs)
+        found = compiled(inputs, target, torch.Generator().manual_seed(SEED))
+        batch = Batch(inputs, target, torch.Generator().manual_seed(SEED))
+        expected = by_autograd(compiled.model, compiled.loss, compiled.choice, batch, compiled.output)
     errors: dict[tuple[str, str], float] = {}
     for quantity, entries in found.items():
         theirs = expected[quantity].entries
