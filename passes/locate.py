@@ -1,10 +1,11 @@
 """locate: where every tensor holds its samples; an op that lets samples mix is refused.
 
 Per-sample curvature is only defined where sample n of the output depends on sample n of the input alone. For ops with
-parameters and elementwise ops the place follows from the kind of their rule. Any other op is probed: it is run on
-random inputs, one sample is redrawn, and only that sample's entries of the output may change. A random real function
-that ignores an input it depends on is an event of probability zero, so the probe needs no row per op and cannot go
-stale. Samples may lie along any axis, and share it with other positions (tokens or windows folded into the batch).
+parameters and elementwise ops the place follows from the kind of their rule; where entries are only moved, the samples'
+numbers are moved instead. Any other op is probed: it is run on random inputs, one sample is redrawn, and only that
+sample's entries of the output may change. A random real function that ignores an input it depends on is an event of
+probability zero, so the probe needs no row per op and cannot go stale. Samples may lie along any axis, and share it
+with other positions (tokens or windows folded into the batch).
 
 Unless `strict`, a node that lets samples mix is marked with its refusal, and row n of what it returns counts as sample
 n from there on: parameters behind it have per-sample curvature, those before it have not.
@@ -13,6 +14,7 @@ n from there on: parameters behind it have per-sample curvature, those before it
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +28,9 @@ from passes.rewrite import copied
 
 __all__ = ["locate"]
 
-SAMPLES = 3
+SAMPLES, SHARED = 3, 255
+ENTRYWISE = (ops.Add, ops.Sub, ops.Mul)
+MOVES = (ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Select, ops.Cat)
 
 
 def locate(gm: fx.GraphModule, device: torch.device, strict: bool = True) -> fx.GraphModule:
@@ -86,10 +90,47 @@ def _place(node: fx.Node, op: nn.Module, device: torch.device, probes: dict[obje
         if axis == last or (axis != 0 and rule.use.batch_first):
             raise _mixing(node, f"it treats the samples along axis {axis} as features")
         return places[0]
+    place = _aligned(node) if isinstance(op, ENTRYWISE) else _followed(node, op) if isinstance(op, MOVES) else None
+    if place is not None:
+        return place
     key = _kind(node, op)
     if key is None or key not in probes:
         probes[key] = _probed(node, op, device)
     return probes[key]
+
+
+def _aligned(node: fx.Node) -> Samples | None:
+    """The place of entries that come from entries at the same indices, if all inputs have their samples there."""
+    inputs = [x for x in node.args if isinstance(x, fx.Node) and x.meta["samples"] is not None]
+    from_last = {replace(x.meta["samples"], axis=x.meta["samples"].axis - len(x.meta["shape"])) for x in inputs}
+    if len(from_last) != 1 or any(x.meta.get("counts") for x in inputs):
+        return None
+    place = from_last.pop()
+    return replace(place, axis=place.axis + len(node.meta["shape"]))
+
+
+def _followed(node: fx.Node, op: nn.Module) -> Samples | None:
+    """The place at which a move puts the entries of each sample: the samples' numbers are moved instead."""
+    inputs = [x for x in node.args if isinstance(x, fx.Node)]
+    if any(x.meta.get("counts") for x in inputs):
+        return None
+    y = op(*map(_numbers, inputs))
+    places = (p for axis, multiple in _batch_axes(node).items() for p in _candidates(axis, multiple))
+    return next((p for p in places if all(_only_of(n, rows) for n, rows in enumerate(p.apart(y)))), None)
+
+
+def _numbers(x: fx.Node) -> Tensor:
+    """At every entry the number of its sample, or `SHARED`."""
+    shape, place = resolve(x.meta["shape"], SAMPLES), x.meta["samples"]
+    if place is None:
+        return torch.tensor(SHARED, dtype=torch.uint8).expand(shape)
+    numbers = torch.arange(SAMPLES, dtype=torch.uint8).view(-1, 1).expand(place.outer, -1, place.inner).flatten()
+    return numbers.view(*(-1 if axis == place.axis else 1 for axis in range(len(shape)))).expand(shape)
+
+
+def _only_of(n: int, rows: Tensor) -> bool:
+    """Whether the entries are those of sample n, or shared, but not all of them."""
+    return bool(((rows == n) | (rows == SHARED)).all()) and bool((rows == n).any())
 
 
 def _kind(node: fx.Node, op: nn.Module) -> object:
