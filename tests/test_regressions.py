@@ -289,3 +289,13 @@ def test_the_global_random_state_is_not_consumed() -> None:
     state = torch.get_rng_state()
     fxcurv.compile(model, quantities=["kfac", "diag_ggn_mc"])(x, y)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_sampled_columns_where_the_classes_are_not_last() -> None:
+    """Targets are drawn position by position from outputs [N, C, T], whose classes are no last axis."""
+    model = samples.seeded(lambda: nn.Conv1d(2, 3, 1), "positions")
+    x, y = torch.arange(20.0, dtype=torch.float64).view(2, 2, 5).sin(), torch.arange(10).view(2, 5) % 3
+    many = fxcurv.DiagGGN(fxcurv.Sampled(4000))
+    result = fxcurv.compile(model, quantities=["diag_ggn", many])(x, y, torch.Generator().manual_seed(0))
+    exact, sampled = result["diag_ggn"]["weight"], result["diag_ggn_1"]["weight"]
+    torch.testing.assert_close(sampled, exact, rtol=0.1, atol=0)
