@@ -156,7 +156,7 @@ def _equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     """Equal to rounding."""
-    return a.shape == b.shape and bool((a - b).abs().max() <= torch.finfo(b.dtype).eps ** 0.75 * b.abs().max())
+    return a.shape == b.shape and bool((a - b).abs().max() <= torch.finfo(b.dtype).eps ** (2 / 3) * b.abs().max())
 
 
 # Forward passes -------------------------------------------------------------------------------------------------------

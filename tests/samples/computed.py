@@ -192,7 +192,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "kernel_mixture": KernelMixture,
     "conditional_conv": lambda: ConditionalConv(folded=False),
     "bias_of_weight": lambda: Model(
-        lambda m, x: F.conv2d(x, m.c.weight, m.c.weight.sum((1, 2, 3))), c=nn.Conv2d(4, 2, 2)
+        lambda m, x: F.conv2d(x, m.c.weight, m.c.weight.sum((1, 2, 3))), c=nn.Conv2d(4, 2, 2, bias=False)
     ),
 }
 

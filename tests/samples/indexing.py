@@ -62,7 +62,7 @@ PICKED: dict[str, Op] = {
 
 def counted(x: Tensor) -> Tensor:
     """Positions from a running count of a mask, as for padded tokens."""
-    mask = (x[..., 0] > 0).long()
+    mask = (x[..., 0] > x.mean((1, 2)).unsqueeze(-1)).long()
     positions = mask.cumsum(1) * mask
     return x * positions.unsqueeze(-1).to(x.dtype) + positions.unsqueeze(-1)
 

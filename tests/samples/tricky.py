@@ -80,9 +80,6 @@ TRICKY = (
             "no_grad": gate_without_grad,
             "detach_write": write_detached,
             "cholesky": lambda x: torch.linalg.cholesky(x @ x.mT + torch.eye(6, dtype=x.dtype)),
-            "place_in_batch": lambda x: x * torch.arange(x.shape[0]).view(-1, 1, 1, 1),
-            "over_batch_size": lambda x: x / x.shape[0],
-            "shuffle_without_batch": lambda x: torch.native_channel_shuffle(x, 2),
             "branch_on_shape": lambda x: x.relu() if x.shape[2] > 3 else x,
         },
     ),
@@ -126,5 +123,7 @@ MIXING = functions(
         "batch_write": write_first,
         "first_sample": lambda x: x - x[:1],
         "batch_gram": lambda x: x @ x.T @ x,
+        "place_in_batch": lambda x: x * torch.arange(x.shape[0]).view(-1, 1),
+        "over_batch_size": lambda x: x / x.shape[0],
     },
 )
