@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import platform
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -36,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = arguments.command
     logging.getLogger("torch").setLevel(logging.ERROR)  # whole graphs, where tracing fails
     try:
-        return command(arguments)
+        code = command(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output has seen enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except FxcurvError as error:
         print(f"fxcurv: {error}", file=sys.stderr)
     except Exception as error:
@@ -241,7 +248,7 @@ def _add_model(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespac
     quantities = f"of {', '.join(fxcurv.NAMES)} (default kfac,diag_ggn)"
     parser.add_argument("--quantities", default="kfac,diag_ggn", metavar="Q,…", help=quantities)
     parser.add_argument("--loss", default="cross_entropy", choices=list(BY_NAME))
-    parser.add_argument("--input", metavar="SHAPE", help="of one input, e.g. 3x32x32 (default: what the model says)")
+    parser.add_argument("--input", metavar="SHAPE", help="of one sample, e.g. 3x32x32 (default: what the model says)")
     _add_seed(parser)
 
 

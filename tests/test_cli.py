@@ -422,3 +422,14 @@ def test_compute_on_mobilenet_v2(tmp_path: Path, capsys: Capture) -> None:
         assert tensors[f"diag_ggn/{p}/value"].isfinite().all()
     depthwise = tensors["kfac/features.1.conv.0.0.weight/A"]
     assert depthwise.shape == (32, 9, 9), "a factor per group of a depthwise convolution"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "fxcurv", "rules"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141  # 128 + SIGPIPE, as shells say it of any command
