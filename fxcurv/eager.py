@@ -163,6 +163,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS: Mapping[Any, type[Convolution]] = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
+NORMS = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -321,6 +322,8 @@ class _Recorder(TorchFunctionMode):
             with self:
                 return _body(func)(*args, **kwargs)
         y = func(*args, **kwargs)
+        if func in NORMS and y.requires_grad:  # see `autograd_pull_each`
+            y.register_hook(torch.Tensor.contiguous)
         if func is not F.linear and func not in CONVOLUTIONS:
             return y
         given: dict[str, Any] = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}

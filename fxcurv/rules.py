@@ -159,14 +159,17 @@ def _vjp(op: nn.Module, xs: Sequence[Tensor], k: int) -> Callable[[Tensor], tupl
 
 
 def autograd_pull_each(op: nn.Module, S: Tensor, xs: Sequence[Tensor], k: int) -> Tensor:
-    """S[v, *y.shape] -> S[v, *x_k.shape], one column after the other."""
+    """S[v, *y.shape] -> S[v, *x_k.shape], one column after the other.
+
+    Cotangents are contiguous: for one sample and others, torch 2.15's batch_norm has a wrong gradient on the CPU.
+    """
     pull = _vjp(op, xs, k)
-    return torch.stack([pull(column)[0] for column in S])
+    return torch.stack([pull(column)[0] for column in S.contiguous()])
 
 
 def autograd_pull(op: nn.Module, S: Tensor, xs: Sequence[Tensor], k: int) -> Tensor:
     """S[v, *y.shape] -> S[v, *x_k.shape], all columns at once: as right as the batching rules of torch for this op."""
-    return torch.func.vmap(_vjp(op, xs, k))(S)[0]
+    return torch.func.vmap(_vjp(op, xs, k))(S.contiguous())[0]
 
 
 def _autograd_transpose(op: nn.Module, S: Tensor, shapes: tuple[Shape, ...], k: int) -> Tensor:

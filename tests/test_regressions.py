@@ -13,6 +13,9 @@ from test_samples import assert_close, check_against_oracle
 from torch import Tensor, nn
 
 import fxcurv
+from fxcurv.choice import chosen
+from fxcurv.eager import by_autograd
+from fxcurv.run import Batch
 
 EXACT = fxcurv.KFAC(fxcurv.Exact())
 
@@ -299,3 +302,30 @@ def test_sampled_columns_where_the_classes_are_not_last() -> None:
     result = fxcurv.compile(model, quantities=["diag_ggn", many])(x, y, torch.Generator().manual_seed(0))
     exact, sampled = result["diag_ggn"]["weight"], result["diag_ggn_1"]["weight"]
     torch.testing.assert_close(sampled, exact, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_one_sample_whose_cotangent_is_permuted(norm: Callable[[int], nn.Module]) -> None:
+    """torch 2.15's batch_norm has a wrong gradient for one sample on the CPU unless the cotangent is contiguous."""
+    model = samples.seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 1), norm(4), nn.Flatten(2), Transposed(), nn.Softmax(-1), nn.Flatten(), nn.Linear(24, 3)
+        ),
+        "permuted",
+    )
+    x, y = torch.arange(12.0, dtype=torch.float64).view(1, 2, 2, 3).sin(), torch.tensor([2])
+    quantities = ["grad", "diag_ggn"]
+    one = fxcurv.compile(model, quantities=quantities)(x, y)
+    two = fxcurv.compile(model, quantities=quantities)(x.expand(2, -1, -1, -1).contiguous(), y.expand(2))
+    eager = by_autograd(model, nn.CrossEntropyLoss(), chosen(quantities), Batch(x, y))
+    for quantity, entries in two.items():
+        for name, twice in entries.items():
+            assert_close(one[quantity][name], twice, f"{quantity} {name}")
+            assert_close(eager[quantity][name], twice, f"{quantity} {name} by autograd")
+
+
+class Transposed(nn.Module):
+    """Tokens of channels out of channels of positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
