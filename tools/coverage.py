@@ -26,6 +26,7 @@ import contextlib
 import csv
 import fnmatch
 import importlib
+import itertools
 import multiprocessing as mp
 import os
 import re
@@ -128,12 +129,24 @@ def small_names() -> list[str]:
     return list(dict.fromkeys([*timm.list_models("test_*"), *(family[0] for family in architectures.by_family())]))
 
 
+SHALLOW: tuple[dict[str, Any], ...] = (
+    {"depth": 2},
+    {"depths": (1, 1, 1, 1)},
+    {"depths": (1, 1, 1)},
+    {"layers": (1, 1, 1, 1)},
+    {"layers": (1, 1, 1)},
+    {},
+)
+"""Arguments that make a model of timm shallower, where its constructor has them."""
+
+
 def small_model(name: str) -> tuple[nn.Module, Inputs]:
-    """With three classes, and random inputs of the lowest resolution that the model takes."""
-    for side in (64, 96, 128, 160, 224, 256, 384):
+    """With three classes and few layers, and random inputs of the lowest resolution that the model takes."""
+    for side, shallow in itertools.product((64, 96, 128, 160, 224, 256, 384), SHALLOW):
         for size in ({"img_size": side}, {}):
             with contextlib.suppress(Exception):
-                model = targets.resolve(f"timm:{name}?{urlencode({**size, 'num_classes': 3})}").model
+                arguments = urlencode({**shallow, **size, "num_classes": 3})
+                model = targets.resolve(f"timm:{name}?{arguments}").model
                 x = torch.randn(BATCH, 3, side, side, generator=torch.Generator().manual_seed(0))
                 with torch.no_grad():
                     model(x)
