@@ -125,17 +125,18 @@ class Compiled:
         _check_inputs(self.model, inputs)
         key = _signature(self.model, inputs)
         if key not in self._programs:
-            stages = passes.canonicalize(self.model, inputs, self.output, strict=self.on_unsupported == "error")
-            self._programs[key] = passes.compile_program(self.model, stages, self.choice)
+            self._programs[key] = passes.compile_program(self.model, self._canonicalized(inputs), self.choice)
         self._latest = self._programs[key]
         return self._latest
 
     def plan(self, inputs: Inputs) -> tuple[Plan, fx.GraphModule]:
         """What every parameter would get, and the canonical graph that it is read off, without compiling further."""
         _check_inputs(self.model, inputs)
-        strict = self.on_unsupported == "error"
-        canonical = passes.canonicalize(self.model, inputs, self.output, strict=strict)["canonical"]
+        canonical = self._canonicalized(inputs)["canonical"]
         return passes.plan(self.model, canonical, self.choice), canonical
+
+    def _canonicalized(self, inputs: Inputs) -> dict[str, fx.GraphModule]:
+        return passes.canonicalize(self.model, inputs, self.output, strict=self.on_unsupported == "error")
 
     @property
     def program(self) -> Program:

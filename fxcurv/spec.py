@@ -13,7 +13,7 @@ from fxcurv.contractions import Statistic
 from fxcurv.errors import SpecError, frames_of
 from fxcurv.shapes import show_shape
 
-__all__ = ["Source", "Stage", "describe", "module_of", "output_of", "verify"]
+__all__ = ["Source", "Stage", "describe", "inputs_of", "module_of", "output_of", "verify"]
 
 Stage = Literal["captured", "lowered", "canonical", "forward", "backward"]
 
@@ -40,6 +40,11 @@ def module_of(node: fx.Node) -> nn.Module:
     owner = node.graph.owning_module
     assert owner is not None
     return owner.get_submodule(str(node.target))
+
+
+def inputs_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node is called on, in order, as often as it is."""
+    return [x for x in node.args if isinstance(x, fx.Node)]
 
 
 def describe(node: fx.Node) -> str:

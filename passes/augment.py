@@ -31,7 +31,7 @@ from fxcurv.pullback import (
 from fxcurv.quantities import Factor
 from fxcurv.rules import rule_of
 from fxcurv.shapes import Shape
-from fxcurv.spec import module_of, output_of
+from fxcurv.spec import inputs_of, module_of, output_of
 from passes.rewrite import Targets
 from passes.uses import Uses, carrying, layout_of, parameter_uses
 
@@ -130,10 +130,10 @@ class _Emitter:
 
     def _pull(self, backward: _Backward, node: fx.Node, S: fx.Node, k: int, x: fx.Node) -> fx.Node:
         """S at an input of a node; from there on for each sample alone where the input is the same for all samples."""
-        name = f"pull.{node.target}" if len(_inputs(node)) == 1 else f"pull.{node.target}.{k}"
+        name = f"pull.{node.target}" if len(inputs_of(node)) == 1 else f"pull.{node.target}.{k}"
         op, own = module_of(node), node.meta["samples"] is None
         if x.meta["samples"] is None and not own:
-            places = [n.meta["samples"] for n in (*_inputs(node), node)]
+            places = [n.meta["samples"] for n in (*inputs_of(node), node)]
             return backward.call(name, PullToParameter(op, k, places), (S, self._saved(backward, node)), _columns(x))
         opaque = rule_of(op).kind == "opaque"
         kept = self._saved(backward, node) if opaque else backward.placeholder(self.forward.keep(node))
@@ -146,7 +146,7 @@ class _Emitter:
 
     def _saved(self, backward: _Backward, node: fx.Node) -> list[fx.Node]:
         """The inputs of a node, as the backward graph finds them."""
-        return [backward.saved(self.forward.save(x), x) for x in _inputs(node)]
+        return [backward.saved(self.forward.save(x), x) for x in inputs_of(node)]
 
     def reduce(self, backward: _Backward, job: Job) -> None:
         """Emit the sums of one job."""
@@ -167,10 +167,6 @@ class _Emitter:
     def _input(self, backward: _Backward, node: fx.Node) -> fx.Node:
         (x,) = node.all_input_nodes
         return backward.input_positions(node, backward.saved(self.forward.save(x), x))
-
-
-def _inputs(node: fx.Node) -> list[fx.Node]:
-    return [x for x in node.args if isinstance(x, fx.Node)]
 
 
 def _columns(node: fx.Node, own: bool = False) -> Shape:

@@ -23,7 +23,7 @@ from fxcurv import ops
 from fxcurv.errors import UnsupportedError, frames_of
 from fxcurv.rules import rule_of
 from fxcurv.shapes import Batch, Samples, Shape, resolve
-from fxcurv.spec import describe, module_of
+from fxcurv.spec import describe, inputs_of, module_of
 from passes.rewrite import copied
 
 __all__ = ["locate"]
@@ -101,7 +101,7 @@ def _place(node: fx.Node, op: nn.Module, device: torch.device, probes: dict[obje
 
 def _aligned(node: fx.Node) -> Samples | None:
     """The place of entries that come from entries at the same indices, if all inputs have their samples there."""
-    inputs = [x for x in node.args if isinstance(x, fx.Node) and x.meta["samples"] is not None]
+    inputs = [x for x in inputs_of(node) if x.meta["samples"] is not None]
     from_last = {replace(x.meta["samples"], axis=x.meta["samples"].axis - len(x.meta["shape"])) for x in inputs}
     if len(from_last) != 1 or any(x.meta.get("counts") for x in inputs):
         return None
@@ -111,7 +111,7 @@ def _aligned(node: fx.Node) -> Samples | None:
 
 def _followed(node: fx.Node, op: nn.Module) -> Samples | None:
     """The place at which a move puts the entries of each sample: the samples' numbers are moved instead."""
-    inputs = [x for x in node.args if isinstance(x, fx.Node)]
+    inputs = inputs_of(node)
     if any(x.meta.get("counts") for x in inputs):
         return None
     y = op(*map(_numbers, inputs))
@@ -135,7 +135,7 @@ def _only_of(n: int, rows: Tensor) -> bool:
 
 def _kind(node: fx.Node, op: nn.Module) -> object:
     """What the outcome of a probe depends on; None if on values that are no samples."""
-    inputs = [x for x in node.args if isinstance(x, fx.Node)]
+    inputs = inputs_of(node)
     if any(_constant(x) is not None for x in inputs):
         return None
     kinds = tuple((x.meta["shape"], x.meta["dtype"], x.meta["samples"]) for x in inputs)
@@ -182,7 +182,7 @@ def _batch_axes(node: fx.Node) -> dict[int, int]:
 def _known(node: fx.Node, op: nn.Module, device: torch.device) -> Tensor | None:
     """The value for `SAMPLES` samples of what depends on no other input than the batch size."""
     sized = bool(getattr(op, "sized", False))
-    inputs = [x for x in node.args if isinstance(x, fx.Node)][: -1 if sized else None]
+    inputs = inputs_of(node)[: -1 if sized else None]
     values = [_constant(x) for x in inputs]
     known = [value for value in values if value is not None]
     if len(known) < len(values) or not _batch_axes(node):
@@ -221,7 +221,7 @@ class _Probe:
 
     def __init__(self, node: fx.Node, op: nn.Module, generator: torch.Generator, positive: bool, top: int) -> None:
         self.op, self.generator, self.positive, self.top = op, generator, positive, top
-        self.inputs = [x for x in node.args if isinstance(x, fx.Node)]
+        self.inputs = inputs_of(node)
         self.values = [self._draw(x) for x in self.inputs]
 
     def redraw_each(self) -> tuple[Tensor, list[Tensor]]:

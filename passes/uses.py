@@ -44,11 +44,13 @@ def reaching(gm: fx.GraphModule) -> set[fx.Node]:
 
 def refusals(gm: fx.GraphModule, parameters: Iterable[str]) -> dict[str, FxcurvError]:
     """Parameter -> why it is refused: the first refused node on a way from the parameter to the output."""
-    flow, found = flow_of(gm), dict[str, FxcurvError]()
-    refused = [node for node in gm.graph.nodes if "refusal" in node.meta and node in reaching(gm)]
-    for node in reversed(refused):
+    found: dict[str, FxcurvError] = {}
+    refused = [node for node in gm.graph.nodes if "refusal" in node.meta]
+    if not refused:
+        return found
+    flow, uses, reached = flow_of(gm), parameter_uses(gm, parameters), reaching(gm)
+    for node in (node for node in reversed(refused) if node in reached):
         below = {node} | nx.ancestors(flow, node)
-        uses = parameter_uses(gm, parameters)
         found |= {name: node.meta["refusal"] for name in uses if any(user in below for user, _ in uses[name])}
     return found
 
