@@ -125,7 +125,7 @@ class Compiled:
         _check_inputs(self.model, inputs)
         key = _signature(self.model, inputs)
         if key not in self._programs:
-            self._programs[key] = passes.compile_program(self.model, self._canonicalized(inputs), self.choice)
+            self._programs[key] = passes.compile_program(self.model, self._canonicalized(inputs), self.choice, inputs)
         self._latest = self._programs[key]
         return self._latest
 

@@ -1,8 +1,8 @@
-"""The numeric kernels: what is summed, over samples n and columns v, from the positions of a parameter's uses.
+"""The definitions of what is summed, over samples n and columns v, from the positions of a parameter's uses.
 
-A use is a pair `x[n,s,g,i]`, `S[v,n,s,g,o]`; for a bias `x` is None and stands for 1. Every kernel takes the uses of
-one parameter as two lists, so that a parameter used twice keeps its cross terms, and returns a plain sum: batches,
-chunks of columns and data sets simply add.
+A use is a pair `x[n,s,g,i]`, `S[v,n,s,g,o]`; for a bias `x` is None and stands for 1. Every statistic takes the uses of
+one parameter as two lists, so that a parameter used twice keeps its cross terms, and gives a plain sum: batches, chunks
+of columns and data sets simply add. forms.py has cheaper equal forms; passes/contract.py chooses.
 """
 
 from __future__ import annotations
@@ -13,29 +13,46 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fxcurv.costs import Cost, copying, product
+from fxcurv.gemm import times_transpose, transpose_times
+from fxcurv.moments import SecondMoment
+
 __all__ = [
+    "CHUNK",
     "Covariance",
     "Diagonal",
-    "DiagonalOfSinglePositions",
     "Gradient",
     "Gram",
     "InputCovariance",
     "OutputCovariance",
     "Statistic",
+    "Sum",
+    "entries_of",
     "per_sample",
+    "widened",
+    "with_ones",
 ]
 
 Xs = Sequence[Tensor | None]
 Ss = Sequence[Tensor]
+Sum = Tensor | SecondMoment
 
 CHUNK = 1 << 22
-"""Entries of the largest temporary of per-sample quantities, about what a core's caches hold."""
+"""Entries of the largest temporary of per-sample quantities."""
 
 
 class Statistic(nn.Module):
     """A sum over samples and columns; `reads` says of what: "x" (once a batch), "S" or "xS" (once a chunk of v)."""
 
     reads: ClassVar[Literal["x", "S", "xS"]]
+
+    def cost(self, *args: list[Tensor]) -> Cost:
+        """What a call takes, from the shapes of its arguments."""
+        raise NotImplementedError
+
+    def sum_of(self, returned: Tensor) -> Sum:
+        """The sum that a call returned: the tensor itself, or what it stands for."""
+        return returned
 
 
 def per_sample(xs: Xs, Ss: Ss) -> Tensor:
@@ -57,6 +74,16 @@ def _per_sample(x: Tensor | None, S: Tensor) -> Tensor:
     return product.view(n, g, v, o, -1).permute(2, 0, 1, 3, 4)
 
 
+def _entries_cost(xs: Xs, Ss: Ss) -> Cost:
+    """`per_sample`, and one more pass over its entries."""
+    cost = Cost()
+    for x, S in zip(xs, Ss, strict=True):
+        v, n, s, g, o = S.shape
+        i, size = 1 if x is None else x.shape[-1], S.element_size()
+        cost += product(v * o, i, s, size) * (n * g) + copying(S.numel(), size) + copying(v * n * g * o * i, size) * 2
+    return Cost(cost.flops, cost.bytes, 6 * len(xs), cost.temporary)
+
+
 def _chunks(xs: Xs, Ss: Ss) -> Iterator[tuple[list[Tensor | None], list[Tensor]]]:
     """The uses cut along n and v so that the per-sample entries of one cut stay within `CHUNK`."""
     v, n = Ss[0].shape[:2]
@@ -76,26 +103,45 @@ class Gradient(Statistic):
     reads = "xS"
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
-        terms = [
-            S.sum((0, 1, 2)).unsqueeze(-1) if x is None else _product(S.sum(0), x) for x, S in zip(xs, Ss, strict=True)
-        ]
+        terms = [self._of_use(x, S[0] if len(S) == 1 else S.sum(0)) for x, S in zip(xs, Ss, strict=True)]
         return sum((t.reshape_as(terms[0]) for t in terms[1:]), start=terms[0])
+
+    def _of_use(self, x: Tensor | None, S: Tensor) -> Tensor:
+        if x is None:
+            return S.sum((0, 1)).unsqueeze(-1)
+        if x.shape[-1] == S.shape[-1] == 1:  # a product per channel
+            return (S * x).sum((0, 1)).unsqueeze(-1)
+        return _product(S, x)
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        cost = Cost()
+        for x, S in zip(xs, Ss, strict=True):
+            _, n, s, g, o = S.shape
+            i = 1 if x is None else x.shape[-1]
+            cost += copying(S.numel(), S.element_size()) + product(o, i, n * s, S.element_size()) * g
+        return cost
 
 
 def _product(S: Tensor, x: Tensor) -> Tensor:
     """Σ_m S[m,g,o] x[m,g,i], m over all leading axes: `[g,o,i]`."""
-    S, x = S.flatten(0, -3), x.flatten(0, -3)
+    same, S, x = S is x, S.flatten(0, -3), x.flatten(0, -3)
     if S.shape[1] == 1:
-        return (S[:, 0].T @ x[:, 0]).unsqueeze(0)
+        left = S[:, 0]
+        return transpose_times(left, left if same else x[:, 0]).unsqueeze(0)
     return S.permute(1, 2, 0) @ x.transpose(0, 1)
 
 
 def _second_moment(X: Tensor) -> Tensor:
-    """Σ_m X[m,g,d] X[m,g,d'], m over all leading axes: `[g,d,d]`."""
-    if X.stride(-3) != 1 or X.shape[-3] < X.shape[-1]:
+    """Σ_m X[m,g,d] X[m,g,d]ᵀ, m over all leading axes: `[g,d,d]`."""
+    if X.stride(-3) != 1 or X.shape[-1] == 1:
         return _product(X, X)
-    X = X.movedim(-3, -1).flatten(0, -4)  # [m,g,d,s]: positions lie side by side, as a convolution leaves them
-    return (X @ X.mT).sum(0)  # no larger than X, for d ≤ s
+    if X.ndim > 4 and X.numel() > CHUNK:
+        return sum((_second_moment(column) for column in X[1:]), start=_second_moment(X[0]))
+    X = X.movedim((-2, -1), (0, 1)).flatten(2)  # [g,d,m]: positions lie side by side, as a convolution leaves them
+    if X.shape[0] == 1:
+        rows = X[0]
+        return times_transpose(rows, rows).unsqueeze(0)
+    return X @ X.mT
 
 
 class Diagonal(Statistic):
@@ -111,16 +157,10 @@ class Diagonal(Statistic):
         assert total is not None
         return total
 
-
-class DiagonalOfSinglePositions(Statistic):
-    """`Diagonal` for one use with one position per sample: Σ_n (Σ_v S[v,n,g,o]²) x[n,g,i]², one product of squares."""
-
-    reads = "xS"
-
-    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
-        (x,), (S,) = xs, Ss
-        squares = S.square().sum(0)
-        return squares.sum((0, 1)).unsqueeze(-1) if x is None else _product(squares, x.square())
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        x, S = xs[0], Ss[0]
+        entries = S[..., 0, :, :].numel() * (1 if x is None else x.shape[-1])
+        return _entries_cost(xs, Ss) + Cost(temporary=2 * S.element_size() * min(CHUNK, entries))
 
 
 class Gram(Statistic):
@@ -130,7 +170,17 @@ class Gram(Statistic):
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         J = per_sample(xs, Ss).flatten(2).flatten(0, 1)
-        return J.T @ J
+        return transpose_times(J, J)
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        rows, side = entries_of(xs, Ss)
+        return _entries_cost(xs, Ss) + product(side, side, rows, Ss[0].element_size())
+
+
+def entries_of(xs: Xs, Ss: Ss) -> tuple[int, int]:
+    """(v·n, g·o·i): the shape of the per-sample entries as a matrix."""
+    v, n, _, g, o = Ss[0].shape
+    return v * n, g * o * (1 if xs[0] is None else xs[0].shape[-1])
 
 
 class Covariance(Statistic):
@@ -148,6 +198,15 @@ class Covariance(Statistic):
         terms = [_second_moment(X) for X in Xs]
         return sum(terms[1:], start=terms[0])
 
+    def cost(self, Xs: Sequence[Tensor]) -> Cost:
+        cost = Cost()
+        for X in Xs:
+            *lead, s, g, d = X.shape
+            rows = Cost(0, X.element_size() * X.numel() * 2, 2)
+            m = torch.Size(lead).numel() * (1 if self.pooled else s)
+            cost += rows + product(d, d, m, X.element_size()) * g + Cost(temporary=X.element_size() * X.numel())
+        return cost
+
     def extra_repr(self) -> str:
         return f"pooled={self.pooled}"
 
@@ -162,10 +221,20 @@ class InputCovariance(Covariance):
         self.ones = ones
 
     def forward(self, xs: Sequence[Tensor]) -> Tensor:
-        return self.covariance([torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if self.ones else x for x in xs])
+        return self.covariance([with_ones(x) if self.ones else x for x in xs])
 
     def extra_repr(self) -> str:
         return f"pooled={self.pooled}, ones={self.ones}"
+
+
+def widened(t: Tensor) -> Tensor:
+    """Half precision as float32: it is widened before anything is summed."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def with_ones(x: Tensor) -> Tensor:
+    """x with the constant 1 behind the entries of its last axis."""
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
 
 
 class OutputCovariance(Covariance):

@@ -4,17 +4,72 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Cost"]
+import torch
+
+from fxcurv import gemm
+
+__all__ = ["Cost", "Rates", "copying", "moment", "product", "rates_of"]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations, bytes read and written, and bytes held between its inputs and its output."""
+    """Floating-point operations, bytes read and written, calls of kernels, and bytes held beside inputs and output."""
 
     flops: float = 0.0
     bytes: float = 0.0
+    calls: float = 0.0
     temporary: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         """One after the other: temporaries of the first are gone when the second begins."""
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, max(self.temporary, other.temporary))
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.calls + other.calls,
+            max(self.temporary, other.temporary),
+        )
+
+    def __mul__(self, times: float) -> Cost:
+        """The same computation several times."""
+        return Cost(self.flops * times, self.bytes * times, self.calls * times, self.temporary)
+
+    def seconds(self, rates: Rates) -> float:
+        """How long it takes: operations, traffic and calls one after the other."""
+        return self.flops / rates.flops + self.bytes / rates.bytes + self.calls * rates.call
+
+
+def product(m: float, n: float, k: float, size: int) -> Cost:
+    """`[m,k] @ [k,n]` of entries of `size` bytes."""
+    return Cost(2 * m * n * k, size * (m * k + k * n + m * n), 1)
+
+
+def moment(d: float, m: float, size: int) -> Cost:
+    """Σ_m X Xᵀ, `[d,d]`: of half of the entries where gemm.py takes it apart."""
+    whole = product(d, d, m, size)
+    if d < 2 * gemm.BLOCK or m < gemm.SHORT:
+        return whole
+    return Cost(0.5 * whole.flops * (1 + gemm.BLOCK / d), whole.bytes + 2 * size * d * d, 3 * d / gemm.BLOCK)
+
+
+def copying(entries: float, size: int) -> Cost:
+    """Reading and writing each entry once."""
+    return Cost(0, 2 * size * entries, 1)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations and bytes per second, and seconds per call: what sound code reaches, not what a data sheet says."""
+
+    flops: float
+    bytes: float
+    call: float
+
+
+def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The rates of a kind of device; only their proportions decide between forms."""
+    wide = dtype in (torch.float64, torch.complex128)
+    if device.type == "cuda":
+        return Rates(1e13 if wide else 3e13, 1.5e12, 6e-6)
+    threads = torch.get_num_threads()
+    single = 180e9 if gemm.uses_onednn(dtype, device) else 90e9
+    return Rates(threads * (single / 2 if wide else single), min(threads, 4) * 12e9, 6e-6)

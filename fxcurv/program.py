@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
 
 from torch import fx, nn
 
 from fxcurv.choice import Choice
+from fxcurv.contractions import Statistic
 from fxcurv.errors import FxcurvError
 from fxcurv.quantities import Factor, Quantity, Used, owners
+from fxcurv.spec import module_of
 
 __all__ = ["Job", "Plan", "Program", "jobs_for"]
 
@@ -103,6 +107,21 @@ class Program:
     forward: fx.GraphModule
     backwards: Mapping[Factor, fx.GraphModule]
     plan: Plan
+
+    @cached_property
+    def statistics(self) -> dict[str, Statistic]:
+        """What computes each sum."""
+        found: dict[str, Statistic] = {}
+        for gm in self.graphs:
+            returned: Any = gm.graph.output_node().args[0]
+            sums = returned[2] if gm is self.forward else returned
+            found |= {key: cast(Statistic, module_of(node)) for key, node in sums.items()}
+        return found
+
+    @property
+    def graphs(self) -> tuple[fx.GraphModule, ...]:
+        """The graphs that run: forward, and one backward graph per factor."""
+        return self.forward, *self.backwards.values()
 
     @property
     def canonical(self) -> fx.GraphModule:

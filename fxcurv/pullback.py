@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxcurv.contractions import widened
 from fxcurv.rules import autograd_pull, autograd_pull_each, rule_of
 from fxcurv.shapes import Samples
 
@@ -121,11 +122,6 @@ class Accumulate(nn.Module):
         return total
 
 
-def _accurate(t: Tensor) -> Tensor:
-    """Half precision is widened before anything is summed."""
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
-
-
 class InputPositions(_OfOp):
     """x -> x[n,s,g,i]: where the parameters of `op` meet its input, whose samples lie at `place`."""
 
@@ -135,7 +131,7 @@ class InputPositions(_OfOp):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.rule.use is not None
-        x = self.rule.use.x(self.op, _accurate(x).movedim(self.place.axis, 0))
+        x = self.rule.use.x(self.op, widened(x).movedim(self.place.axis, 0))
         return self.place.regrouped(x)
 
     def extra_repr(self) -> str:
@@ -146,7 +142,7 @@ class ParameterPositions(nn.Module):
     """S[v, n, *θ.shape] -> S[v,n,s,g,o] with one position and one group: a parameter as a bias of its own."""
 
     def forward(self, S: Tensor) -> Tensor:
-        return _accurate(S).reshape(*S.shape[:2], 1, 1, -1)
+        return widened(S).reshape(*S.shape[:2], 1, 1, -1)
 
 
 class OutputPositions(_OfOp):
@@ -158,7 +154,7 @@ class OutputPositions(_OfOp):
 
     def forward(self, S: Tensor) -> Tensor:
         assert self.rule.use is not None
-        S = self.rule.use.S(self.op, _accurate(S).movedim(self.place.axis + 1, 1))
+        S = self.rule.use.S(self.op, widened(S).movedim(self.place.axis + 1, 1))
         return self.place.regrouped(S, lead=1)
 
     def extra_repr(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxcurv.blocks import Block, Dense, Diagonal, Kronecker
 from fxcurv.contractions import Diagonal as DiagonalOf
-from fxcurv.contractions import Gradient, Gram, InputCovariance, OutputCovariance, Statistic
+from fxcurv.contractions import Gradient, Gram, InputCovariance, OutputCovariance, Statistic, Sum
 from fxcurv.errors import QuantityError
 
 __all__ = [
@@ -106,7 +106,7 @@ class Used:
         return math.prod(self.shape)
 
 
-Sums = Mapping[str, Tensor]
+Sums = Mapping[str, Sum]
 
 
 class Quantity(Protocol):
@@ -231,9 +231,9 @@ class KFAC:
         if self._form(used) == "diagonal":
             return Diagonal(used.shape, sums["diagonal"].reshape(used.shape))
         positions = used.positions**2 if self.approx == "reduce" else used.positions
-        A, G = sums["A"].div_(samples * positions), sums["G"]
-        A, G = (A, G) if used.groups > 1 else (A[0], G[0])
-        return Kronecker((used.groups * used.outputs, used.inputs + 1) if self._joined(used) else used.shape, A, G)
+        A = sums["A"].div_(samples * positions) if isinstance(sums["A"], Tensor) else sums["A"] / (samples * positions)
+        shape = (used.groups * used.outputs, used.inputs + 1) if self._joined(used) else used.shape
+        return Kronecker(shape, A, sums["G"])
 
     def approximation(self, used: Used) -> str | None:
         return "diagonal" if self._form(used) == "diagonal" else None

@@ -192,7 +192,8 @@ class Curvature(Mapping[str, Entries]):
 
 
 def _shapes(entry: Entry) -> str:
-    return ", ".join(f"{name} {list(t.shape)}" for name, t in entry.tensors().items() if name != "value")
+    sizes = entry.value.sizes if isinstance(entry.value, Block) else {}
+    return ", ".join(f"{name} {list(size)}" for name, size in sizes.items())
 
 
 def _trace(entry: Entry) -> float | str:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fxcurv import ops
 from fxcurv.errors import SpecError
+from fxcurv.patches import Patches
 
 __all__ = [
     "RULES",
@@ -228,18 +229,6 @@ def _conv_pull(op: Conv, S: Tensor, shape: Shape) -> Tensor:
     return pulled[0].unflatten(0, lead)
 
 
-def _patches(op: Conv, x: Tensor) -> Tensor:
-    """[n, c, …] -> [n, s, g, c/g·∏k]: what the kernel sees at output pixel s, row-major as in `weight.flatten(1)`."""
-    axes = len(op.kernel_size)
-    padding = [int(p) for p in op.padding]
-    x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
-    for axis, (size, stride, dilation) in enumerate(zip(op.kernel_size, op.stride, op.dilation, strict=True)):
-        x = x.unfold(axis + 2, dilation * (size - 1) + 1, stride)[..., ::dilation]  # appends one axis of window entries
-    x = x.unflatten(1, (op.groups, -1))  # [n, g, c/g, *out, *kernel]
-    x = x.movedim(tuple(range(3, 3 + axes)), tuple(range(1, 1 + axes)))  # [n, *out, g, c/g, *kernel]
-    return x.flatten(axes + 2).flatten(1, axes)
-
-
 def _channels(S: Tensor, axis: int, groups: int) -> Tensor:
     """[…, c, …] with channels at `axis` -> […, s, g, c/g]: the axes behind the channels are the positions."""
     S = S.flatten(axis + 1) if S.ndim > axis + 1 else S.unsqueeze(-1)
@@ -267,7 +256,9 @@ affine(
     batch_first=False,
 )
 for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):  # y[n,o,s] = W[o,i] patches(x)[n,s,i] + b[o]
-    affine(conv, pull=_conv_pull, x=_patches, S=lambda op, S: _channels(S, 2, op.groups))
+    affine(
+        conv, pull=_conv_pull, x=lambda op, x: Patches.of(op).positions(x), S=lambda op, S: _channels(S, 2, op.groups)
+    )
 affine(
     ops.Affine,  # y[n,c,s] = γ[c] x̂[n,c,s] + β[c]: one group per channel
     pull=lambda op, S, shape: S * _per_channel(op.slope(), len(shape)),

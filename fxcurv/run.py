@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fxcurv.blocks import Block
 from fxcurv.capture import Inputs, as_call
+from fxcurv.contractions import Sum
 from fxcurv.errors import InputError
 from fxcurv.losses import LossTerms, loss_terms
 from fxcurv.program import Plan, Program
@@ -47,6 +48,7 @@ def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch) -> Cu
         output, kept, sums = program.forward(
             *(t for t in pytree.tree_leaves(as_call(batch.inputs)) if isinstance(t, Tensor))
         )
+        sums = {key: program.statistics[key].sum_of(returned) for key, returned in sums.items()}
         terms = checked_terms(loss, output, batch.target)
         batch = dataclasses.replace(batch, generator=batch.generator or fresh_generator(output.device))
         for factor in program.backwards:
@@ -82,17 +84,18 @@ def _hold(op: nn.Module, slot: str, tensor: Tensor) -> None:
 
 def _pull_back(
     program: Program, factor: Factor, kept: Mapping[str, Any], terms: LossTerms, batch: Batch
-) -> dict[str, Tensor]:
+) -> dict[str, Sum]:
     """The sums of one factor, over chunks of its columns."""
     backward = program.backwards[factor]
     needed = {str(node.target): kept[str(node.target)] for node in backward.graph.find_nodes(op="placeholder")[1:]}
     dtype = output_of(program.canonical).meta["dtype"]
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Sum] = {}
     chunk = _chunk(program.canonical, terms.gradient)
     columns = terms.columns(factor, chunk, batch.generator)
     chunks = -(-terms.count(factor) // chunk)
     for S in tqdm(columns, str(factor), chunks, disable=None if batch.progress and chunks > 1 else True):
-        for key, part in backward(S.to(dtype), **needed).items():
+        for key, returned in backward(S.to(dtype), **needed).items():
+            part = program.statistics[key].sum_of(returned)
             sums[key] = sums[key] + part if key in sums else part
     return sums
 
@@ -105,7 +108,7 @@ def _chunk(canonical: fx.GraphModule, gradient: Tensor) -> int:
     return max(1, COLUMN_BYTES // (widest * gradient.element_size()))
 
 
-def assembled(plan: Plan, sums: Mapping[str, Tensor], loss: Tensor, output: Tensor, reduction: str) -> Curvature:
+def assembled(plan: Plan, sums: Mapping[str, Sum], loss: Tensor, output: Tensor, reduction: str) -> Curvature:
     """Sums -> values, by quantity and parameter."""
     samples, values = len(output), dict[tuple[str, str], Tensor | Block]()
     owners = Counter(id(sums[key]) for job in plan.jobs for key in job.sums.values())

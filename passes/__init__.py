@@ -16,17 +16,21 @@ from __future__ import annotations
 
 import fxcurv as fxcurv  # first: importing `passes` alone then initialises both packages in the one order that works
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import fx, nn
 
-from fxcurv.capture import Inputs, Output, capture, device_of
+from fxcurv.capture import Inputs, Output, batch_size, capture, device_of
 from fxcurv.choice import Choice
+from fxcurv.costs import rates_of
 from fxcurv.program import Program
-from fxcurv.spec import verify
+from fxcurv.quantities import Exact, Factor, Sampled
+from fxcurv.shapes import resolve
+from fxcurv.spec import Stage, output_of, verify
 from passes.augment import augment
-from passes.contract import contract
+from passes.contract import Setting, contract
 from passes.fold import fold
 from passes.functionalize import functionalize
 from passes.inline import inline
@@ -56,17 +60,33 @@ def lowered(model: nn.Module, inputs: Inputs, output: Output = None) -> dict[str
     return {"captured": captured.graph, "lowered": gm, "folded": verify(fold(gm), "lowered")}
 
 
-def compile_program(model: nn.Module, stages: Mapping[str, fx.GraphModule], choice: Choice) -> Program:
-    """The program that computes the chosen quantities of the model's parameters, from its canonical graph."""
-    planned = plan(model, stages["canonical"], choice)
-    augmented = augment(stages["canonical"], planned)
-    forward = verify(schedule(verify(augmented.forward, "forward")), "forward")
-    trials: dict[object, bool] = {}
-    backwards = {factor: _optimized(gm, trials) for factor, gm in augmented.backwards.items()}
+def compile_program(
+    model: nn.Module, stages: Mapping[str, fx.GraphModule], choice: Choice, inputs: Inputs, forced: str | None = None
+) -> Program:
+    """The program that computes the chosen quantities of the model's parameters, from its canonical graph.
+
+    Contractions are chosen for batches like `inputs`; `forced` names a form to take wherever it applies.
+    """
+    canonical = stages["canonical"]
+    planned, output = plan(model, canonical, choice), output_of(canonical)
+    augmented = augment(canonical, planned)
+    setting = Setting(batch_size(inputs), 1, rates_of(device_of(inputs), output.meta["dtype"]), forced=forced)
+    forward = _optimized(augmented.forward, "forward", setting)
+    backwards = {
+        factor: _optimized(gm, "backward", replace(setting, columns=_columns(factor, output)))
+        for factor, gm in augmented.backwards.items()
+    }
     emitted = {f"backward[{factor}]": gm for factor, gm in backwards.items()}
     return Program({**stages, "forward": forward, **emitted}, forward, backwards, planned)
 
 
-def _optimized(backward: fx.GraphModule, trials: dict[object, bool]) -> fx.GraphModule:
-    contracted = verify(contract(verify(backward, "backward"), trials), "backward")
-    return verify(schedule(contracted), "backward")
+def _optimized(gm: fx.GraphModule, stage: Stage, setting: Setting) -> fx.GraphModule:
+    contracted = verify(contract(verify(gm, stage), setting), stage)
+    return verify(schedule(contracted), stage)
+
+
+def _columns(factor: Factor, output: fx.Node) -> int:
+    """About how many columns a factor has."""
+    if isinstance(factor, Exact):
+        return math.prod(resolve(output.meta["shape"], 1))
+    return factor.k if isinstance(factor, Sampled) else 1

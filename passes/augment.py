@@ -33,7 +33,7 @@ from fxcurv.rules import rule_of
 from fxcurv.shapes import Shape
 from fxcurv.spec import inputs_of, module_of, output_of
 from passes.rewrite import Targets
-from passes.uses import Uses, carrying, layout_of, parameter_uses
+from passes.uses import Uses, carrying, inputs_layout_of, layout_of, parameter_uses
 
 __all__ = ["Augmented", "augment"]
 
@@ -211,7 +211,10 @@ class _Forward(_Graph):
 
     def input_positions(self, node: fx.Node) -> fx.Node:
         here = self.nodes[node]
-        return self.call(f"x.{node.target}", InputPositions(module_of(node), node.meta["samples"]), here.args)
+        positions = InputPositions(module_of(node), node.meta["samples"])
+        x = self.call(f"x.{node.target}", positions, here.args, ("N", *inputs_layout_of(node)))
+        x.meta["dtype"] = node.meta["dtype"]
+        return x
 
     def finished(self) -> fx.GraphModule:
         self.graph.output((self.output, self.kept, self.results))
@@ -243,4 +246,5 @@ class _Backward(_Graph):
         return self.call(f"S.{node.target}", positions, (S,), ("V", "N", *layout_of(node)))
 
     def input_positions(self, node: fx.Node, x: fx.Node) -> fx.Node:
-        return self.call(f"x.{node.target}", InputPositions(module_of(node), node.meta["samples"]), (x,))
+        positions = InputPositions(module_of(node), node.meta["samples"])
+        return self.call(f"x.{node.target}", positions, (x,), ("N", *inputs_layout_of(node)))

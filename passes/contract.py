@@ -1,36 +1,202 @@
-"""contract: definitions become cheaper equal contractions where the graph shows, or a trial proves, that they may."""
+"""contract: definitions become the cheapest equal contraction, where the graph shows, or a trial proves, that they may.
+
+A statistic has forms (fxcurv/forms.py); which of them apply is read off the graph, and the one that costs least for the
+batch at hand is taken. Any form is right for every batch.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxcurv.contractions import Diagonal, DiagonalOfSinglePositions
-from fxcurv.pullback import Pull, PullToParameter
+from fxcurv import contractions, forms
+from fxcurv.contractions import Statistic
+from fxcurv.costs import Cost, Rates, copying
+from fxcurv.patches import Patches
+from fxcurv.pullback import InputPositions, OutputPositions, Pull, PullToParameter
 from fxcurv.shapes import resolve
+from fxcurv.spec import module_of
 from passes.rewrite import rewrites
 
-__all__ = ["contract", "single_positions", "together"]
+__all__ = ["Choice", "Setting", "contract", "together"]
 
 
-def contract(gm: fx.GraphModule, trials: dict[object, bool]) -> fx.GraphModule:
-    """A backward graph with the contractions that are always the cheapest; `trials` are shared by all of a model."""
-    return rewrites(gm, single_positions, partial(together, trials=trials))
+@dataclass(frozen=True)
+class Setting:
+    """For what the forms are chosen: samples, columns, the device's rates; a form's name where it is forced.
+
+    Without `loops` no form runs a loop over samples or columns. `trials` remembers what trials showed.
+    """
+
+    samples: int
+    columns: int
+    rates: Rates
+    loops: bool = True
+    forced: str | None = None
+    trials: dict[object, bool] = field(default_factory=dict)
 
 
-def single_positions(node: fx.Node, op: nn.Module) -> fx.Node | None:
-    """(Σ_s S x)² with one use and one position s is S² x²: no per-sample entries are formed."""
-    if type(op) is not Diagonal:
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a statistic; the costs of all forms that apply, and the seconds that they should take."""
+
+    form: str
+    costs: Mapping[str, Cost]
+    seconds: Mapping[str, float]
+
+
+def contract(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
+    """A forward or backward graph with the cheapest forms."""
+    gm = rewrites(gm, partial(_cheapest, setting=setting), partial(together, trials=setting.trials))
+    gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    return fx.GraphModule(gm, gm.graph, class_name=type(gm).__name__)
+
+
+# Forms ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A statistic and what it is called on."""
+
+    statistic: Statistic
+    args: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        return type(self.statistic).__name__
+
+
+def _cheapest(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
+    """The cheapest form of a statistic, if that is not the definition that is there."""
+    if not isinstance(op, Statistic) or type(op) not in _FORMS:
         return None
-    Ss: Any = node.args[1]
-    if len(Ss) != 1 or Ss[0].meta["shape"][2] != 1:
+    definition = _Form(op, node.args)
+    applicable = {form.name: form for form in (definition, *_FORMS[type(op)](op, node, setting))}
+    costs = {name: _cost(form, setting) for name, form in applicable.items()}
+    seconds = {name: cost.seconds(setting.rates) for name, cost in costs.items()}
+    chosen = setting.forced if setting.forced in applicable else min(seconds, key=seconds.__getitem__)
+    node.meta["choice"] = Choice(chosen, costs, seconds)
+    if chosen == definition.name:
         return None
-    return _instead(node, DiagonalOfSinglePositions(), "single")
+    return _instead(node, applicable[chosen].statistic, applicable[chosen].args)
+
+
+def _cost(form: _Form, setting: Setting) -> Cost:
+    """What a form takes, with the patches that are formed for it."""
+    cost = form.statistic.cost(*fx.map_arg(form.args, partial(_described, setting=setting)))
+    nodes: list[fx.Node] = []
+    fx.map_arg(form.args, nodes.append)
+    for x in nodes:
+        if x.op == "call_module" and isinstance(module_of(x), InputPositions) and _patches_of(x) is not None:
+            cost += copying(math.prod(_sizes(x, setting)), 4) * 2
+    return cost
+
+
+def _described(node: fx.Node, setting: Setting) -> Tensor:
+    """The tensor that a node will hold, without its numbers."""
+    return torch.empty(_sizes(node, setting), dtype=node.meta.get("dtype", torch.float32), device="meta")
+
+
+def _sizes(node: fx.Node, setting: Setting) -> tuple[int, ...]:
+    sizes: dict[Any, int] = {"V": setting.columns, "N": setting.samples}
+    return resolve(tuple(sizes.get(s, s) if isinstance(s, str) else s for s in node.meta["shape"]), setting.samples)
+
+
+def _of_inputs(op: contractions.InputCovariance, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+    xs: Any = node.args[0]
+    if len(xs) > 1:
+        return
+    (x,), (raw,) = xs, xs[0].all_input_nodes
+    patches = _patches_of(x)
+    if patches is not None and op.pooled:
+        yield _Form(forms.PooledPatches(patches, op.ones), ([raw],))
+    if op.pooled:
+        return
+    if patches is not None:
+        yield _Form(forms.CovarianceOfPatches(patches, op.ones), ([raw],))
+    n, s, _, i = _sizes(x, setting)
+    if n * s < i:
+        unfolded = patches is None or op.ones
+        yield _Form(forms.KeptInputs(None if unfolded else patches, op.ones), ([x if unfolded else raw],))
+
+
+def _of_outputs(op: contractions.OutputCovariance, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+    Ss: Any = node.args[0]
+    v, n, s, _, o = _sizes(Ss[0], setting)
+    if len(Ss) == 1 and v * n * (1 if op.pooled else s) < o:
+        yield _Form(forms.KeptOutputs(op.pooled), (Ss,))
+
+
+def _of_gram(op: contractions.Gram, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+    xs, Ss = (fx.map_arg(arg, partial(_described, setting=setting)) for arg in node.args)
+    rows, side = contractions.entries_of(xs, Ss)
+    if rows < side:
+        yield _Form(forms.KeptEntries(), node.args)
+
+
+def _of_gradient(op: contractions.Gradient, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+    xs, Ss = node.args
+    (x, *more), (S, *_) = xs, Ss
+    if not more and x is not None and _patches_of(x) is not None:
+        conv: Any = _positions(x).op
+        yield _Form(forms.GradientOfConvolution(conv), ([*x.all_input_nodes], [*S.all_input_nodes]))
+
+
+def _of_diagonal(op: contractions.Diagonal, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+    xs, Ss = node.args
+    (x, *more), (S, *_) = xs, Ss
+    _, _, s, _, o = _sizes(S, setting)
+    if not more and s == 1:
+        yield _Form(forms.DiagonalOfSinglePositions(), node.args)
+    if x is None or None in more or _sizes(x, setting)[-1] == o == 1 or not setting.loops:
+        return
+    yield _Form(forms.DiagonalBySample(), node.args)
+    if not more:
+        yield _Form(forms.DiagonalByPairs(), node.args)
+
+
+_FORMS: dict[type[Statistic], Callable[[Any, fx.Node, Setting], Iterator[_Form]]] = {
+    contractions.InputCovariance: _of_inputs,
+    contractions.OutputCovariance: _of_outputs,
+    contractions.Gram: _of_gram,
+    contractions.Gradient: _of_gradient,
+    contractions.Diagonal: _of_diagonal,
+}
+
+
+def _positions(x: fx.Node) -> InputPositions | OutputPositions:
+    positions = module_of(x)
+    assert isinstance(positions, InputPositions | OutputPositions)
+    return positions
+
+
+def _patches_of(x: fx.Node) -> Patches | None:
+    """The patches that positions are, if an op unfolds its input."""
+    op = _positions(x).op
+    return Patches.of(op) if isinstance(op, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
+
+
+def _instead(node: fx.Node, op: nn.Module, args: tuple[Any, ...]) -> fx.Node:
+    """A call of `op` in the place of a node, under its name."""
+    gm = node.graph.owning_module
+    assert gm is not None
+    target = f"{node.target}_{type(op).__name__}"
+    gm.add_submodule(target, op)
+    with node.graph.inserting_before(node):
+        replacement = node.graph.call_module(target, args)
+    replacement.meta = dict(node.meta)
+    return replacement
+
+
+# Columns together -------------------------------------------------------------------------------------------------
 
 
 def together(node: fx.Node, op: nn.Module, trials: dict[object, bool]) -> fx.Node | None:
@@ -49,7 +215,7 @@ def together(node: fx.Node, op: nn.Module, trials: dict[object, bool]) -> fx.Nod
     key = (candidate._get_name(), candidate.extra_repr(), op.op.extra_repr(), inputs)
     if key not in trials:
         trials[key] = _equal(op, candidate, node)
-    return _instead(node, candidate, "together") if trials[key] else None
+    return _instead(node, candidate, node.args) if trials[key] else None
 
 
 def _equal(op: nn.Module, candidate: nn.Module, node: fx.Node) -> bool:
@@ -79,15 +245,3 @@ def _random(node: fx.Node, generator: torch.Generator) -> Tensor:
     if not dtype.is_floating_point:
         return torch.zeros(sizes, dtype=dtype)
     return torch.rand(sizes, dtype=torch.float64, generator=generator) + 0.1
-
-
-def _instead(node: fx.Node, op: nn.Module, suffix: str) -> fx.Node:
-    """A call of `op` in the place of a node."""
-    gm = node.graph.owning_module
-    assert gm is not None
-    target = f"{node.target}_{suffix}"
-    gm.add_submodule(target, op)
-    with node.graph.inserting_before(node):
-        replacement = node.graph.call_module(target, node.args)
-    replacement.meta = dict(node.meta)
-    return replacement

@@ -18,7 +18,7 @@ from fxcurv.rules import rule_of
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of, output_of
 
-__all__ = ["Uses", "bottlenecks", "carrying", "layout_of", "parameter_uses", "refusals", "used"]
+__all__ = ["Uses", "bottlenecks", "carrying", "inputs_layout_of", "layout_of", "parameter_uses", "refusals", "used"]
 
 Role = Literal["weight", "bias", "value"]
 Uses = dict[str, list[tuple[fx.Node, Role]]]
@@ -104,6 +104,12 @@ def layout_of(node: fx.Node) -> tuple[int, int, int]:
     S = torch.empty(1, *resolve(node.meta["shape"], 1), device="meta")
     s, g, o = OutputPositions(op, node.meta["samples"])(S).shape[2:]
     return s, g, o
+
+
+def inputs_layout_of(node: fx.Node) -> tuple[int, int, int]:
+    """[s, g, i] of the input of a use of a weight: positions, groups, inputs per group."""
+    s, g, o = layout_of(node)
+    return s, g, getattr(module_of(node), "weight").numel() // (g * o)  # noqa: B009
 
 
 def _partner(name: str, uses: Uses) -> str | None:

@@ -14,11 +14,13 @@ import fxcurv
 import passes
 from fxcurv.capture import Captured, capture
 from fxcurv.choice import chosen
-from fxcurv.contractions import Diagonal, DiagonalOfSinglePositions
+from fxcurv.contractions import Diagonal
+from fxcurv.costs import Rates
+from fxcurv.forms import DiagonalOfSinglePositions
 from fxcurv.program import Plan
 from fxcurv.spec import verify
 from passes.augment import augment
-from passes.contract import contract
+from passes.contract import Setting, contract
 from passes.fold import fold
 from passes.functionalize import functionalize
 from passes.locate import locate
@@ -152,7 +154,7 @@ def test_augment_walks_the_rules_in_reverse(model: nn.Module) -> None:
         pull_add_0 (pull_relu, kept_add) [V, N, 3, 4, 4] Pull(Add)
         pull_bn (pull_add_0, kept_bn) [V, N, 3, 4, 4] Pull(Affine)
         s_conv (pull_bn,) [V, N, 16, 1, 3] OutputPositions(Conv2d)
-        x_conv (saved_x,) InputPositions(Conv2d)
+        x_conv (saved_x,) [N, 16, 1, 18] InputPositions(Conv2d)
         diag_ggn_conv_weight_diagonal ([x_conv], [s_conv]) Diagonal
         output ({'diag_ggn.conv.weight.diagonal': diag_ggn_conv_weight_diagonal},)
     """)
@@ -203,14 +205,14 @@ def test_contract_squares_single_positions(model: nn.Module) -> None:
     (backward,) = augment(
         canonical, planned(model, canonical, "diag_ggn", ["fc.weight", "conv.weight"])
     ).backwards.values()
-    contracted = verify(contract(backward, {}), "backward")
+    contracted = verify(contract(backward, Setting(2, 3, Rates(1e11, 1e10, 1e-5))), "backward")
     assert [n.split() for n in text(backward, "name", "module").splitlines() if "diagonal" in n] == [
         ["diag_ggn_conv_weight_diagonal", "Diagonal"],
         ["diag_ggn_fc_weight_diagonal", "Diagonal"],
     ]
     assert [n.split() for n in text(contracted, "name", "module").splitlines() if "diagonal" in n] == [
         ["diag_ggn_conv_weight_diagonal", "Diagonal"],
-        ["diag_ggn_fc_weight_diagonal_single", "DiagonalOfSinglePositions"],
+        ["diag_ggn_fc_weight_diagonal_diagonal_of_single_positions", "DiagonalOfSinglePositions"],
     ]
 
 

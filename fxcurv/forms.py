@@ -1,0 +1,283 @@
+"""Forms: the statistics of contractions.py by other computations, equal up to rounding, each with its cost.
+
+A form says in its docstring which definition it equals and when it applies; passes/contract.py chooses by cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.contractions import CHUNK, Ss, Statistic, Sum, Xs, entries_of, per_sample, widened, with_ones
+from fxcurv.costs import Cost, copying, moment, product
+from fxcurv.gemm import times_transpose, transpose_times
+from fxcurv.moments import SecondMoment
+from fxcurv.patches import Patches
+
+__all__ = [
+    "CovarianceOfPatches",
+    "DiagonalByPairs",
+    "DiagonalBySample",
+    "DiagonalOfSinglePositions",
+    "GradientOfConvolution",
+    "KeptEntries",
+    "KeptInputs",
+    "KeptOutputs",
+    "PooledPatches",
+]
+
+CACHE = 1 << 18
+"""Entries that stay in a core's cache while they are computed, squared and added."""
+
+
+# Of the inputs ----------------------------------------------------------------------------------------------------
+
+
+class CovarianceOfPatches(Statistic):
+    """`InputCovariance` of one convolution, from its input `z[n,c,…]`: by correlations where that is cheaper."""
+
+    reads = "x"
+
+    def __init__(self, patches: Patches, ones: bool = False) -> None:
+        super().__init__()
+        self.patches, self.ones = patches, ones
+
+    def forward(self, zs: Sequence[Tensor]) -> Tensor:
+        (z,) = map(widened, zs)
+        A = self.patches.covariance(z)
+        if not self.ones:
+            return A
+        sums = self.patches.sums(z.sum(0, keepdim=True))[0].unsqueeze(-1)  # [g,i,1]
+        count = sums.new_full((1, 1, 1), len(z) * torch.Size(self.patches.outputs(z)).numel()).expand(len(A), 1, 1)
+        return torch.cat([torch.cat([A, sums], 2), torch.cat([sums.mT, count], 2)], 1)
+
+    def cost(self, zs: Sequence[Tensor]) -> Cost:
+        return self.patches.cost(zs[0])
+
+    def extra_repr(self) -> str:
+        return f"{self.patches}, ones={self.ones}"
+
+
+class PooledPatches(Statistic):
+    """`InputCovariance(pooled=True)` of one convolution, from its input: sums over windows, no patches."""
+
+    reads = "x"
+
+    def __init__(self, patches: Patches, ones: bool = False) -> None:
+        super().__init__()
+        self.patches, self.ones = patches, ones
+
+    def forward(self, zs: Sequence[Tensor]) -> Tensor:
+        (z,) = map(widened, zs)
+        sums = self.patches.sums(z)
+        if self.ones:
+            positions = torch.Size(self.patches.outputs(z)).numel()
+            sums = torch.cat([sums, sums.new_full((*sums.shape[:-1], 1), positions)], -1)
+        rows = sums.transpose(0, 1)
+        return rows.mT @ rows
+
+    def cost(self, zs: Sequence[Tensor]) -> Cost:
+        z, g = zs[0], self.patches.groups
+        d = z.shape[1] // g * self.patches.taps
+        return copying(z.numel() * self.patches.kernel[0] / 2, z.element_size()) + moment(d, len(z), 4) * g
+
+    def extra_repr(self) -> str:
+        return f"{self.patches}, ones={self.ones}"
+
+
+class KeptInputs(Statistic):
+    """`InputCovariance` of one use, kept as the input of a convolution, or as the positions `x[n,s,g,i]`."""
+
+    reads = "x"
+
+    def __init__(self, patches: Patches | None, ones: bool = False) -> None:
+        super().__init__()
+        self.patches, self.ones = patches, ones
+
+    def forward(self, xs: Sequence[Tensor]) -> Tensor:
+        (x,) = map(widened, xs)
+        return with_ones(x) if self.ones else x.clone(memory_format=torch.contiguous_format)
+
+    def sum_of(self, returned: Tensor) -> Sum:
+        return SecondMoment((returned,), self.patches)
+
+    def cost(self, xs: Sequence[Tensor]) -> Cost:
+        return copying(xs[0].numel(), xs[0].element_size())
+
+    def extra_repr(self) -> str:
+        return f"{self.patches}, ones={self.ones}"
+
+
+# Of the cotangents ------------------------------------------------------------------------------------------------
+
+
+class KeptOutputs(Statistic):
+    """`OutputCovariance` of one use, kept as the positions S[v,n,s,g,o], or with `pooled` as their sums over s."""
+
+    reads = "S"
+
+    def __init__(self, pooled: bool = False) -> None:
+        super().__init__()
+        self.pooled = pooled
+
+    def forward(self, Ss: Ss) -> Tensor:
+        (S,) = Ss
+        return S.sum(2, keepdim=True) if self.pooled else S.clone(memory_format=torch.contiguous_format)
+
+    def sum_of(self, returned: Tensor) -> Sum:
+        return SecondMoment((returned,))
+
+    def cost(self, Ss: Ss) -> Cost:
+        return copying(Ss[0].numel(), Ss[0].element_size())
+
+    def extra_repr(self) -> str:
+        return f"pooled={self.pooled}"
+
+
+# Of both ----------------------------------------------------------------------------------------------------------
+
+
+class KeptEntries(Statistic):
+    """`Gram`, kept as the per-sample entries J[v,n,1,1,g·o·i]."""
+
+    reads = "xS"
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        return per_sample(xs, Ss).flatten(2)[:, :, None, None, :].contiguous()
+
+    def sum_of(self, returned: Tensor) -> Sum:
+        return SecondMoment((returned,))
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        rows, side = entries_of(xs, Ss)
+        return copying(Ss[0].numel() + rows * side, Ss[0].element_size())
+
+
+class GradientOfConvolution(Statistic):
+    """`Gradient` of one convolution's weight, from its input `z[n,c,…]` and S[v,n,o,…]: autograd's own kernel."""
+
+    reads = "xS"
+
+    def __init__(self, op: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__()
+        self.op = op
+
+    def forward(self, zs: Sequence[Tensor], Ss: Ss) -> Tensor:
+        (z,), (S,), op = map(widened, zs), map(widened, Ss), self.op
+        weight = S.new_empty(()).expand(op.weight.shape)  # read for its shape only
+        geometry = (op.stride, op.padding, op.dilation, False, (0,) * (z.ndim - 2), op.groups)
+        S = S[0] if len(S) == 1 else S.sum(0)
+        gradient = torch.ops.aten.convolution_backward(S, z, weight, None, *geometry, (False, True, False))[1]
+        return gradient.unflatten(0, (op.groups, -1)).flatten(2)
+
+    def cost(self, zs: Sequence[Tensor], Ss: Ss) -> Cost:
+        z, S, op = zs[0], Ss[0], self.op
+        inputs = z.shape[1] // op.groups * torch.Size(op.kernel_size).numel()
+        return (
+            copying(S.numel() + z.numel(), S.element_size())
+            + product(S.shape[2] // op.groups, inputs, S[0, :, 0].numel(), S.element_size()) * op.groups
+        )
+
+    def extra_repr(self) -> str:
+        return self.op.extra_repr()
+
+
+class DiagonalOfSinglePositions(Statistic):
+    """`Diagonal` of one use with one position per sample: Σ_n (Σ_v S[v,n,g,o]²) x[n,g,i]², one product of squares."""
+
+    reads = "xS"
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        (x,), (S,) = xs, Ss
+        squares = S.square().sum(0)[:, 0]
+        if x is None:
+            return squares.sum(0).unsqueeze(-1)
+        inputs = x[:, 0].square().unbind(1)
+        return torch.stack([transpose_times(o, i) for o, i in zip(squares.unbind(1), inputs, strict=True)])
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        (x,), (S,) = xs, Ss
+        squares = copying(S.numel(), S.element_size())
+        if x is None:
+            return squares
+        _, n, _, g, o = S.shape
+        return squares + product(o, x.shape[-1], n, S.element_size()) * g
+
+
+class DiagonalBySample(Statistic):
+    """`Diagonal` of weights, each product of a sample and column squared while it is in the cache."""
+
+    reads = "xS"
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        _, _, _, g, o = Ss[0].shape
+        weights = [x.permute(2, 0, 3, 1) for x in xs if x is not None]  # [g,n,i,s]
+        columns = [S.permute(3, 0, 1, 4, 2) for S in Ss]  # [g,v,n,o,s]
+        inputs = weights[0].shape[2]
+        total, rows = Ss[0].new_zeros(g, o, inputs), max(1, CACHE // inputs)
+        for group in range(g):
+            x = [w[group].unbind() for w in weights]
+            for start in range(0, o, rows):
+                block = total[group, start : start + rows]
+                for v in range(len(Ss[0])):
+                    S = [c[group, v, :, start : start + rows].unbind() for c in columns]
+                    for pairs in zip(zip(*S, strict=True), zip(*x, strict=True), strict=True):
+                        entries = _entries(*pairs)
+                        block.addcmul_(entries, entries)
+        return total
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        v, n, _, g, o = Ss[0].shape
+        x = xs[0]
+        assert x is not None
+        inputs, size = x.shape[-1], Ss[0].element_size()
+        s = sum(S.shape[2] for S in Ss)
+        calls = 4 * v * n * g * -(-o // max(1, CACHE // inputs))
+        entries = v * n * g * o * inputs
+        return Cost(2 * entries * s, 0.75 * size * entries, calls, size * min(CACHE, o * inputs))
+
+
+def _entries(Ss: Sequence[Tensor], xs: Sequence[Tensor]) -> Tensor:
+    """Σ_s S[o,s] x[i,s] over all uses."""
+    total = times_transpose(Ss[0], xs[0])
+    for S, x in zip(Ss[1:], xs[1:], strict=True):
+        total = total + times_transpose(S, x)
+    return total
+
+
+class DiagonalByPairs(Statistic):
+    """`Diagonal` of one use by pairs of positions: Σ_n Σ_{s≤t} (2-δ_st) (Σ_v S_vns S_vnt) (x_ns x_nt), one product.
+
+    It forms nothing per column and weight: for few positions, or many columns (design §6.2's Gram trick).
+    """
+
+    reads = "xS"
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        (x,), (S,) = xs, Ss
+        assert x is not None
+        x, S = x.permute(2, 1, 0, 3).contiguous(), S.permute(3, 2, 0, 1, 4).contiguous()  # [g,s,n,i], [g,s,v,n,o]
+        return torch.stack([self._group(*group) for group in zip(x, S, strict=True)])
+
+    def _group(self, x: Tensor, S: Tensor) -> Tensor:
+        total = S.new_zeros(S.shape[-1], x.shape[-1])
+        pairs = [(a, b) for a in range(len(x)) for b in range(a, len(x))]
+        size = max(1, CHUNK // (x.shape[1] * (x.shape[2] + S.shape[3])))
+        for start in range(0, len(pairs), size):
+            chunk = pairs[start : start + size]
+            inputs = torch.stack([x[a] * x[b] for a, b in chunk]).flatten(0, 1)
+            outputs = torch.stack([(S[a] * S[b]).sum(0) * (1 if a == b else 2) for a, b in chunk]).flatten(0, 1)
+            total += transpose_times(outputs, inputs)
+        return total
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        (x,), (S,) = xs, Ss
+        assert x is not None
+        v, n, s, g, o = S.shape
+        pairs, i, size = s * (s + 1) // 2, x.shape[-1], S.element_size()
+        forming = copying(pairs * n * (3 * i + 2 * v * o), size) + Cost(calls=6 * pairs)
+        return (forming + product(o, i, n * pairs, size)) * g + Cost(
+            temporary=size * (min(2 * CHUNK, 2 * pairs * n * (i + o)) + S.numel() + x.numel())
+        )

@@ -1,0 +1,239 @@
+"""Every form of a statistic equals its definition, over a grid of geometries; and whatever is chosen, results agree."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxcurv
+import passes
+from fxcurv import forms
+from fxcurv.choice import chosen
+from fxcurv.contractions import Diagonal, Gradient, Gram, InputCovariance, OutputCovariance, Statistic, Sum
+from fxcurv.costs import Rates
+from fxcurv.gemm import BLOCK, SHORT, times_transpose, transpose_times
+from fxcurv.losses import as_loss
+from fxcurv.moments import SecondMoment
+from fxcurv.patches import Patches
+from fxcurv.pullback import InputPositions, OutputPositions
+from fxcurv.run import Batch, run
+from fxcurv.shapes import Samples
+
+CONVS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+N, V = 3, 2
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def close(value: Sum, expected: Tensor, tolerance: float = 1e-11) -> None:
+    dense = value.dense() if isinstance(value, SecondMoment) else value
+    torch.testing.assert_close(dense, expected, rtol=tolerance, atol=tolerance)
+
+
+def geometries() -> list[Any]:
+    """Kernel, stride, padding, dilation, groups and sizes: every axis of its own, in one, two and three dimensions."""
+    grid = itertools.product((1, 2, 3), (1, 2, 3), (0, 1, 2), (1, 2), (1, 2), (1, 2, 3), (4, 7))
+    cases: list[Any] = []
+    for number, (kernel, stride, padding, dilation, groups, axes, size) in enumerate(grid):
+        if number % (1, 1, 3, 23)[axes]:  # all of one axis, some of two and three
+            continue
+        shape = (4, *range(size, size + axes))
+        kernels = tuple(max(1, kernel - k) if k else kernel for k in range(axes))
+        if all(n + 2 * padding > dilation * (k - 1) for n, k in zip(shape[1:], kernels, strict=True)):
+            name = f"{axes}d-k{kernel}-s{stride}-p{padding}-d{dilation}-g{groups}-{size}"
+            cases.append(pytest.param((kernels, stride, padding, dilation, groups), shape, id=name))
+    return cases
+
+
+def convolution(geometry: tuple[Any, ...], shape: tuple[int, ...]) -> nn.Module:
+    kernel, stride, padding, dilation, groups = geometry
+    with torch.random.fork_rng(devices=[]):
+        return CONVS[len(shape) - 1](shape[0], 6, kernel, stride, padding, dilation, groups).double()
+
+
+@pytest.mark.parametrize(("geometry", "shape"), geometries())
+def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]) -> None:
+    op: Any = convolution(geometry, shape)
+    z, patches = draw(N, *shape), Patches.of(op)
+    x = InputPositions(op, Samples(0))(z)
+    A = InputCovariance()([x])
+    close(patches.unfolded(z), A)
+    close(patches.correlated(z), A)
+    close(patches.sums(z), x.sum(1))
+    for ones in (False, True):
+        close(forms.CovarianceOfPatches(patches, ones)([z]), InputCovariance(ones=ones)([x]))
+        close(forms.PooledPatches(patches, ones)([z]), InputCovariance(pooled=True, ones=ones)([x]))
+    kept = forms.KeptInputs(patches)
+    close(kept.sum_of(kept([z])), A)
+    raw = draw(V, *op(z).shape)
+    S = OutputPositions(op, Samples(0))(raw)
+    close(forms.GradientOfConvolution(op)([z], [raw]), Gradient()([x], [S]))
+    diagonal = Diagonal()([x], [S])
+    close(forms.DiagonalBySample()([x], [S]), diagonal)
+    if x.shape[1] <= 50:
+        close(forms.DiagonalByPairs()([x], [S]), diagonal)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("positions", [1, 5])
+def test_forms_of_positions(groups: int, positions: int) -> None:
+    x, S = draw(N, positions, groups, 40), draw(V, N, positions, groups, 50)
+    pairs: dict[str, tuple[Sum, Tensor]] = {
+        "inputs": (_sum(forms.KeptInputs(None), [x]), InputCovariance()([x])),
+        "inputs and ones": (_sum(forms.KeptInputs(None, ones=True), [x]), InputCovariance(ones=True)([x])),
+        "outputs": (_sum(forms.KeptOutputs(), [S]), OutputCovariance()([S])),
+        "pooled outputs": (_sum(forms.KeptOutputs(pooled=True), [S]), OutputCovariance(pooled=True)([S])),
+        "entries": (_sum(forms.KeptEntries(), [x], [S]), Gram()([x], [S]).unsqueeze(0)),
+        "by sample": (forms.DiagonalBySample()([x], [S]), Diagonal()([x], [S])),
+        "by pairs": (forms.DiagonalByPairs()([x], [S]), Diagonal()([x], [S])),
+    }
+    if positions == 1:
+        pairs["single"] = forms.DiagonalOfSinglePositions()([x], [S]), Diagonal()([x], [S])
+        pairs["single bias"] = forms.DiagonalOfSinglePositions()([None], [S]), Diagonal()([None], [S])
+    for value, expected in pairs.values():
+        close(value, expected)
+
+
+def _sum(statistic: Statistic, *args: list[Tensor]) -> Sum:
+    return statistic.sum_of(statistic(*args))
+
+
+def test_samples_one_by_one_keep_cross_terms_of_several_uses() -> None:
+    xs, Ss = [draw(N, 3, 2, 4), draw(N, 2, 2, 4)], [draw(V, N, 3, 2, 5), draw(V, N, 2, 2, 5)]
+    close(forms.DiagonalBySample()(xs, Ss), Diagonal()(xs, Ss))
+
+
+# Kept moments -----------------------------------------------------------------------------------------------------
+
+
+def moment(*shape: int) -> SecondMoment:
+    return SecondMoment((draw(*shape),), scale=0.5)
+
+
+def test_a_moment_does_what_its_matrix_does() -> None:
+    kept = moment(4, 1, 2, 9)
+    A, B = kept.dense(), draw(2, 9, 3)
+    assert (kept.count, kept.side, tuple(kept.shape)) == (4, 9, (2, 9, 9))
+    close(kept.diagonal(), A.diagonal(dim1=1, dim2=2))
+    close(kept.mm(B), A @ B)
+    close(kept.solve(B, 0.1), torch.linalg.solve(A + 0.1 * torch.eye(9, dtype=A.dtype), B))
+    close((kept / 4).dense(), A / 4)
+
+
+def test_moments_add_and_are_formed_when_that_is_smaller() -> None:
+    a, b = moment(3, 1, 1, 9), moment(4, 1, 1, 9)
+    both = a + b
+    assert isinstance(both, SecondMoment)
+    close(both, a.dense() + b.dense())
+    formed = both + b
+    assert isinstance(formed, Tensor)
+    close(formed, a.dense() + 2 * b.dense())
+    close(formed + a, formed + a.dense())
+    close(a + formed, formed + a.dense())
+    close(a + b / 2, a.dense() + b.dense() / 2)
+
+
+def test_a_result_owns_what_it_keeps() -> None:
+    with torch.random.fork_rng(devices=[]):
+        model, x = nn.Sequential(nn.Linear(30, 20)).eval(), draw(3, 30, dtype=torch.float32)
+    block: Any = fxcurv.compile(model)(x, torch.tensor([0, 1, 2]))["kfac"]["0.weight"]
+    assert isinstance(block.input_moment, SecondMoment)
+    A = block.input_moment.dense()[0].clone()
+    x.zero_()
+    close(block.A, A)
+
+
+# Products ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 4, 5), (130, 140, 150), (2 * BLOCK + 5, 7, SHORT + 1)])
+def test_products(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    a, b = draw(m, k, dtype=dtype), draw(n, k, dtype=dtype)
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-4
+    for left, right in (
+        (a, b),
+        (a.mT.contiguous().mT, b),
+        (a, b.mT.contiguous().mT),
+        (draw(m, 2 * k)[:, :k].to(dtype), b),
+    ):
+        close(times_transpose(left, right).double(), left.double() @ right.double().mT, tolerance)
+        close(transpose_times(left.mT, right.mT).double(), left.double() @ right.double().mT, tolerance)
+    close(times_transpose(a, a).double(), a.double() @ a.double().mT, tolerance)
+
+
+# Whole models -----------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Every kind of use: plain, strided, grouped, depthwise convolution; a scale; Linear over positions, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
+        self.mix, self.wide, self.head = nn.Linear(8, 8), nn.Linear(8, 40), nn.Linear(40, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = self.depthwise(self.grouped(x).relu()).flatten(2).transpose(1, 2)
+        return self.head(self.wide(self.mix(self.mix(x).tanh()).mean(1)).tanh())
+
+
+QUANTITIES = [
+    fxcurv.Grad(),
+    fxcurv.DiagGGN(),
+    fxcurv.KFAC(fxcurv.Exact()),
+    fxcurv.KFAC(fxcurv.Exact(), approx="reduce", joint=True),
+    fxcurv.KFAC(fxcurv.Exact(), joint=True),
+]
+
+
+def results(forced: str | None) -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Net().double().eval()
+    x, y = draw(3, 3, 6, 7), torch.tensor([0, 3, 1])
+    choice = chosen(QUANTITIES)
+    program = passes.compile_program(model, passes.canonicalize(model, x), choice, x, forced)
+    names = {node.meta["choice"].form for gm in program.graphs for node in gm.graph.nodes if "choice" in node.meta}
+    assert forced is None or forced in names
+    curvature = run(program, model, as_loss("cross_entropy"), Batch(x, y))
+    return {
+        f"{entry.quantity} {entry.parameter} {kind}": t
+        for entry in curvature.entries
+        for kind, t in entry.tensors().items()
+    }
+
+
+DEFINITIONS: list[Callable[[], Statistic]] = [Diagonal, Gradient, Gram, InputCovariance, OutputCovariance]
+FORMS = [*(d.__name__ for d in DEFINITIONS), *forms.__all__]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_whichever_form_is_forced_results_agree(form: str) -> None:
+    expected, found = results(None), results(form)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_an_odd_form_is_cheaper_where_it_should_be() -> None:
+    """The model of costs prefers correlations for large maps, patches for small ones, pairs for few positions."""
+    patches, rates = Patches((3, 3), (1, 1), (1, 1), (1, 1), 1), Rates(1e11, 1e10, 5e-6)
+    large, small = (torch.empty(8, 64, side, side, device="meta") for side in (56, 2))
+    assert patches.correlation_cost(large).flops < 0.4 * patches.unfolding_cost(large).flops
+    assert patches.correlation_cost(large).seconds(rates) < 0.6 * patches.unfolding_cost(large).seconds(rates)
+    assert patches.correlation_cost(small).seconds(rates) > 2 * patches.unfolding_cost(small).seconds(rates)
+    x, S = torch.empty(8, 4, 1, 4608, device="meta"), torch.empty(9, 8, 4, 1, 512, device="meta")
+    assert forms.DiagonalByPairs().cost([x], [S]).flops < forms.DiagonalBySample().cost([x], [S]).flops
