@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from fxcurv.capture import Inputs, Output, as_call, batch_size, selector, structural_copy
+from fxcurv.capture import Inputs, Output, as_call, batch_size, selector, structural_copy, without_autocast
 from fxcurv.choice import Choice
 from fxcurv.contractions import per_sample
 from fxcurv.errors import FxcurvError, InputError
@@ -30,7 +30,7 @@ from fxcurv.program import Job, Plan, jobs_for
 from fxcurv.quantities import Used
 from fxcurv.result import Curvature
 from fxcurv.rules import Use, positions, rule_of
-from fxcurv.run import Batch, assembled, fresh_generator, without_autocast
+from fxcurv.run import Batch, assembled, fresh_generator
 
 __all__ = ["by_autograd"]
 

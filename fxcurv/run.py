@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxcurv.blocks import Block
-from fxcurv.capture import Inputs, as_call
+from fxcurv.capture import Inputs, as_call, without_autocast
 from fxcurv.losses import LossTerms, loss_terms
 from fxcurv.program import Plan, Program
 from fxcurv.quantities import Factor
@@ -23,7 +23,7 @@ from fxcurv.result import Curvature, Entries, Entry
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of, output_of
 
-__all__ = ["COLUMN_BYTES", "Batch", "assembled", "bind", "fresh_generator", "run", "without_autocast"]
+__all__ = ["COLUMN_BYTES", "Batch", "assembled", "bind", "fresh_generator", "run"]
 
 COLUMN_BYTES = 1 << 29
 """How much memory one chunk of columns may take at the widest place of the backward graph."""
@@ -131,8 +131,3 @@ def fresh_generator(device: torch.device) -> torch.Generator:
     generator = torch.Generator(device)
     generator.seed()
     return generator
-
-
-def without_autocast() -> torch.autocast:
-    """Nothing of it; the types of the model's own tensors are those that it computes with."""
-    return torch.autocast("cuda" if torch.is_autocast_enabled("cuda") else "cpu", enabled=False)

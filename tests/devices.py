@@ -19,12 +19,16 @@ from fxcurv.capture import Inputs, as_call
 from fxcurv.program import Program
 from fxcurv.spec import output_of
 
-__all__ = ["DEVICE", "Strayed", "run_elsewhere"]
+__all__ = ["DEVICE", "WAITING", "Strayed", "run_elsewhere"]
 
 DEVICE = torch.device("lazy")
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.nonzero, aten.unique_dim, aten._unique2}
 """Operators whose result, or its shape, the host has to wait for."""
+
+
+WAITING = {"index.index_bool", "spectrum.complex_pick"}
+"""Samples whose own forward waits: for how much a mask selects, for indices that it makes on the CPU."""
 
 
 class Strayed(AssertionError):
