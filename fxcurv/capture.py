@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "device_of",
     "selector",
     "structural_copy",
+    "without_autocast",
 ]
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
@@ -141,7 +143,7 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
 
     shared.forward = selected
     try:
-        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), without_autocast(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*assigned during export")  # to the copy, which is dropped
             with torch.backends.opt_einsum.flags(enabled=False):  # the order it picks would depend on the batch size
                 program = export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
@@ -202,6 +204,16 @@ def structural_copy(model: nn.Module, *shared: Tensor) -> nn.Module:
         raise CaptureError(
             f"the model cannot be copied ({error})", remedy="make its attributes deep-copyable", code="FXC103"
         ) from error
+
+
+@contextmanager
+def without_autocast() -> Generator[None]:
+    """Nothing of it on any device; the types of the model's own tensors are those that it computes with."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _is_integer(value: Any) -> bool:

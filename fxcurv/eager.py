@@ -21,15 +21,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from fxcurv.capture import Inputs, Output, as_call, batch_size, selector, structural_copy
+from fxcurv.capture import Inputs, Output, as_call, batch_size, selector, structural_copy, without_autocast
 from fxcurv.choice import Choice
 from fxcurv.contractions import per_sample
 from fxcurv.errors import FxcurvError, InputError
+from fxcurv.losses import loss_terms
 from fxcurv.program import Job, Plan, jobs_for
 from fxcurv.quantities import Used
 from fxcurv.result import Curvature
 from fxcurv.rules import Use, positions, rule_of
-from fxcurv.run import Batch, assembled, checked_terms, fresh_generator, without_autocast
+from fxcurv.run import Batch, assembled, fresh_generator
 
 __all__ = ["by_autograd"]
 
@@ -50,7 +51,7 @@ def by_autograd(
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), without_autocast():
         passes = _forward(model, batch.inputs, output)
         whole = torch.cat([p.output for p in passes]).detach()
-        terms = checked_terms(loss, whole, batch.target)
+        terms = loss_terms(loss, whole, batch.target)
         generator = batch.generator or fresh_generator(whole.device)
         wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
         used = _used(wanted, passes)

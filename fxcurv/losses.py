@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxcurv.errors import InputError, LossError
+from fxcurv.errors import FxcurvError, InputError, LossError
 from fxcurv.quantities import Exact, Factor, LossGradient, Sampled
 
 __all__ = ["LossTerms", "as_loss", "loss_terms", "softmax_root"]
@@ -87,10 +87,10 @@ class SoftmaxTerms(LossTerms):
         return S.reshape(stop - start, *self.p.shape)
 
     def sampled(self, generator: torch.Generator | None) -> Tensor:
-        p = self.p.movedim(1, -1)
-        drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
-        onehot = torch.zeros_like(p).scatter_(-1, drawn.view(*p.shape[:-1], 1), 1)
-        return self.omega.sqrt() * (p - onehot).movedim(-1, 1)
+        """By a race of exponential times with rates p, which `torch.multinomial` runs too, after reading p back."""
+        p = self.p.movedim(1, -1).contiguous()
+        drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
+        return self.omega.sqrt() * (p - torch.zeros_like(p).scatter_(-1, drawn, 1)).movedim(-1, 1)
 
 
 def softmax_root(p: Tensor, start: int, stop: int) -> Tensor:
@@ -165,7 +165,10 @@ def as_loss(loss: object) -> nn.Module:
 
 
 def loss_terms(loss: nn.Module, output: Tensor, target: Tensor) -> LossTerms:
-    """The loss at an output `[N, …]`, widened to float32 if it is narrower, and a target that fits it."""
+    """The loss at an output `[N, …]`, widened to float32 if it is narrower, and a target that fits it.
+
+    Of values, only whether they are what they must be is read back from the device, once.
+    """
     if not isinstance(target, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
             f"the target is a {type(target).__name__}, not a tensor",
@@ -182,22 +185,62 @@ def loss_terms(loss: nn.Module, output: Tensor, target: Tensor) -> LossTerms:
     kind = next(kind for kind in _TERMS if isinstance(loss, kind))
     if target.is_floating_point():
         target = target.to(output.dtype)
-        if not bool(target.isfinite().all()):
-            raise InputError("the target holds NaN or infinity", remedy="clean the targets", code="FXC407")
-    terms = _TERMS[kind](loss, output, target)
-    if not bool(terms.value.isfinite()):
-        raise LossError(
+    terms, checks = _TERMS[kind](loss, output, target)
+    _hold(*_finite(output, target), *checks, *_rootable(terms))
+    return terms
+
+
+# What must hold, read from the device once -------------------------------------------------------------------------
+
+Check = tuple[Tensor, Callable[[], FxcurvError]]
+"""What holds, as booleans on the device, and the error if not."""
+
+
+def _hold(*checks: Check) -> None:
+    """Raise the error of the first check that does not hold; the host waits for the device once, for all of them."""
+    holds = torch.stack([condition.all() for condition, _ in checks]).tolist()
+    for held, (_, error) in zip(holds, checks, strict=True):
+        if not held:
+            raise error()
+
+
+def _finite(output: Tensor, target: Tensor) -> Iterator[Check]:
+    yield (
+        output.isfinite(),
+        lambda: InputError(
+            "the model's output holds NaN or infinity",
+            node="output",
+            remedy="check its parameters and the scale of the input",
+            code="FXC405",
+        ),
+    )
+    yield (
+        target.isfinite(),
+        lambda: InputError("the target holds NaN or infinity", remedy="clean the targets", code="FXC407"),
+    )
+
+
+def _rootable(terms: LossTerms) -> Iterator[Check]:
+    """The loss is a number, and its Hessian has a square root."""
+    yield (
+        terms.value.isfinite(),
+        lambda: LossError(
             "the loss is not finite",
             remedy="check that some target counts and that the outputs are moderate",
             code="FXC406",
-        )
-    if bool((terms.omega < 0).any()):
-        raise LossError(
+        ),
+    )
+    yield (
+        ~(terms.omega < 0),
+        lambda: LossError(
             "a term of the loss has a negative weight",
             remedy="its Hessian has no real square root: use weights ≥ 0",
             code="FXC406",
-        )
-    return terms
+        ),
+    )
+
+
+# The losses -------------------------------------------------------------------------------------------------------
 
 
 def _value_and_gradient(loss: nn.Module, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +252,7 @@ def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.to(like)
 
 
-def _cross_entropy(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> LossTerms:
+def _cross_entropy(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> tuple[LossTerms, list[Check]]:
     if output.ndim < 2 or output.shape[1] < 2:
         raise LossError(
             f"cross entropy of an output of shape {list(output.shape)}",
@@ -221,12 +264,17 @@ def _cross_entropy(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) ->
         raise LossError(
             f"class weights of shape {list(per_class.shape)} for {C} classes", remedy=f"give {C} weights", code="FXC406"
         )
-    q, counts = _class_probabilities(loss, output, target)
+    _check_classes(output, target)
+    if target.is_floating_point():
+        q, counts, checks = _smoothed(loss, target)
+    else:
+        q, counts, checks = _onehot(loss, output, target)
+        target = target.where(q.sum(1) > 0, loss.ignore_index)  # on a GPU, a wrong index would end the process
     weighted = q if per_class is None else q * _along_classes(per_class, output)
     omega = weighted.sum(1, keepdim=True)  # the mass of a term: Σ_c w_c q_c
     if loss.reduction == "mean":
         omega = omega / counts
-    return SoftmaxTerms(*_value_and_gradient(_on(loss, output), output, target), omega, output.softmax(1))
+    return SoftmaxTerms(*_value_and_gradient(_on(loss, output), output, target), omega, output.softmax(1)), checks
 
 
 def _on(loss: nn.Module, like: Tensor) -> nn.Module:
@@ -234,17 +282,14 @@ def _on(loss: nn.Module, like: Tensor) -> nn.Module:
     return copy.deepcopy(loss).to(like) if any(True for _ in loss.buffers()) else loss
 
 
-def _class_probabilities(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The targets as q[n,c,…], smoothed and zero where ignored; and what `mean` divides by."""
-    C, smoothing = output.shape[1], loss.label_smoothing
+def _check_classes(output: Tensor, target: Tensor) -> None:
+    """Class probabilities have the output's shape, class indices one number for each of its positions."""
     if target.is_floating_point():
         if target.shape != output.shape:
             raise InputError(
                 _shapes("class probabilities", target, output), remedy="give them in the output's shape", code="FXC407"
             )
-        if bool((target < 0).any()):
-            raise InputError("a class probability is negative", remedy="give probabilities", code="FXC407")
-        return target * (1 - smoothing) + smoothing / C * target.new_ones(()), target.new_tensor(target.numel() / C)
+        return
     if target.dtype != torch.int64:
         raise InputError(
             f"class indices of type {target.dtype}", remedy="give torch.int64 indices, or probabilities", code="FXC407"
@@ -253,51 +298,75 @@ def _class_probabilities(loss: nn.CrossEntropyLoss, output: Tensor, target: Tens
         raise InputError(
             _shapes("class indices", target, output), remedy=f"give indices of shape {list(expected)}", code="FXC407"
         )
-    counted = target != loss.ignore_index
-    wrong = counted & ((target < 0) | (target >= C))
-    if bool(wrong.any()):
-        raise InputError(
-            f"class index {int(target[wrong][0])} for {C} classes",
-            remedy=f"give indices from 0 to {C - 1}, or ignore_index",
-            code="FXC407",
+
+
+Classes = tuple[Tensor, Tensor | float, list[Check]]
+"""The targets as q[n,c,…], smoothed and zero where ignored; what `mean` divides by; what must hold."""
+
+
+def _smoothed(loss: nn.CrossEntropyLoss, target: Tensor) -> Classes:
+    C, smoothing = target.shape[1], loss.label_smoothing
+    negative = (
+        target >= 0,
+        lambda: InputError("a class probability is negative", remedy="give probabilities", code="FXC407"),
+    )
+    return target * (1 - smoothing) + smoothing / C, target.numel() / C, [negative]
+
+
+def _onehot(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> Classes:
+    C, smoothing = output.shape[1], loss.label_smoothing
+    wrong = (target != loss.ignore_index) & ((target < 0) | (target >= C))
+    counted = (target != loss.ignore_index) & ~wrong
+    checks: list[Check] = [
+        (
+            ~wrong,
+            lambda: InputError(
+                f"class index {int(target[wrong][0])} for {C} classes",
+                remedy=f"give indices from 0 to {C - 1}, or ignore_index",
+                code="FXC407",
+            ),
         )
-    if loss.reduction == "mean" and not bool(counted.any()):
-        raise InputError("every target is ignored", remedy="give at least one that counts", code="FXC407")
+    ]
+    if loss.reduction == "mean":
+        checks.append(
+            (
+                counted.any(),
+                lambda: InputError("every target is ignored", remedy="give at least one that counts", code="FXC407"),
+            )
+        )
     counts = counted.unsqueeze(1).to(output.dtype)
-    onehot = F.one_hot(target.where(counted, 0), C).movedim(-1, 1) * counts
+    onehot = torch.zeros_like(output).scatter_(1, target.where(counted, 0).unsqueeze(1), counts)
     weight = _as(loss.weight, output)
     divisor = (onehot if weight is None else onehot * _along_classes(weight, output)).sum()
-    return onehot * (1 - smoothing) + smoothing / C * counts, divisor
+    return onehot * (1 - smoothing) + smoothing / C * counts, divisor, checks
 
 
 def _along_classes(weight: Tensor, output: Tensor) -> Tensor:
     return weight.view(-1, *(1,) * (output.ndim - 2))
 
 
-def _mse(loss: nn.MSELoss, output: Tensor, target: Tensor) -> LossTerms:
+def _mse(loss: nn.MSELoss, output: Tensor, target: Tensor) -> tuple[LossTerms, list[Check]]:
     if not target.is_floating_point() or target.shape != output.shape:
         raise InputError(
             _shapes(f"a target of type {target.dtype}", target, output),
             remedy="give floating-point targets in the output's shape",
             code="FXC407",
         )
-    omega = output.new_tensor(1 / output.numel() if loss.reduction == "mean" else 1)
+    omega = output.new_full((), 1 / output.numel() if loss.reduction == "mean" else 1)
 
     def noise(generator: torch.Generator | None) -> Tensor:
         return 2**0.5 * torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
 
-    return ScalarTerms(*_value_and_gradient(loss, output, target), omega, output.new_tensor(2), noise)
+    return ScalarTerms(*_value_and_gradient(loss, output, target), omega, output.new_full((), 2), noise), []
 
 
-def _bce_with_logits(loss: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor) -> LossTerms:
+def _bce_with_logits(loss: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor) -> tuple[LossTerms, list[Check]]:
     if not target.is_floating_point() or target.shape != output.shape:
         raise InputError(
             _shapes(f"a target of type {target.dtype}", target, output),
             remedy="give floating-point targets in the output's shape",
             code="FXC407",
         )
-    if bool((target < 0).any()) or bool((target > 1).any()):
-        raise InputError("a target is outside of [0, 1]", remedy="give probabilities", code="FXC407")
     omega = torch.full_like(output, 1 / output.numel() if loss.reduction == "mean" else 1)
     pos_weight, weight = _as(loss.pos_weight, output), _as(loss.weight, output)
     omega = omega if pos_weight is None else omega * (1 + (pos_weight - 1) * target)
@@ -307,14 +376,18 @@ def _bce_with_logits(loss: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor)
     def noise(generator: torch.Generator | None) -> Tensor:
         return p - torch.bernoulli(p, generator=generator)
 
-    return ScalarTerms(*_value_and_gradient(_on(loss, output), output, target), omega, p * (1 - p), noise)
+    outside = (
+        (target >= 0) & (target <= 1),
+        lambda: InputError("a target is outside of [0, 1]", remedy="give probabilities", code="FXC407"),
+    )
+    return ScalarTerms(*_value_and_gradient(_on(loss, output), output, target), omega, p * (1 - p), noise), [outside]
 
 
 def _shapes(what: str, target: Tensor, output: Tensor) -> str:
     return f"{what} of shape {list(target.shape)} for an output of shape {list(output.shape)}"
 
 
-_TERMS: dict[type[nn.Module], Callable[..., LossTerms]] = {
+_TERMS: dict[type[nn.Module], Callable[..., tuple[LossTerms, list[Check]]]] = {
     nn.CrossEntropyLoss: _cross_entropy,
     nn.MSELoss: _mse,
     nn.BCEWithLogitsLoss: _bce_with_logits,

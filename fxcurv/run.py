@@ -15,9 +15,8 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxcurv.blocks import Block
-from fxcurv.capture import Inputs, as_call
+from fxcurv.capture import Inputs, as_call, without_autocast
 from fxcurv.contractions import Sum
-from fxcurv.errors import InputError
 from fxcurv.losses import LossTerms, loss_terms
 from fxcurv.program import Plan, Program
 from fxcurv.quantities import Factor
@@ -25,7 +24,7 @@ from fxcurv.result import Curvature, Entries, Entry
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of, output_of
 
-__all__ = ["COLUMN_BYTES", "Batch", "assembled", "bind", "checked_terms", "fresh_generator", "run", "without_autocast"]
+__all__ = ["COLUMN_BYTES", "Batch", "assembled", "bind", "fresh_generator", "run"]
 
 COLUMN_BYTES = 1 << 29
 """How much memory one chunk of columns may take at the widest place of the backward graph."""
@@ -49,23 +48,11 @@ def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch) -> Cu
             *(t for t in pytree.tree_leaves(as_call(batch.inputs)) if isinstance(t, Tensor))
         )
         sums = {key: program.statistics[key].sum_of(returned) for key, returned in sums.items()}
-        terms = checked_terms(loss, output, batch.target)
+        terms = loss_terms(loss, output, batch.target)
         batch = dataclasses.replace(batch, generator=batch.generator or fresh_generator(output.device))
         for factor in program.backwards:
             sums |= _pull_back(program, factor, kept, terms, batch)
         return assembled(program.plan, sums, terms.value, output, str(loss.reduction))
-
-
-def checked_terms(loss: nn.Module, output: Tensor, target: Tensor) -> LossTerms:
-    """The loss at an output that is finite."""
-    if not bool(output.isfinite().all()):
-        raise InputError(
-            "the model's output holds NaN or infinity",
-            node="output",
-            remedy="check its parameters and the scale of the input",
-            code="FXC405",
-        )
-    return loss_terms(loss, output, target)
 
 
 def bind(canonical: fx.GraphModule, model: nn.Module) -> None:
@@ -147,8 +134,3 @@ def fresh_generator(device: torch.device) -> torch.Generator:
     generator = torch.Generator(device)
     generator.seed()
     return generator
-
-
-def without_autocast() -> torch.autocast:
-    """Nothing of it; the types of the model's own tensors are those that it computes with."""
-    return torch.autocast("cuda" if torch.is_autocast_enabled("cuda") else "cpu", enabled=False)
