@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fxcurv.contractions import CHUNK, Ss, Statistic, Sum, Xs, entries_of, per_sample, widened, with_ones
 from fxcurv.costs import Cost, copying, moment, product
 from fxcurv.gemm import times_transpose, transpose_times
+from fxcurv.kernels import sum_of_squared_products
 from fxcurv.moments import SecondMoment
 from fxcurv.patches import Patches
 
@@ -20,6 +21,7 @@ __all__ = [
     "CovarianceOfPatches",
     "DiagonalByPairs",
     "DiagonalBySample",
+    "DiagonalFused",
     "DiagonalOfSinglePositions",
     "GradientOfConvolution",
     "KeptEntries",
@@ -245,6 +247,27 @@ def _entries(Ss: Sequence[Tensor], xs: Sequence[Tensor]) -> Tensor:
     for S, x in zip(Ss[1:], xs[1:], strict=True):
         total = total + times_transpose(S, x)
     return total
+
+
+class DiagonalFused(Statistic):
+    """`Diagonal` on a GPU, in one kernel that writes no entry of a column and sample to memory (kernels.py)."""
+
+    reads = "xS"
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        S, x = torch.cat([*Ss], 2), torch.cat([x for x in xs if x is not None], 1)  # positions of all uses
+        return sum_of_squared_products(S, x)
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        v, n, _, g, o = Ss[0].shape
+        x = xs[0]
+        assert x is not None
+        positions, inputs = sum(S.shape[2] for S in Ss), x.shape[-1]
+        return Cost(2 * TILES * v * n * g * o * inputs * positions, Ss[0].element_size() * Ss[0].numel(), 2)
+
+
+TILES = 3
+"""How much slower the kernel's tiles multiply than a library that uses TF32 or larger tiles."""
 
 
 class DiagonalByPairs(Statistic):

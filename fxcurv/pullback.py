@@ -24,6 +24,7 @@ __all__ = [
     "ParameterPositions",
     "Pull",
     "PullToParameter",
+    "Selected",
     "Unbroadcast",
 ]
 
@@ -45,6 +46,21 @@ class Keep(_OfOp):
 
     def forward(self, y: Tensor, *xs: Tensor) -> Any:
         return self.rule.keep(self.op, xs, y)
+
+
+class Selected(nn.Module):
+    """y = x[indices], by what the selection kept: the indices count the entries of the last `axes` axes of x."""
+
+    def __init__(self, axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x: Tensor, kept: tuple[Tensor, Any]) -> Tensor:
+        indices = kept[0]
+        return x.flatten(-self.axes).gather(-1, indices.flatten(-self.axes)).view(indices.shape)
+
+    def extra_repr(self) -> str:
+        return f"axes={self.axes}"
 
 
 class Pull(_OfOp):

@@ -70,6 +70,8 @@ class Rule:
     keep: Callable[[Any, tuple[Tensor, ...], Tensor], Any]
     pull: Callable[[Any, Tensor, Any, int], Tensor]
     use: Use | None = None
+    axes: int = 0
+    """The last axes of x whose entries a selection's indices count."""
 
 
 RULES: dict[type[nn.Module], Rule] = {}
@@ -119,7 +121,7 @@ def selection(op: type[M], indices: Callable[[M, Tensor], Tensor], axes: int) ->
     def pull(op: M, S: Tensor, kept: tuple[Tensor, Shape], k: int) -> Tensor:
         return _scatter(S, *kept, axes)
 
-    _declare(op, Rule("selection", keep, pull))
+    _declare(op, Rule("selection", keep, pull, axes=axes))
 
 
 def affine(

@@ -78,7 +78,9 @@ def _located(node: fx.Node) -> str | None:
 
 def _augmentation(node: fx.Node) -> str | None:
     op = module_of(node)
-    if isinstance(op, pullback.Keep | pullback.InputPositions) or (isinstance(op, Statistic) and op.reads == "x"):
+    if isinstance(op, pullback.Keep | pullback.InputPositions | pullback.Selected) or (
+        isinstance(op, Statistic) and op.reads == "x"
+    ):
         return None
     return _located(node)
 

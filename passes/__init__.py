@@ -8,6 +8,7 @@ fold      what computes nothing vanishes
 locate    which axis holds the samples; mixing is refused       canonical
 plan      what every parameter gets, and of which sums
 augment   + what is kept and summed; the pullback per factor    forward, backward
+share     what is computed alike is computed once
 contract  definitions -> cheaper equal contractions
 schedule  every sum as soon as it can be taken                  forward, backward
 """
@@ -24,7 +25,6 @@ from torch import fx, nn
 
 from fxcurv.capture import Inputs, Output, batch_size, capture, device_of
 from fxcurv.choice import Choice
-from fxcurv.costs import rates_of
 from fxcurv.program import Program
 from fxcurv.quantities import Exact, Factor, Sampled
 from fxcurv.shapes import resolve
@@ -38,6 +38,7 @@ from passes.locate import locate
 from passes.lower import lower
 from passes.plan import plan
 from passes.schedule import schedule
+from passes.share import share
 
 __all__ = ["canonicalize", "compile_program", "lowered", "plan"]
 
@@ -70,7 +71,7 @@ def compile_program(
     canonical = stages["canonical"]
     planned, output = plan(model, canonical, choice), output_of(canonical)
     augmented = augment(canonical, planned)
-    setting = Setting(batch_size(inputs), 1, rates_of(device_of(inputs), output.meta["dtype"]), forced=forced)
+    setting = Setting(batch_size(inputs), 1, device_of(inputs), output.meta["dtype"], forced=forced)
     forward = _optimized(augmented.forward, "forward", setting)
     backwards = {
         factor: _optimized(gm, "backward", replace(setting, columns=_columns(factor, output)))
@@ -81,7 +82,7 @@ def compile_program(
 
 
 def _optimized(gm: fx.GraphModule, stage: Stage, setting: Setting) -> fx.GraphModule:
-    contracted = verify(contract(verify(gm, stage), setting), stage)
+    contracted = verify(contract(verify(share(verify(gm, stage)), stage), setting), stage)
     return verify(schedule(contracted), stage)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcurv import contractions, forms
+from fxcurv import contractions, forms, kernels
 from fxcurv.contractions import Statistic
-from fxcurv.costs import Cost, Rates, copying
+from fxcurv.costs import Cost, Rates, copying, rates_of
 from fxcurv.patches import Patches
 from fxcurv.pullback import InputPositions, OutputPositions, Pull, PullToParameter
 from fxcurv.shapes import resolve
@@ -30,17 +30,23 @@ __all__ = ["Choice", "Setting", "contract", "together"]
 
 @dataclass(frozen=True)
 class Setting:
-    """For what the forms are chosen: samples, columns, the device's rates; a form's name where it is forced.
+    """For what the forms are chosen: samples, columns, device and type; a form's name where it is forced.
 
     Without `loops` no form runs a loop over samples or columns. `trials` remembers what trials showed.
     """
 
     samples: int
     columns: int
-    rates: Rates
+    device: torch.device
+    dtype: torch.dtype
     loops: bool = True
     forced: str | None = None
     trials: dict[object, bool] = field(default_factory=dict)
+
+    @property
+    def rates(self) -> Rates:
+        """How fast the device is."""
+        return rates_of(self.device, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Choice:
 
 def contract(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
     """A forward or backward graph with the cheapest forms."""
-    gm = rewrites(gm, partial(_cheapest, setting=setting), partial(together, trials=setting.trials))
+    gm = rewrites(gm, partial(_cheapest, setting=setting), partial(together, setting=setting))
     gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return fx.GraphModule(gm, gm.graph, class_name=type(gm).__name__)
 
@@ -158,9 +164,12 @@ def _of_diagonal(op: contractions.Diagonal, node: fx.Node, setting: Setting) -> 
         yield _Form(forms.DiagonalOfSinglePositions(), node.args)
     if x is None or None in more or _sizes(x, setting)[-1] == o == 1 or not setting.loops:
         return
-    yield _Form(forms.DiagonalBySample(), node.args)
     if not more:
         yield _Form(forms.DiagonalByPairs(), node.args)
+    if setting.forced == forms.DiagonalFused.__name__ or kernels.available(setting.device):
+        yield _Form(forms.DiagonalFused(), node.args)
+    if setting.device.type == "cpu":
+        yield _Form(forms.DiagonalBySample(), node.args)
 
 
 _FORMS: dict[type[Statistic], Callable[[Any, fx.Node, Setting], Iterator[_Form]]] = {
@@ -199,11 +208,11 @@ def _instead(node: fx.Node, op: nn.Module, args: tuple[Any, ...]) -> fx.Node:
 # Columns together -------------------------------------------------------------------------------------------------
 
 
-def together(node: fx.Node, op: nn.Module, trials: dict[object, bool]) -> fx.Node | None:
+def together(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
     """Columns (and samples) that autograd pulls back one by one are pulled back at once, if that gives the same.
 
     torch's batching rules are not right for every operator, so each use of them is tried on random numbers in float64;
-    `trials` remembers the outcome for equal ops on equal shapes.
+    the setting remembers the outcome for equal ops on equal shapes.
     """
     if isinstance(op, PullToParameter) and not op.together:
         candidate: nn.Module = PullToParameter(op.op, op.k, op.places, together=True)
@@ -213,15 +222,15 @@ def together(node: fx.Node, op: nn.Module, trials: dict[object, bool]) -> fx.Nod
         return None
     inputs = tuple((n.meta["shape"], n.meta.get("dtype")) for n in node.all_input_nodes)
     key = (candidate._get_name(), candidate.extra_repr(), op.op.extra_repr(), inputs)
-    if key not in trials:
-        trials[key] = _equal(op, candidate, node)
-    return _instead(node, candidate, node.args) if trials[key] else None
+    if key not in setting.trials:
+        setting.trials[key] = _equal(op, candidate, node, setting.device)
+    return _instead(node, candidate, node.args) if setting.trials[key] else None
 
 
-def _equal(op: nn.Module, candidate: nn.Module, node: fx.Node) -> bool:
+def _equal(op: nn.Module, candidate: nn.Module, node: fx.Node, device: torch.device) -> bool:
     """Whether two pullbacks agree on random columns and inputs for two samples."""
     generator = torch.Generator().manual_seed(0)
-    arguments = fx.map_arg(node.args, lambda n: _random(n, generator))
+    arguments = fx.map_arg(node.args, lambda n: _random(n, generator).to(device))
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error")  # that an operator has no batching rule is only said by a warning

@@ -15,10 +15,9 @@ import passes
 from fxcurv.capture import Captured, capture
 from fxcurv.choice import chosen
 from fxcurv.contractions import Diagonal
-from fxcurv.costs import Rates
 from fxcurv.forms import DiagonalOfSinglePositions
 from fxcurv.program import Plan
-from fxcurv.spec import verify
+from fxcurv.spec import module_of, verify
 from passes.augment import augment
 from passes.contract import Setting, contract
 from passes.fold import fold
@@ -205,7 +204,7 @@ def test_contract_squares_single_positions(model: nn.Module) -> None:
     (backward,) = augment(
         canonical, planned(model, canonical, "diag_ggn", ["fc.weight", "conv.weight"])
     ).backwards.values()
-    contracted = verify(contract(backward, Setting(2, 3, Rates(1e11, 1e10, 1e-5))), "backward")
+    contracted = verify(contract(backward, Setting(2, 3, torch.device("cpu"), torch.float64)), "backward")
     assert [n.split() for n in text(backward, "name", "module").splitlines() if "diagonal" in n] == [
         ["diag_ggn_conv_weight_diagonal", "Diagonal"],
         ["diag_ggn_fc_weight_diagonal", "Diagonal"],
@@ -222,6 +221,46 @@ def test_single_positions_equal_the_definition(bias: bool) -> None:
     x = None if bias else torch.randn(4, 1, 2, 5, dtype=torch.float64, generator=g)
     S = torch.randn(3, 4, 1, 2, 6, dtype=torch.float64, generator=g)
     torch.testing.assert_close(DiagonalOfSinglePositions()([x], [S]), Diagonal()([x], [S]), rtol=1e-12, atol=0)
+
+
+class Attention(nn.Module):
+    """q, k and v read one input; two branches read another, by kernels of equal geometry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.head = (nn.Linear(4, 4) for _ in range(4))
+        self.left, self.right = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(2, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.left(x).relu() * self.right(x)).flatten(2).mT
+        x = (self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)
+        return self.head(x.mean(1))
+
+
+def test_what_is_read_alike_is_summed_once() -> None:
+    with torch.random.fork_rng(devices=[]):
+        model = Attention().double().eval()
+    x = torch.randn(3, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    compiled = fxcurv.compile(model, quantities=["kflr"])
+    result = compiled(x, torch.tensor([0, 1, 2]))
+    sums = [n for n in compiled.stages["forward"].graph.nodes if str(n.target).startswith("kflr.")]
+    assert len(sums) == 3  # of both branches; of q, k and v; of the head
+    for group in (("q", "k", "v"), ("left", "right")):
+        factors = [result["kflr"][f"{name}.weight"].A for name in group]
+        for A in factors[1:]:
+            assert torch.equal(A, factors[0])
+            assert A.data_ptr() != factors[0].data_ptr()  # results share no memory
+
+
+def test_a_pool_is_computed_once() -> None:
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(6, 3)).double().eval()
+    x = torch.randn(3, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    compiled = fxcurv.compile(model, quantities=["diag_ggn"], example_inputs=x)
+    kinds = [type(module_of(n)).__name__ for n in compiled.stages["forward"].graph.nodes if n.op == "call_module"]
+    assert "MaxPool1d" not in kinds
+    assert "Selected" in kinds
+    assert torch.equal(compiled.stages["forward"](x)[0], model(x))
 
 
 def test_schedule_takes_sums_early(model: nn.Module) -> None:
