@@ -25,6 +25,7 @@ __all__ = [
     "Gram",
     "InputCovariance",
     "OutputCovariance",
+    "PerOutput",
     "Statistic",
     "Sum",
     "entries_of",
@@ -44,7 +45,13 @@ CHUNK = 1 << 22
 class Statistic(nn.Module):
     """A sum over samples and columns; `reads` says of what: "x" (once a batch), "S" or "xS" (once a chunk of v)."""
 
-    reads: ClassVar[Literal["x", "S", "xS"]]
+    reads: Literal["x", "S", "xS"]
+    scales: ClassVar = False
+    """Whether `scaled` is there."""
+
+    def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
+        """What a call would have returned for S[v,n,s,g,o] · scale[g·o]."""
+        raise NotImplementedError
 
     def cost(self, *args: list[Tensor]) -> Cost:
         """What a call takes, from the shapes of its arguments."""
@@ -80,7 +87,7 @@ def _entries_cost(xs: Xs, Ss: Ss) -> Cost:
     for x, S in zip(xs, Ss, strict=True):
         v, n, s, g, o = S.shape
         i, size = 1 if x is None else x.shape[-1], S.element_size()
-        cost += product(v * o, i, s, size) * (n * g) + copying(S.numel(), size) + copying(v * n * g * o * i, size) * 2
+        cost += product(v * o, i, s, size) * (n * g) + copying(S.numel(), size) + copying(v * n * g * o * i, size) * 4
     return Cost(cost.flops, cost.bytes, 6 * len(xs), cost.temporary)
 
 
@@ -97,10 +104,21 @@ def _chunks(xs: Xs, Ss: Ss) -> Iterator[tuple[list[Tensor | None], list[Tensor]]
             yield x, [S[b : b + columns, a : a + samples] for S in Ss]
 
 
-class Gradient(Statistic):
-    """Σ_vns S[v,n,s,g,o] x[n,s,g,i]: `[g,o,i]`."""
+class PerOutput(Statistic):
+    """A statistic of S to some `power`, `[g,o,i]`."""
 
     reads = "xS"
+    scales = True
+    power: ClassVar[int]
+
+    def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
+        return returned * (scale**self.power).view(*returned.shape[:2], 1)
+
+
+class Gradient(PerOutput):
+    """Σ_vns S[v,n,s,g,o] x[n,s,g,i]: `[g,o,i]`."""
+
+    power = 1
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         terms = [self._of_use(x, S[0] if len(S) == 1 else S.sum(0)) for x, S in zip(xs, Ss, strict=True)]
@@ -144,10 +162,10 @@ def _second_moment(X: Tensor) -> Tensor:
     return X @ X.mT
 
 
-class Diagonal(Statistic):
+class Diagonal(PerOutput):
     """Σ_vn (Σ_s S[v,n,s,g,o] x[n,s,g,i])²: `[g,o,i]`."""
 
-    reads = "xS"
+    power = 2
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         total: Tensor | None = None
@@ -167,10 +185,15 @@ class Gram(Statistic):
     """The dense block Σ_vn J Jᵀ of the per-sample entries J[v,n,g·o·i]: `[g·o·i, g·o·i]`."""
 
     reads = "xS"
+    scales = True
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         J = per_sample(xs, Ss).flatten(2).flatten(0, 1)
         return transpose_times(J, J)
+
+    def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
+        scale = scale.repeat_interleave(len(returned) // len(scale))
+        return returned * scale.unsqueeze(-1) * scale
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
         rows, side = entries_of(xs, Ss)
@@ -241,6 +264,11 @@ class OutputCovariance(Covariance):
     """`Covariance` of the cotangents: the factor G."""
 
     reads = "S"
+    scales = True
+
+    def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
+        scale = scale.view(returned.shape[:2])
+        return returned * scale.unsqueeze(-1) * scale.unsqueeze(-2)
 
     def forward(self, Ss: Ss) -> Tensor:
         return self.covariance(Ss)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fxcurv.contractions import CHUNK, Ss, Statistic, Sum, Xs, entries_of, per_sample, widened, with_ones
+from fxcurv.contractions import CHUNK, PerOutput, Ss, Statistic, Sum, Xs, entries_of, per_sample, widened, with_ones
 from fxcurv.costs import Cost, copying, moment, product
 from fxcurv.gemm import times_transpose, transpose_times
 from fxcurv.kernels import sum_of_squared_products
@@ -119,6 +119,7 @@ class KeptOutputs(Statistic):
     """`OutputCovariance` of one use, kept as the positions S[v,n,s,g,o], or with `pooled` as their sums over s."""
 
     reads = "S"
+    scales = True
 
     def __init__(self, pooled: bool = False) -> None:
         super().__init__()
@@ -127,6 +128,9 @@ class KeptOutputs(Statistic):
     def forward(self, Ss: Ss) -> Tensor:
         (S,) = Ss
         return S.sum(2, keepdim=True) if self.pooled else S.clone(memory_format=torch.contiguous_format)
+
+    def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
+        return returned * scale.view(returned.shape[3:])
 
     def sum_of(self, returned: Tensor) -> Sum:
         return SecondMoment((returned,))
@@ -145,9 +149,13 @@ class KeptEntries(Statistic):
     """`Gram`, kept as the per-sample entries J[v,n,1,1,g·o·i]."""
 
     reads = "xS"
+    scales = True
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         return per_sample(xs, Ss).flatten(2)[:, :, None, None, :].contiguous()
+
+    def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
+        return returned * scale.repeat_interleave(returned.shape[-1] // len(scale))
 
     def sum_of(self, returned: Tensor) -> Sum:
         return SecondMoment((returned,))
@@ -157,10 +165,10 @@ class KeptEntries(Statistic):
         return copying(Ss[0].numel() + rows * side, Ss[0].element_size())
 
 
-class GradientOfConvolution(Statistic):
+class GradientOfConvolution(PerOutput):
     """`Gradient` of one convolution's weight, from its input `z[n,c,…]` and S[v,n,o,…]: autograd's own kernel."""
 
-    reads = "xS"
+    power = 1
 
     def __init__(self, op: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__()
@@ -186,10 +194,10 @@ class GradientOfConvolution(Statistic):
         return self.op.extra_repr()
 
 
-class DiagonalOfSinglePositions(Statistic):
+class DiagonalOfSinglePositions(PerOutput):
     """`Diagonal` of one use with one position per sample: Σ_n (Σ_v S[v,n,g,o]²) x[n,g,i]², one product of squares."""
 
-    reads = "xS"
+    power = 2
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         (x,), (S,) = xs, Ss
@@ -208,10 +216,10 @@ class DiagonalOfSinglePositions(Statistic):
         return squares + product(o, x.shape[-1], n, S.element_size()) * g
 
 
-class DiagonalBySample(Statistic):
+class DiagonalBySample(PerOutput):
     """`Diagonal` of weights, each product of a sample and column squared while it is in the cache."""
 
-    reads = "xS"
+    power = 2
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         _, _, _, g, o = Ss[0].shape
@@ -249,10 +257,10 @@ def _entries(Ss: Sequence[Tensor], xs: Sequence[Tensor]) -> Tensor:
     return total
 
 
-class DiagonalFused(Statistic):
+class DiagonalFused(PerOutput):
     """`Diagonal` on a GPU, in one kernel that writes no entry of a column and sample to memory (kernels.py)."""
 
-    reads = "xS"
+    power = 2
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         S, x = torch.cat([*Ss], 2), torch.cat([x for x in xs if x is not None], 1)  # positions of all uses
@@ -270,13 +278,13 @@ TILES = 3
 """How much slower the kernel's tiles multiply than a library that uses TF32 or larger tiles."""
 
 
-class DiagonalByPairs(Statistic):
+class DiagonalByPairs(PerOutput):
     """`Diagonal` of one use by pairs of positions: Σ_n Σ_{s≤t} (2-δ_st) (Σ_v S_vns S_vnt) (x_ns x_nt), one product.
 
     It forms nothing per column and weight: for few positions, or many columns (design §6.2's Gram trick).
     """
 
-    reads = "xS"
+    power = 2
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         (x,), (S,) = xs, Ss
@@ -300,7 +308,7 @@ class DiagonalByPairs(Statistic):
         assert x is not None
         v, n, s, g, o = S.shape
         pairs, i, size = s * (s + 1) // 2, x.shape[-1], S.element_size()
-        forming = copying(pairs * n * (3 * i + 2 * v * o), size) + Cost(calls=6 * pairs)
+        forming = copying(pairs * n * (2 * i + 1.2 * v * o), size) + Cost(calls=6 * pairs)
         return (forming + product(o, i, n * pairs, size)) * g + Cost(
             temporary=size * (min(2 * CHUNK, 2 * pairs * n * (i + o)) + S.numel() + x.numel())
         )

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcurv.contractions import widened
+from fxcurv import ops
+from fxcurv.contractions import Statistic, Sum, widened
+from fxcurv.costs import Cost
 from fxcurv.rules import autograd_pull, autograd_pull_each, rule_of
 from fxcurv.shapes import Samples
 
@@ -23,7 +25,9 @@ __all__ = [
     "OutputPositions",
     "ParameterPositions",
     "Pull",
+    "PullScaled",
     "PullToParameter",
+    "Scaled",
     "Selected",
     "Unbroadcast",
 ]
@@ -81,6 +85,43 @@ class Pull(_OfOp):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, per_sample={self.per_sample}, together={self.together}"
+
+
+class PullScaled(_OfOp):
+    """`Pull` through a convolution and the `scale` of its output channels in one: the weight is scaled, not S."""
+
+    def __init__(self, op: nn.Module, scale: ops.Affine) -> None:
+        super().__init__(op)
+        self.scale = scale
+
+    def forward(self, S: Tensor, kept: Any) -> Tensor:
+        weight: Any = self.op.weight
+        scale = self.scale.slope().view(-1, *(1,) * (weight.ndim - 1))
+        assert self.rule.use is not None
+        return self.rule.use.pull(self.op, weight * scale, S, kept)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale.extra_repr()}"
+
+
+class Scaled(Statistic):
+    """A sum over the columns that arrive at the `scale` of a convolution's outputs, as of those behind it."""
+
+    def __init__(self, statistic: Statistic, scale: ops.Affine) -> None:
+        super().__init__()
+        self.statistic, self.scale, self.reads = statistic, scale, statistic.reads
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.statistic.scaled(self.statistic(*args), self.scale.slope())
+
+    def cost(self, *args: Any) -> Cost:
+        return self.statistic.cost(*args)
+
+    def sum_of(self, returned: Tensor) -> Sum:
+        return self.statistic.sum_of(returned)
+
+    def _get_name(self) -> str:
+        return f"Scaled({self.statistic._get_name()})"
 
 
 class PullToParameter(_OfOp):

@@ -54,10 +54,14 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Use:
-    """How an affine op uses its parameters: as positions `x[n,s,g,i]` of its input and `S[v,n,s,g,o]` of its output."""
+    """How an affine op uses its parameters: as positions `x[n,s,g,i]` of its input and `S[v,n,s,g,o]` of its output.
+
+    `pull(op, weight, S, shape)` is its pullback by a weight of that shape.
+    """
 
     x: Callable[[Any, Tensor], Tensor]
     S: Callable[[Any, Tensor], Tensor]
+    pull: Callable[[Any, Tensor, Tensor, Shape], Tensor]
     batch_first: bool = True
     """Whether the samples must lie along axis 0 of the input; otherwise any axis but the last will do."""
 
@@ -126,7 +130,7 @@ def selection(op: type[M], indices: Callable[[M, Tensor], Tensor], axes: int) ->
 
 def affine(
     op: type[M],
-    pull: Callable[[M, Tensor, Shape], Tensor],
+    pull: Callable[[M, Tensor, Tensor, Shape], Tensor],
     x: Callable[[M, Tensor], Tensor],
     S: Callable[[M, Tensor], Tensor],
     batch_first: bool = True,
@@ -135,7 +139,10 @@ def affine(
     _declare(
         op,
         Rule(
-            "affine", lambda op, xs, y: xs[0].shape, lambda op, S, shape, k: pull(op, S, shape), Use(x, S, batch_first)
+            "affine",
+            lambda op, xs, y: xs[0].shape,
+            lambda op, S, shape, k: pull(op, op.weight, S, shape),
+            Use(x, S, pull, batch_first),
         ),
     )
 
@@ -222,12 +229,12 @@ def _cat_transpose(op: ops.Cat, S: Tensor, shapes: tuple[Shape, ...], k: int) ->
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def _conv_pull(op: Conv, S: Tensor, shape: Shape) -> Tensor:
+def _conv_pull(op: Conv, weight: Tensor, S: Tensor, shape: Shape) -> Tensor:
     """[v, n, o, …] -> [v, n, c, …]: the transposed convolution, with v folded into the batch."""
     lead, axes = S.shape[:2], len(op.kernel_size)
     x = S.new_empty(()).expand(lead.numel(), *shape[1:])  # read for its shape only
     geometry = (op.stride, op.padding, op.dilation, False, (0,) * axes, op.groups)
-    pulled = torch.ops.aten.convolution_backward(S.flatten(0, 1), x, op.weight, None, *geometry, (True, False, False))
+    pulled = torch.ops.aten.convolution_backward(S.flatten(0, 1), x, weight, None, *geometry, (True, False, False))
     return pulled[0].unflatten(0, lead)
 
 
@@ -252,7 +259,7 @@ def _per_channel(vector: Tensor, ndim: int) -> Tensor:
 # parameters
 affine(
     nn.Linear,  # y[n,…,o] = W[o,i] x[n,…,i] + b[o]
-    pull=lambda op, S, shape: S @ op.weight,
+    pull=lambda op, weight, S, shape: S @ weight,
     x=lambda op, x: positions(x, lead=1),
     S=lambda op, S: positions(S, lead=2),
     batch_first=False,
@@ -263,7 +270,7 @@ for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):  # y[n,o,s] = W[o,i] patches(x)[n
     )
 affine(
     ops.Affine,  # y[n,c,s] = γ[c] x̂[n,c,s] + β[c]: one group per channel
-    pull=lambda op, S, shape: S * _per_channel(op.slope(), len(shape)),
+    pull=lambda op, weight, S, shape: S * _per_channel(op.slope(), len(shape)),
     x=lambda op, x: _channels(op.normalized(x), 1, x.shape[1]),
     S=lambda op, S: _channels(S, 2, S.shape[2]),
 )

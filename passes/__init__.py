@@ -10,6 +10,7 @@ plan      what every parameter gets, and of which sums
 augment   + what is kept and summed; the pullback per factor    forward, backward
 share     what is computed alike is computed once
 contract  definitions -> cheaper equal contractions
+scales    scales are folded into the pullback
 schedule  every sum as soon as it can be taken                  forward, backward
 """
 
@@ -20,6 +21,7 @@ import fxcurv as fxcurv  # first: importing `passes` alone then initialises both
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from torch import fx, nn
 
@@ -37,6 +39,7 @@ from passes.inline import inline
 from passes.locate import locate
 from passes.lower import lower
 from passes.plan import plan
+from passes.scales import fold_scales
 from passes.schedule import schedule
 from passes.share import share
 
@@ -82,8 +85,9 @@ def compile_program(
 
 
 def _optimized(gm: fx.GraphModule, stage: Stage, setting: Setting) -> fx.GraphModule:
-    contracted = verify(contract(verify(share(verify(gm, stage)), stage), setting), stage)
-    return verify(schedule(contracted), stage)
+    for rewrite in (share, partial(contract, setting=setting), fold_scales, schedule):
+        gm = rewrite(verify(gm, stage))
+    return verify(gm, stage)
 
 
 def _columns(factor: Factor, output: fx.Node) -> int:

@@ -196,7 +196,7 @@ def test_one_pullback_serves_all_quantities_of_a_factor(model: nn.Module) -> Non
     assert backwards == ["backward[sampled(1)]", "backward[exact]"]
     for name in backwards:
         pulls = [str(node.target) for node in compiled.stages[name].graph.nodes if str(node.target).startswith("pull.")]
-        assert len(pulls) == len(set(pulls)) == 6
+        assert len(pulls) == len(set(pulls)) == 5  # that of bn is part of no pullback: nothing below conv is wanted
 
 
 def test_contract_squares_single_positions(model: nn.Module) -> None:
@@ -317,3 +317,51 @@ def test_generated_code_is_readable(model: nn.Module, capsys: pytest.CaptureFixt
     assert "backward[sampled(1)]" in printed
     with pytest.raises(fxcurv.QuantityError, match="no stage is called 'nope'; there are captured, lowered"):
         compiled.print_tabular("nope")
+
+
+# Scales -----------------------------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """Convolutions before BatchNorm, one grouped and with a bias, one read by a second consumer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn1 = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.grouped, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.BatchNorm2d(4)
+        self.side, self.bn3, self.head = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn2(self.grouped(self.bn1(self.stem(x)).relu()))
+        side = self.side(x.tanh())
+        return self.head((self.bn3(side) + side).mean((2, 3)))
+
+
+def test_scales_are_folded_into_convolutions() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Normed().double().eval()
+        for bn in (model.bn1, model.bn2, model.bn3):
+            for t in (bn.weight, bn.bias, bn.running_mean):
+                nn.init.normal_(t)
+            nn.init.uniform_(bn.running_var, 0.5, 2)
+    x = torch.randn(3, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 2])
+    compiled = fxcurv.compile(model, quantities=["kflr", "diag_ggn", "grad"])
+    result = compiled(x, y)
+    kinds = [module_of(n)._get_name() for n in calls(compiled)]
+    assert kinds.count("PullScaled(Conv2d)") == 2  # of the grouped one, in both graphs: the stem's input needs none
+    assert kinds.count("Pull(Affine)") == 2  # of bn3 in both graphs: its convolution has another consumer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "fold_scales", lambda gm: gm)
+        other = fxcurv.compile(model, quantities=["kflr", "diag_ggn", "grad"])
+        expected = other(x, y)
+    assert not any("Scaled" in module_of(n)._get_name() for n in calls(other))
+    for entry, unfolded in zip(result.entries, expected.entries, strict=True):
+        for name, tensor in entry.tensors().items():
+            torch.testing.assert_close(tensor, unfolded.tensors()[name], rtol=1e-11, atol=1e-13)
+
+
+def calls(compiled: fxcurv.Compiled) -> list[fx.Node]:
+    """The calls of all backward graphs."""
+    return [n for gm in compiled.program.backwards.values() for n in gm.graph.nodes if n.op == "call_module"]

@@ -1,0 +1,183 @@
+"""explain: what a call will take, node by node, before it runs.
+
+The emitted graphs run on fake tensors, which have shapes and no values. A statistic says itself what it costs, and
+which other forms of it would have cost what; of everything else the operators are counted: their floating-point
+operations, as torch.utils.flop_counter knows them, and the bytes that they read and write.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from tabulate import tabulate
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from fxcurv.capture import Inputs, as_call
+from fxcurv.contractions import Statistic
+from fxcurv.costs import Cost, Rates, rates_of
+from fxcurv.program import Program
+from fxcurv.spec import module_of, output_of
+
+__all__ = ["Explanation", "Step", "explained"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of an emitted graph: what it does, what that costs, what for, and other ways with their seconds."""
+
+    graph: str
+    node: str
+    does: str
+    cost: Cost
+    seconds: float
+    quantities: tuple[str, ...]
+    instead: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The forecast of a call: its steps, and the bytes at its highest point beyond the model and the inputs."""
+
+    steps: tuple[Step, ...]
+    peak_bytes: float
+    about: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """How long the call should take."""
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def flops(self) -> float:
+        """Its floating-point operations."""
+        return sum(step.cost.flops for step in self.steps)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the time that each quantity takes; what several need is divided among them."""
+        shares: Counter[str] = Counter()
+        for step in self.steps:
+            for quantity in step.quantities:
+                shares[quantity] += step.seconds / len(step.quantities) / self.seconds
+        return dict(shares)
+
+    def table(self, fmt: str = "simple") -> str:
+        """A row per step: where, what, GFLOP, MiB moved, ms, share of the whole, and the other forms with their ms."""
+        rows = [
+            (
+                step.graph,
+                step.node,
+                step.does,
+                step.cost.flops / 1e9,
+                step.cost.bytes / 2**20,
+                1e3 * step.seconds,
+                100 * step.seconds / self.seconds,
+                ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in step.instead.items()),
+            )
+            for step in self.steps
+        ]
+        headers = ("graph", "node", "form", "GFLOP", "MiB", "ms", "%", "instead of (ms)")
+        return tabulate(rows, headers, tablefmt=fmt, floatfmt=("", "", "", ".3g", ".3g", ".3g", ".1f", ""))
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{quantity} {share:.0%}" for quantity, share in self.shares.items())
+        total = (
+            f"{self.flops / 1e9:.3g} GFLOP, about {1e3 * self.seconds:.3g} ms, peak {self.peak_bytes / 2**20:.4g} MiB"
+        )
+        return f"{self.table()}\n\n{self.about}\ntotal: {total}\nshares: {shares}"
+
+
+def explained(program: Program, inputs: Inputs, columns: Mapping[str, int], peak_bytes: float) -> Explanation:
+    """What a call on a batch like `inputs` takes, of which only shapes, types and devices are read.
+
+    `columns` says how many columns the backward graph of each name has.
+    """
+    given = [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
+    rates = rates_of(given[0].device, output_of(program.canonical).meta["dtype"])
+    steps: list[Step] = []
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        forward = _Counted(program.forward)
+        arguments = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in given]
+        output, kept, _ = forward.run(*arguments)
+        steps += _steps("forward", forward, rates)
+        for factor, gm in program.backwards.items():
+            backward = _Counted(gm)
+            S = output.new_empty(columns[str(factor)], *output.shape)
+            backward.run(S, *(kept[str(n.target)] for n in gm.graph.find_nodes(op="placeholder")[1:]))
+            steps += _steps(f"backward[{factor}]", backward, rates)
+    return Explanation(tuple(steps), peak_bytes)
+
+
+def _steps(name: str, counted: _Counted, rates: Rates) -> Iterator[Step]:
+    needed = _needed(counted.module)
+    for node, cost in counted.costs.items():
+        choice = node.meta.get("choice")
+        others = {} if choice is None else {form: s for form, s in choice.seconds.items() if form != choice.form}
+        does = module_of(node)._get_name()
+        yield Step(name, str(node.target), does, cost, cost.seconds(rates), needed.get(node, ()), others)
+
+
+def _needed(gm: Any) -> dict[fx.Node, tuple[str, ...]]:
+    """Node -> the quantities that it is computed for."""
+    flow: nx.DiGraph[fx.Node] = nx.DiGraph((x, node) for node in gm.graph.nodes for x in node.all_input_nodes)
+    sums = {
+        n: str(n.target).partition(".")[0]
+        for n in flow
+        if n.op == "call_module" and isinstance(module_of(n), Statistic)
+    }
+    needed: dict[fx.Node, dict[str, None]] = {}
+    for node, quantity in sums.items():
+        for below in (node, *nx.ancestors(flow, node)):
+            needed.setdefault(below, {})[quantity] = None
+    return {node: tuple(quantities) for node, quantities in needed.items()}
+
+
+class _Counted(fx.Interpreter):
+    """Runs a graph and takes down what every call of a module costs."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.costs: dict[fx.Node, Cost] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's value; of a sum, which nothing reads, none."""
+        if n.op != "call_module":
+            return super().run_node(n)
+        op = module_of(n)
+        if isinstance(op, Statistic):
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            self.costs[n] = op.cost(*args)
+            return None
+        with _Count() as counted:
+            value = super().run_node(n)
+        self.costs[n] = counted.cost
+        return value
+
+
+class _Count(TorchDispatchMode):
+    """Counts the operations and the traffic of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cost = Cost()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+            return out  # a view
+        flops = flop_registry.get(func.overloadpacket)
+        moved = sum(t.numel() * t.element_size() for t in pytree.tree_leaves((args, out)) if isinstance(t, Tensor))
+        entries = sum(t.numel() for t in pytree.tree_leaves(out) if isinstance(t, Tensor))
+        self.cost += Cost(flops(*args, **(kwargs or {}), out_val=out) if flops else entries, moved, 1)
+        return out
