@@ -394,6 +394,14 @@ _TABLE = (
         "A block acts on vectors with as many entries as its parameter.",
         "give a vector of the block's shape, or flat",
     ),
+    _error(
+        "FXC412",
+        "the factor does not fit the loss",
+        "misconfigured",
+        "Stratified draws classes, so that it is for cross entropy only, and with k=0 columns for the classes that are "
+        "not among the likeliest it would leave these out.",
+        "choose another factor, or other numbers of columns",
+    ),
     Code(
         "FXC430",
         "the output does not depend on it",
