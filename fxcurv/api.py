@@ -133,13 +133,17 @@ class Compiled:
         result = run(program, self.model, self.loss, replace(batch, generator=generator), chunks)
         return result.updated(self._by_autograd(twin, self.choice.only(refusals))).explained(refusals)
 
-    def _cut(self, program: Program, inputs: Inputs) -> Chunks | None:
-        """How a batch is cut to stay within the budget, if there is one; remembered for its size."""
+    def chunks(self, inputs: Inputs) -> Chunks:
+        """How many samples and columns of a batch are processed at once: within the budget, remembered for its size."""
+        return self._cut(self.prepare(inputs), inputs)
+
+    def _cut(self, program: Program, inputs: Inputs) -> Chunks:
+        samples = batch_size(inputs)
+        columns = default_columns(program, samples)
         if self.options.memory_budget is None:
-            return None
-        key = id(program), batch_size(inputs)  # programs are kept, so that their ids are their own
+            return Chunks(samples, dict.fromkeys(program.backwards, columns))
+        key = id(program), samples  # programs are kept, so that their ids are their own
         if key not in self._chunks:
-            columns = default_columns(program, key[1])
             self._chunks[key] = cut(program, inputs, self.options.memory_budget, columns)
         return self._chunks[key]
 

@@ -107,7 +107,7 @@ def forecast(program: Program, inputs: Inputs, samples: int, columns: int | Mapp
         for factor, gm in program.backwards.items():
             V = max(1, min(asked[factor], most_columns(factor, output[0].numel())))
             found, transient[factor] = _pulled(gm, output.new_empty(V, *output.shape), kept, live)
-            sums |= found
+            sums = {**sums, **found}
             sizes.append(live.held - base - sum(sizes))
     del held
     cut_samples = samples < batch_size(inputs)
@@ -299,10 +299,10 @@ def cut(program: Program, inputs: Inputs, budget: int, columns: int) -> Chunks:
     N, allowed, one = batch_size(inputs), MARGIN * budget, dict.fromkeys(program.backwards, 1)
     samples = _largest(N, allowed, lambda n: forecast(program, inputs, n, 1).peak)
     if not samples:
-        least = forecast(program, inputs, 1, 1)
+        least = min((forecast(program, inputs, n, 1) for n in (1, N)), key=lambda found: found.peak)
         raise FxcurvError(
-            f"one sample and one column need {least}, more than memory_budget={show_bytes(budget)}",
-            remedy=f"allow {show_bytes(math.ceil(least.peak / MARGIN))}, or ask for fewer quantities or parameters",
+            f"one column needs at least {least}, more than memory_budget={show_bytes(budget)}",
+            remedy=f"allow {show_bytes(math.ceil(1.001 * least.peak / MARGIN))}, or ask for less at once",
             code="FXC503",
         )
     samples = math.ceil(N / math.ceil(N / samples))  # of equal size, or nearly

@@ -41,13 +41,14 @@ class Batch:
     progress: bool = False
 
 
-def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch, chunks: Chunks | None = None) -> Curvature:
+def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch, chunks: Chunks) -> Curvature:
     """The curvature of `loss` at a batch, with `chunks` of its samples and of columns at once.
 
     However it is cut, the terms of the loss and the columns drawn are those of the whole batch.
     """
     inputs = [t for t in pytree.tree_leaves(as_call(batch.inputs)) if isinstance(t, Tensor)]
-    parts = _parts(len(inputs[0]), chunks)
+    N, n = len(inputs[0]), chunks.samples
+    parts = [slice(a, a + n) for a in range(0, N, n)]
     with torch.no_grad(), without_autocast():
         bind(program.canonical, model)
         first = program.forward(*inputs) if len(parts) == 1 else None
