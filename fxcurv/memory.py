@@ -1,9 +1,9 @@
 """memory: how high a call's memory will rise, before it runs; and how to cut a batch so that it stays in a budget.
 
 The emitted graphs run on fake tensors, which have shapes and no values, and every storage that comes and goes is
-counted: what the generated code holds and drops, and what the modules hold in between. Modules that say what they
-cost are believed; convolutions are charged for the copies in which their kernels work. All figures are bytes beyond the
-model and the inputs.
+counted: what the generated code holds and drops, and what the modules hold in between. Diagonals are charged what they
+say they cost, convolutions for the copies in which their kernels work. All figures are bytes beyond the model and the
+inputs.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxcurv.capture import Inputs, as_call, batch_size
+from fxcurv.contractions import Diagonal
 from fxcurv.errors import FxcurvError, QuantityError
+from fxcurv.forms import DiagonalByPairs, DiagonalBySample
 from fxcurv.program import Program
 from fxcurv.quantities import Exact, Factor, Rademacher, Sampled, Stratified
 
@@ -162,18 +163,16 @@ class _Live(TorchDispatchMode):
         super().__init__()
         self.now, self.peak, self.start = 0, 0, 0
         self.seen: dict[int, weakref.ref[Any]] = {}
-        self.paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self.paused:
-            aliases = any(r.alias_info is not None for r in func._schema.returns)
-            for t in _tensors(out):
-                self.see(t, foreign=aliases)
-            workspace = _WORKSPACES.get(func)
-            self.charge(workspace(out, *args) if workspace else 0)
+        aliases = any(r.alias_info is not None for r in func._schema.returns)
+        for t in _tensors(out):
+            self.see(t, foreign=aliases)
+        workspace = _WORKSPACES.get(func)
+        self.charge(workspace(out, *args) if workspace else 0)
         return out
 
     def begin(self) -> None:
@@ -211,15 +210,6 @@ class _Live(TorchDispatchMode):
         """Bytes that come and go at this point."""
         self.peak = max(self.peak, self.now + int(temporary))
 
-    @contextmanager
-    def pause(self) -> Generator[None]:
-        """Count nothing meanwhile."""
-        self.paused = True
-        try:
-            yield
-        finally:
-            self.paused = False
-
 
 class _Run(fx.Interpreter):
     """Runs a graph as its generated code does, which drops every value at its last use."""
@@ -229,23 +219,15 @@ class _Run(fx.Interpreter):
         self.live = live
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A module's result; where it says what it costs, from one sample and column, whose sum has the same shape."""
-        module = self.fetch_attr(target)
-        cost = getattr(module, "cost", None)
-        if cost is None:
+        """A module's result; a diagonal, which loops over samples and columns, is charged what it says it costs."""
+        module: Any = self.fetch_attr(target)
+        if not isinstance(module, Diagonal | DiagonalBySample | DiagonalByPairs):
             return super().call_module(target, args, kwargs)
-        self.live.charge(cost(*args).temporary)
-        with self.live.pause():
-            result = super().call_module(target, _first(module, args), kwargs)
-        for t in _tensors(result):
-            self.live.see(t)
+        self.live.charge(module.cost(*args).temporary)
+        (x, *_), (S, *_) = args
+        result = S.new_empty(*S.shape[3:], 1 if x is None else x.shape[-1])
+        self.live.charge(_bytes(result))  # a part, and the sum of those before
         return result
-
-
-def _first(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The first sample and column of the arguments x[n, …] and S[v, n, …] of a statistic."""
-    x, S = (pytree.tree_map_only(Tensor, one, args) for one in (lambda t: t[:1], lambda t: t[:1, :1]))
-    return {"x": x, "S": S, "xS": (*x[:1], *S[1:])}[str(module.reads)]
 
 
 # Copies in which kernels work -------------------------------------------------------------------------------------

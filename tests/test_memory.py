@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import fxcurv
 from fxcurv import DiagGGN, FxcurvError, QuantityError, Rademacher, Sampled, Stratified, memory
 from fxcurv.cli import main
-from fxcurv.contractions import Diagonal
+from fxcurv.contractions import Diagonal, Statistic
 from fxcurv.costs import Cost
+from fxcurv.forms import DiagonalByPairs, DiagonalBySample
 from fxcurv.losses import as_loss
 from fxcurv.memory import Chunks, bytes_of, cut, forecast
 from fxcurv.quantities import NAMES, Exact
@@ -213,16 +214,17 @@ def test_a_forecast_does_not_read_values_and_leaves_the_program_alone() -> None:
     assert_equal(compiled(x, y), before)
 
 
-def test_modules_that_say_what_they_cost_are_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diagonals_are_charged_what_they_say_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     x, _ = batch(4)
     program = fxcurv.compile(wide(), quantities="diag_ggn").prepare(x)
     plain, seen = forecast(program, x, 4, 5), list[torch.Size]()
 
-    def cost(self: Diagonal, xs: list[Tensor], Ss: list[Tensor]) -> Cost:
+    def cost(self: Statistic, xs: list[Tensor], Ss: list[Tensor]) -> Cost:
         seen.append(Ss[0].shape[:2])
         return Cost(temporary=1e9)
 
-    monkeypatch.setattr(Diagonal, "cost", cost, raising=False)
+    for kind in (Diagonal, DiagonalBySample, DiagonalByPairs):
+        monkeypatch.setattr(kind, "cost", cost)
     found = forecast(program, x, 4, 5)
     assert 1e9 < found.peak < 1e9 + plain.peak
     assert found.results == plain.results
