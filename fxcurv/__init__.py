@@ -23,7 +23,9 @@ from fxcurv.quantities import DiagGGN as DiagGGN
 from fxcurv.quantities import Empirical as Empirical
 from fxcurv.quantities import Exact as Exact
 from fxcurv.quantities import Grad as Grad
+from fxcurv.quantities import Rademacher as Rademacher
 from fxcurv.quantities import Sampled as Sampled
+from fxcurv.quantities import Stratified as Stratified
 from fxcurv.result import Curvature as Curvature
 from fxcurv.show import tabular as tabular
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -16,13 +16,14 @@ from fxcurv.choice import Asked, Choice, chosen
 from fxcurv.eager import by_autograd
 from fxcurv.errors import CaptureError, FxcurvError, InputError, QuantityError, UnsupportedError
 from fxcurv.losses import as_loss
+from fxcurv.memory import Chunks, bytes_of, cut
 from fxcurv.picture import Format, picture
 from fxcurv.program import Plan, Program
 from fxcurv.result import Curvature
-from fxcurv.run import Batch, fresh_generator, run
+from fxcurv.run import Batch, default_columns, fresh_generator, run
 from fxcurv.show import tabular
 
-__all__ = ["Compiled", "compile", "trace"]
+__all__ = ["Compiled", "Options", "compile", "trace"]
 
 
 OnUnsupported = Literal["error", "skip", "fallback"]
@@ -36,6 +37,7 @@ def compile(
     example_inputs: Inputs | None = None,
     output: Output = None,
     on_unsupported: OnUnsupported = "error",
+    memory_budget: int | str | None = None,
 ) -> Compiled:
     """Compile a model for `quantities` of its trainable parameters: `result = compiled(inputs, target)`.
 
@@ -51,10 +53,14 @@ def compile(
     - `on_unsupported`: what becomes of parameters whose curvature the compiler refuses. "error" raises the refusal;
       "skip" leaves those parameters out, with the status `unsupported` and the reason; "fallback" computes them by
       plain autograd, one column of one sample at a time, with the status `fallback`, be it the whole model.
+    - `memory_budget`: how far a call may raise memory, its results included, as "2GiB" or in bytes; columns, and if
+      need be samples, are then processed in chunks that a forecast says will fit, with the same results. What plain
+      autograd computes is not bound by it.
 
     Raises a `FxcurvError` that says node, cause and remedy for whatever it cannot do exactly or under a name.
     """
-    compiled = Compiled(model, as_loss(loss), chosen(quantities), output, on_unsupported)
+    options = Options(output, on_unsupported, bytes_of(memory_budget))
+    compiled = Compiled(model, as_loss(loss), chosen(quantities), options)
     if example_inputs is not None:
         compiled.prepare(example_inputs)
     return compiled
@@ -66,6 +72,23 @@ def trace(model: nn.Module, example_inputs: Inputs, output: Output = None) -> fx
     return passes.canonicalize(model, example_inputs, output)["canonical"]
 
 
+@dataclass(frozen=True)
+class Options:
+    """What `compile` takes besides the model, its loss and the quantities; the budget in bytes."""
+
+    output: Output = None
+    on_unsupported: OnUnsupported = "error"
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_unsupported not in get_args(OnUnsupported):
+            raise QuantityError(
+                f"on_unsupported={self.on_unsupported!r}",
+                remedy=f"choose one of {', '.join(get_args(OnUnsupported))}",
+                code="FXC409",
+            )
+
+
 class Compiled:
     """A model compiled for curvature; call it with a batch."""
 
@@ -74,23 +97,16 @@ class Compiled:
         model: nn.Module,
         loss: nn.Module,
         choice: Choice,
-        output: Output = None,
-        on_unsupported: OnUnsupported = "error",
+        options: Options | None = None,
     ) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise QuantityError(
                 "the model has no trainable parameters", remedy="set requires_grad_(True) on some", code="FXC408"
             )
-        if on_unsupported not in get_args(OnUnsupported):
-            raise QuantityError(
-                f"on_unsupported={on_unsupported!r}",
-                remedy=f"choose one of {', '.join(get_args(OnUnsupported))}",
-                code="FXC409",
-            )
-        self.model, self.loss, self.choice, self.output = model, loss, choice, output
-        self.on_unsupported = on_unsupported
+        self.model, self.loss, self.choice, self.options = model, loss, choice, options or Options()
         choice.of(model)
         self._programs: dict[object, Program] = {}
+        self._chunks: dict[tuple[int, int], Chunks] = {}
         self._latest: Program | None = None
 
     def __call__(
@@ -105,20 +121,34 @@ class Compiled:
         try:
             program = self.prepare(inputs)
         except (CaptureError, UnsupportedError) as refusal:
-            if self.on_unsupported != "fallback":
+            if self.options.on_unsupported != "fallback":
                 raise
             names = [name for name, p in self.model.named_parameters() if p.requires_grad]
             return self._by_autograd(batch, self.choice).explained(dict.fromkeys(names, refusal))
-        refusals = program.plan.refusals
-        if not refusals or self.on_unsupported == "skip":
-            return run(program, self.model, self.loss, batch)
+        refusals, chunks = program.plan.refusals, self._cut(program, inputs)
+        if not refusals or self.options.on_unsupported == "skip":
+            return run(program, self.model, self.loss, batch, chunks)
         generator = generator or fresh_generator(device_of(inputs))
         twin = replace(batch, generator=generator.clone_state())
-        result = run(program, self.model, self.loss, replace(batch, generator=generator))
+        result = run(program, self.model, self.loss, replace(batch, generator=generator), chunks)
         return result.updated(self._by_autograd(twin, self.choice.only(refusals))).explained(refusals)
 
+    def chunks(self, inputs: Inputs) -> Chunks:
+        """How many samples and columns of a batch are processed at once: within the budget, remembered for its size."""
+        return self._cut(self.prepare(inputs), inputs)
+
+    def _cut(self, program: Program, inputs: Inputs) -> Chunks:
+        samples = batch_size(inputs)
+        columns = default_columns(program, samples)
+        if self.options.memory_budget is None:
+            return Chunks(samples, dict.fromkeys(program.backwards, columns))
+        key = id(program), samples  # programs are kept, so that their ids are their own
+        if key not in self._chunks:
+            self._chunks[key] = cut(program, inputs, self.options.memory_budget, columns)
+        return self._chunks[key]
+
     def _by_autograd(self, batch: Batch, choice: Choice) -> Curvature:
-        return by_autograd(self.model, self.loss, choice, batch, self.output)
+        return by_autograd(self.model, self.loss, choice, batch, self.options.output)
 
     def prepare(self, inputs: Inputs) -> Program:
         """The program for inputs of this kind, compiled if their shape, type or place, or the model, is new."""
@@ -136,7 +166,9 @@ class Compiled:
         return passes.plan(self.model, canonical, self.choice), canonical
 
     def _canonicalized(self, inputs: Inputs) -> dict[str, fx.GraphModule]:
-        return passes.canonicalize(self.model, inputs, self.output, strict=self.on_unsupported == "error")
+        return passes.canonicalize(
+            self.model, inputs, self.options.output, strict=self.options.on_unsupported == "error"
+        )
 
     @property
     def program(self) -> Program:

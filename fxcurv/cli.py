@@ -64,7 +64,7 @@ def _compute(arguments: argparse.Namespace) -> int:
     target = targets.resolve(arguments.target, seed=arguments.seed)
     model, loss, held = target.model, as_loss(arguments.loss), like(target)
     batch = data.load(arguments.data, _batch(arguments), shape_of_one(target, arguments.input), seed=arguments.seed)
-    compiled = fxcurv.compile(model, loss, _names(arguments.quantities))
+    compiled = fxcurv.compile(model, loss, _names(arguments.quantities), memory_budget=arguments.memory_budget)
     inputs, generator = batch.inputs.to(held), torch.Generator(held.device).manual_seed(arguments.seed)
     y = _targets(model, loss, inputs, batch.targets, generator)
     result = compiled(inputs, y, generator, progress=True)
@@ -222,6 +222,9 @@ def _add_compute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="samples (default 8; 2 photos)")
     parser.add_argument(
         "--data", default="random", choices=get_args(data.Kind), help="real or random inputs (default random)"
+    )
+    parser.add_argument(
+        "--memory-budget", metavar="SIZE", help="how far memory may rise, e.g. 2GiB (default: no limit)"
     )
     parser.add_argument("--save", type=Path, metavar="FILE.safetensors", help="write every tensor to a file")
 

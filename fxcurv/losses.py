@@ -18,9 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcurv.errors import FxcurvError, InputError, LossError
-from fxcurv.quantities import Exact, Factor, LossGradient, Sampled
+from fxcurv.quantities import Exact, Factor, LossGradient, Rademacher, Sampled, Stratified
 
-__all__ = ["LossTerms", "as_loss", "loss_terms", "softmax_root"]
+__all__ = ["EVERY", "LossTerms", "as_loss", "loss_terms", "softmax_root"]
+
+Generator = torch.Generator | None
+EVERY = slice(None)
+"""All samples."""
 
 
 @dataclass(frozen=True)
@@ -37,32 +41,69 @@ class LossTerms(ABC):
         """How many columns per sample an exact factor has."""
 
     @abstractmethod
-    def exact(self, start: int, stop: int) -> Tensor:
-        """Columns start … stop of the exact factor: `[v, N, …]`."""
+    def exact(self, start: int, stop: int, samples: slice = EVERY) -> Tensor:
+        """Columns start … stop of the exact factor: `[v, n, …]`."""
 
     @abstractmethod
-    def sampled(self, generator: torch.Generator | None) -> Tensor:
+    def sampled(self, generator: Generator) -> Tensor:
         """One column, √ω times the gradient of every term at a target drawn from the model: `[N, …]`."""
+
+    @abstractmethod
+    def signed(self, generator: Generator) -> Tensor:
+        """One column, the sum of a root's columns with independent random signs: `[N, …]`."""
 
     def empirical(self) -> Tensor:
         """One column, √ω times the gradient of every term at its own target: `[N, …]`."""
         return torch.where(self.omega > 0, self.gradient / self.omega.sqrt(), 0)
 
+    def fitted(self, factor: Factor) -> Factor:
+        """The factor itself if the loss has it, or what it stands for; else a LossError."""
+        if isinstance(factor, Stratified):
+            raise LossError(
+                f"{factor!r} draws classes, and this loss has none",
+                remedy="use Exact, Sampled or Rademacher, or cross entropy",
+                code="FXC412",
+            )
+        return factor
+
     def count(self, factor: Factor) -> int:
         """How many columns per sample the factor has."""
-        return self.exact_columns if isinstance(factor, Exact) else factor.k if isinstance(factor, Sampled) else 1
+        match self.fitted(factor):
+            case Exact():
+                return self.exact_columns
+            case Sampled(k) | Rademacher(k):
+                return k
+            case Stratified(top, k):
+                return top + k
+            case _:
+                return 1
 
-    def columns(self, factor: Factor, chunk: int, generator: torch.Generator | None) -> Iterator[Tensor]:
-        """The factor's columns `[v, N, …]` in chunks of at most `chunk`."""
-        if isinstance(factor, Exact):
-            for start in range(0, self.exact_columns, chunk):
-                yield self.exact(start, min(start + chunk, self.exact_columns))
-        elif isinstance(factor, Sampled):
-            for start in range(0, factor.k, chunk):
-                size = min(chunk, factor.k - start)
-                yield torch.stack([self.sampled(generator) for _ in range(size)]) / factor.k**0.5
-        else:
-            yield (self.gradient if isinstance(factor, LossGradient) else self.empirical()).unsqueeze(0)
+    def columns(self, factor: Factor, chunk: int, generator: Generator, samples: slice = EVERY) -> Iterator[Tensor]:
+        """The factor's columns `[v, n, …]` at some samples, in chunks of at most `chunk`.
+
+        What is drawn are columns of all samples one by one, so neither the chunk nor `samples` make a difference.
+        """
+        factor, count = self.fitted(factor), self.count(factor)
+        each = self.each(factor, generator)
+        for start in range(0, count, chunk):
+            stop = min(start + chunk, count)
+            if isinstance(factor, Exact):
+                yield self.exact(start, stop, samples)
+            else:
+                S = self.gradient.new_empty(stop - start, *self.gradient[samples].shape)
+                for column in S:
+                    column.copy_(next(each)[samples])
+                yield S
+
+    def each(self, factor: Factor, generator: Generator) -> Iterator[Tensor]:
+        """The columns of a factor that is not exact, one by one: `[N, …]`."""
+        match factor:
+            case Sampled(k):
+                yield from (self.sampled(generator) / k**0.5 for _ in range(k))
+            case Rademacher(k):
+                yield from (self.signed(generator) / k**0.5 for _ in range(k))
+            case _:
+                yield self.gradient if isinstance(factor, LossGradient) else self.empirical()
 
 
 @dataclass(frozen=True)
@@ -75,22 +116,72 @@ class SoftmaxTerms(LossTerms):
     def exact_columns(self) -> int:
         return (self.p.shape[1] - 1) * self.p[0, 0].numel()
 
-    def exact(self, start: int, stop: int) -> Tensor:
-        N, C = self.p.shape[:2]
-        p, omega = self.p.reshape(N, C, -1), self.omega.reshape(N, 1, -1)
+    def exact(self, start: int, stop: int, samples: slice = EVERY) -> Tensor:
+        shape = self.p[samples].shape
+        N, C = shape[:2]
+        p, omega = self.p[samples].reshape(N, C, -1), self.omega[samples].reshape(N, 1, -1)
         positions = p.shape[2]
         S = p.new_zeros(stop - start, N, C, positions)
         for position in range(start // (C - 1), (stop - 1) // (C - 1) + 1):
             a, b = max(start, position * (C - 1)), min(stop, (position + 1) * (C - 1))
             root = softmax_root(p[:, :, position], a - position * (C - 1), b - position * (C - 1))
             S[a - start : b - start, :, :, position] = omega[:, :, position].sqrt() * root
-        return S.reshape(stop - start, *self.p.shape)
+        return S.reshape(stop - start, *shape)
 
-    def sampled(self, generator: torch.Generator | None) -> Tensor:
-        """By a race of exponential times with rates p, which `torch.multinomial` runs too, after reading p back."""
-        p = self.p.movedim(1, -1).contiguous()
-        drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
-        return self.omega.sqrt() * (p - torch.zeros_like(p).scatter_(-1, drawn, 1)).movedim(-1, 1)
+    def sampled(self, generator: Generator) -> Tensor:
+        return self.omega.sqrt() * self._gradient_at(_drawn(self.p, generator))
+
+    def signed(self, generator: Generator) -> Tensor:
+        root = self.p.sqrt() * _signs(self.p, generator)
+        return self.omega.sqrt() * (root - self.p * root.sum(1, keepdim=True))
+
+    def fitted(self, factor: Factor) -> Factor:
+        C = self.p.shape[1]
+        if not isinstance(factor, Stratified) or (factor.k and factor.top < C):
+            return factor
+        if factor.top < C:
+            raise LossError(
+                f"{factor!r} leaves out all but {factor.top} of {C} classes",
+                remedy=f"draw among the others, k ≥ 1, or take all, top ≥ {C}",
+                code="FXC412",
+            )
+        return Exact()
+
+    def each(self, factor: Factor, generator: Generator) -> Iterator[Tensor]:
+        return (
+            self._stratified(factor, generator) if isinstance(factor, Stratified) else super().each(factor, generator)
+        )
+
+    def _stratified(self, factor: Stratified, generator: Generator) -> Iterator[Tensor]:
+        """See `Stratified`; signs are drawn only where a sample has several terms."""
+        top = self.p.topk(factor.top, 1).indices
+        rest = self.p.scatter(1, top, 0)
+        mass = rest.sum(1, keepdim=True)
+        for j in range(factor.top + factor.k):
+            exact = j < factor.top
+            c = top[:, j : j + 1] if exact else _drawn(rest, generator)
+            weight = self.omega * (self.p.gather(1, c) if exact else mass / factor.k)
+            signs = _signs(mass, generator) if mass[0].numel() > 1 else 1
+            yield signs * weight.sqrt() * self._gradient_at(c)
+
+    def _gradient_at(self, c: Tensor) -> Tensor:
+        """p - e_c for classes `c[N, 1, …]`: the gradient of every term at that target, `[N, C, …]`."""
+        return self.p.scatter_add(1, c, -torch.ones_like(self.p[:, :1]))
+
+
+def _drawn(p: Tensor, generator: Generator) -> Tensor:
+    """A class for each term with probabilities in proportion to `p[N, C, …]`, `[N, 1, …]`.
+
+    By a race of exponential times with rates p, which `torch.multinomial` runs too, after reading p back.
+    """
+    rates = p.movedim(1, -1).contiguous()
+    times = torch.empty_like(rates).exponential_(generator=generator)
+    return (rates / times).argmax(-1, keepdim=True).movedim(-1, 1)
+
+
+def _signs(like: Tensor, generator: Generator) -> Tensor:
+    """±1 at random, of the shape and type of `like`."""
+    return torch.randint(0, 2, like.shape, generator=generator, device=like.device).to(like).mul_(2).sub_(1)
 
 
 def softmax_root(p: Tensor, start: int, stop: int) -> Tensor:
@@ -114,21 +205,30 @@ class ScalarTerms(LossTerms):
     """One term per output entry, with second derivative ω · `curvature`; `noise(generator)` has it as variance."""
 
     curvature: Tensor
-    noise: Callable[[torch.Generator | None], Tensor]
+    noise: Callable[[Generator], Tensor]
 
     @property
     def exact_columns(self) -> int:
         return self.gradient[0].numel()
 
-    def exact(self, start: int, stop: int) -> Tensor:
-        root = (self.omega * self.curvature).sqrt().expand_as(self.gradient).reshape(len(self.gradient), -1)
+    @property
+    def _root(self) -> Tensor:
+        """The diagonal of the loss Hessian's root: `[N, …]`."""
+        return (self.omega * self.curvature).sqrt().expand_as(self.gradient)
+
+    def exact(self, start: int, stop: int, samples: slice = EVERY) -> Tensor:
+        shape = self.gradient[samples].shape
+        root = self._root[samples].reshape(shape[0], -1)
         S = root.new_zeros(stop - start, *root.shape)
         v = torch.arange(stop - start, device=root.device)
         S[v, :, v + start] = root[:, start:stop].T
-        return S.view(stop - start, *self.gradient.shape)
+        return S.view(stop - start, *shape)
 
-    def sampled(self, generator: torch.Generator | None) -> Tensor:
+    def sampled(self, generator: Generator) -> Tensor:
         return self.omega.sqrt() * self.noise(generator)
+
+    def signed(self, generator: Generator) -> Tensor:
+        return self._root * _signs(self.gradient, generator)
 
 
 # Which loss -------------------------------------------------------------------------------------------------------
@@ -354,7 +454,7 @@ def _mse(loss: nn.MSELoss, output: Tensor, target: Tensor) -> tuple[LossTerms, l
         )
     omega = output.new_full((), 1 / output.numel() if loss.reduction == "mean" else 1)
 
-    def noise(generator: torch.Generator | None) -> Tensor:
+    def noise(generator: Generator) -> Tensor:
         return 2**0.5 * torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
 
     return ScalarTerms(*_value_and_gradient(loss, output, target), omega, output.new_full((), 2), noise), []
@@ -373,7 +473,7 @@ def _bce_with_logits(loss: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor)
     omega = omega if weight is None else omega * weight
     p = output.sigmoid()
 
-    def noise(generator: torch.Generator | None) -> Tensor:
+    def noise(generator: Generator) -> Tensor:
         return p - torch.bernoulli(p, generator=generator)
 
     outside = (

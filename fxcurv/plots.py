@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["factor_maps", "kronecker_spectrum", "pruning_curve", "spectra", "trace_bars"]
+__all__ = ["error_curves", "factor_maps", "kronecker_spectrum", "pruning_curve", "spectra", "trace_bars"]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette, told apart by every eye."""
@@ -101,6 +101,24 @@ def pruning_curve(sparsities: Sequence[float], kept: Mapping[str, Sequence[float
         ax.plot([100 * s for s in sparsities], [100 * a for a in accuracies], label=method, **style)
     ax.set_xlabel("weights set to zero, %")
     ax.set_ylabel("accuracy, %")
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def error_curves(errors: Mapping[str, Mapping[int, float]], *, ax: Axes | None = None) -> Axes:
+    """`errors[series][columns]`, relative errors of estimates against the columns that they cost, log-log."""
+    ax = _axes((6.4, 4.2)) if ax is None else ax
+    for k, (series, found) in enumerate(errors.items()):
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "marker": "osD^v"[k % 5], "markersize": 4}
+        ax.plot(list(found), list(found.values()), label=series, **style)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ticks = sorted({columns for found in errors.values() for columns in found})
+    ax.set_xticks(ticks, labels=map(str, ticks))
+    ax.set_xticks([], minor=True)
+    ax.set_xlabel("columns")
+    ax.set_ylabel("relative error")
     ax.legend(fontsize=8)
     ax.grid(alpha=0.3)
     return ax

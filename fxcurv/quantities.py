@@ -29,7 +29,9 @@ __all__ = [
     "Grad",
     "LossGradient",
     "Quantity",
+    "Rademacher",
     "Sampled",
+    "Stratified",
     "Used",
     "named",
     "owners",
@@ -54,13 +56,50 @@ class Sampled:
     k: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise QuantityError(
-                f"Sampled(k={self.k!r})", remedy="k is a positive whole number of columns", code="FXC409"
-            )
+        _at_least(1, self, k=self.k)
 
     def __str__(self) -> str:
         return f"sampled({self.k})"
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """top + k columns for cross entropy: exact for the likeliest classes, sampled for the rest; unbiased for ∇²loss.
+
+    With ω the weight of a loss term and p = softmax: for each of the `top` likeliest classes c the column
+    √(ω·p_c)·(e_c - p), and for the rest, of mass q, k columns √(ω·q/k)·(e_c - p) with c drawn from p among the rest.
+    Σ_c p_c (e_c - p)(e_c - p)ᵀ = diag(p) - ppᵀ, so what is left to chance are classes that matter little. Where a
+    sample has several terms (positions), each column has an independent random sign per term: products of two terms
+    vanish in expectation, and what the `top` columns hold of them by chance shrinks with no k. With `top` ≥ the number
+    of classes these are the columns of `Exact`.
+    """
+
+    top: int = 1
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, top=self.top, k=self.k)
+        _at_least(1, self, **{"top + k": self.top + self.k})
+
+    def __str__(self) -> str:
+        return f"stratified({self.top}+{self.k})"
+
+
+@dataclass(frozen=True)
+class Rademacher:
+    """k columns 1/√k Σ_j ε_j R_j, ε_j = ±1 at random for each sample and column R_j of a root R Rᵀ of ∇²loss: unbiased.
+
+    For cross entropy R_c = √(ω·p_c)·(e_c - p), summed in closed form; for losses of single entries R is diagonal, so
+    that each sample's loss Hessian has its diagonal exactly, and only products of two entries are left to chance.
+    """
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, k=self.k)
+
+    def __str__(self) -> str:
+        return f"rademacher({self.k})"
 
 
 @dataclass(frozen=True)
@@ -79,7 +118,16 @@ class LossGradient:
         return "gradient"
 
 
-Factor = Exact | Sampled | Empirical | LossGradient
+def _at_least(least: int, factor: object, **counts: object) -> None:
+    """Refuse a factor whose numbers of columns are not whole numbers from `least` on."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise QuantityError(
+                f"{factor!r}", remedy=f"{name} is a whole number of columns, at least {least}", code="FXC409"
+            )
+
+
+Factor = Exact | Sampled | Stratified | Rademacher | Empirical | LossGradient
 
 
 # What a quantity is told about a parameter ------------------------------------------------------------------------

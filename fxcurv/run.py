@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from fxcurv.blocks import Block
 from fxcurv.capture import Inputs, as_call, without_autocast
 from fxcurv.contractions import Sum
 from fxcurv.losses import LossTerms, loss_terms
+from fxcurv.memory import Chunks
 from fxcurv.program import Plan, Program
 from fxcurv.quantities import Factor
 from fxcurv.result import Curvature, Entries, Entry
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of, output_of
 
-__all__ = ["COLUMN_BYTES", "Batch", "assembled", "bind", "fresh_generator", "run"]
+__all__ = ["COLUMN_BYTES", "Batch", "assembled", "bind", "default_columns", "fresh_generator", "run"]
 
 COLUMN_BYTES = 1 << 29
 """How much memory one chunk of columns may take at the widest place of the backward graph."""
@@ -40,19 +41,41 @@ class Batch:
     progress: bool = False
 
 
-def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch) -> Curvature:
-    """The curvature of `loss` at a batch."""
+def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch, chunks: Chunks) -> Curvature:
+    """The curvature of `loss` at a batch, with `chunks` of its samples and of columns at once.
+
+    However it is cut, the terms of the loss and the columns drawn are those of the whole batch.
+    """
+    inputs = [t for t in pytree.tree_leaves(as_call(batch.inputs)) if isinstance(t, Tensor)]
+    N, n = len(inputs[0]), chunks.samples
+    parts = [slice(a, a + n) for a in range(0, N, n)]
     with torch.no_grad(), without_autocast():
         bind(program.canonical, model)
-        output, kept, sums = program.forward(
-            *(t for t in pytree.tree_leaves(as_call(batch.inputs)) if isinstance(t, Tensor))
-        )
-        sums = {key: program.statistics[key].sum_of(returned) for key, returned in sums.items()}
+        first = program.forward(*inputs) if len(parts) == 1 else None
+        output = torch.cat([program.canonical(*_cut(inputs, p)) for p in parts]) if first is None else first[0]
         terms = loss_terms(loss, output, batch.target)
-        batch = dataclasses.replace(batch, generator=batch.generator or fresh_generator(output.device))
-        for factor in program.backwards:
-            sums |= _pull_back(program, factor, kept, terms, batch)
+        generator = batch.generator or fresh_generator(output.device)
+        batch, state = dataclasses.replace(batch, generator=generator), generator.get_state()
+        sums: dict[str, Sum] = {}
+        for part in parts:
+            generator.set_state(state)  # each part takes its samples out of the same draws
+            _, kept, found = first or program.forward(*_cut(inputs, part))
+            _add(program, found, sums)
+            for factor in program.backwards:
+                _pull_back(program, factor, kept, _columns(factor, terms, chunks, batch, part), sums)
+            first = kept = None
         return assembled(program.plan, sums, terms.value, output, str(loss.reduction))
+
+
+def _cut(inputs: Sequence[Tensor], part: slice) -> list[Tensor]:
+    return [t[part] for t in inputs]
+
+
+def _add(program: Program, parts: dict[str, Tensor], sums: dict[str, Sum]) -> None:
+    """Add what a graph returned to the sums of earlier chunks, and let go of it part by part."""
+    for key in list(parts):
+        part = program.statistics[key].sum_of(parts.pop(key))
+        sums[key] = sums[key] + part if key in sums else part
 
 
 def bind(canonical: fx.GraphModule, model: nn.Module) -> None:
@@ -69,30 +92,33 @@ def _hold(op: nn.Module, slot: str, tensor: Tensor) -> None:
     setattr(op, slot, tensor if is_parameter else nn.Parameter(tensor, requires_grad=False))
 
 
+def _columns(factor: Factor, terms: LossTerms, chunks: Chunks, batch: Batch, part: slice) -> Iterable[Tensor]:
+    """The columns of a factor at some samples, chunk by chunk; with a bar, if there are several."""
+    size, count = chunks.columns[factor], terms.count(factor)
+    quiet = None if batch.progress and count > size else True
+    columns = terms.columns(factor, size, batch.generator, part)
+    return tqdm(columns, str(factor), -(-count // size), disable=quiet)
+
+
 def _pull_back(
-    program: Program, factor: Factor, kept: Mapping[str, Any], terms: LossTerms, batch: Batch
-) -> dict[str, Sum]:
-    """The sums of one factor, over chunks of its columns."""
+    program: Program, factor: Factor, kept: Mapping[str, Any], columns: Iterable[Tensor], sums: dict[str, Sum]
+) -> None:
+    """Add the sums of one factor, over chunks of its columns."""
     backward = program.backwards[factor]
     needed = {str(node.target): kept[str(node.target)] for node in backward.graph.find_nodes(op="placeholder")[1:]}
     dtype = output_of(program.canonical).meta["dtype"]
-    sums: dict[str, Sum] = {}
-    chunk = _chunk(program.canonical, terms.gradient)
-    columns = terms.columns(factor, chunk, batch.generator)
-    chunks = -(-terms.count(factor) // chunk)
-    for S in tqdm(columns, str(factor), chunks, disable=None if batch.progress and chunks > 1 else True):
-        for key, returned in backward(S.to(dtype), **needed).items():
-            part = program.statistics[key].sum_of(returned)
-            sums[key] = sums[key] + part if key in sums else part
-    return sums
+    for S in columns:
+        _add(program, backward(S.to(dtype), **needed), sums)
 
 
-def _chunk(canonical: fx.GraphModule, gradient: Tensor) -> int:
+def default_columns(program: Program, samples: int) -> int:
     """How many columns to pull back at once, so that those of the widest node stay within `COLUMN_BYTES`."""
-    N, nodes = len(gradient), [node for node in canonical.graph.nodes if "shape" in node.meta]
-    sizes = [math.prod(resolve(n.meta["shape"], N)) * (N if n.meta["samples"] is None else 1) for n in nodes]
-    widest = max(sizes)
-    return max(1, COLUMN_BYTES // (widest * gradient.element_size()))
+    nodes = [node for node in program.canonical.graph.nodes if "shape" in node.meta]
+    sizes = [
+        math.prod(resolve(n.meta["shape"], samples)) * (samples if n.meta["samples"] is None else 1) for n in nodes
+    ]
+    bytes_each = max(4, output_of(program.canonical).meta["dtype"].itemsize)  # columns of half precision are widened
+    return max(1, COLUMN_BYTES // (max(sizes) * bytes_each))
 
 
 def assembled(plan: Plan, sums: Mapping[str, Sum], loss: Tensor, output: Tensor, reduction: str) -> Curvature:

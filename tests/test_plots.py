@@ -71,6 +71,7 @@ def test_axes_of_your_own_are_drawn_on(plot: str) -> None:
     made = {
         "trace_bars": lambda: plots.trace_bars(TRACES, ax=ax),
         "spectra": lambda: plots.spectra({"fc": torch.ones(3)}, ax=ax),
+        "error_curves": lambda: plots.error_curves({"Sampled(k)": {1: 0.5, 4: 0.25}}, ax=ax),
         "pruning_curve": lambda: plots.pruning_curve((0.0, 0.5), {"random": (1.0, 0.1)}, ax=ax),
     }
     assert made[plot]() is ax

@@ -394,6 +394,14 @@ _TABLE = (
         "A block acts on vectors with as many entries as its parameter.",
         "give a vector of the block's shape, or flat",
     ),
+    _error(
+        "FXC412",
+        "the factor does not fit the loss",
+        "misconfigured",
+        "Stratified draws classes, so that it is for cross entropy only, and with k=0 columns for the classes that are "
+        "not among the likeliest it would leave these out.",
+        "choose another factor, or other numbers of columns",
+    ),
     Code(
         "FXC430",
         "the output does not depend on it",
@@ -410,6 +418,22 @@ _TABLE = (
         "misconfigured",
         "Checking the target took longer than --timeout seconds and was ended.",
         "give more time, a smaller input, or --level static",
+    ),
+    _error(
+        "FXC502",
+        "malformed memory budget",
+        "misconfigured",
+        "A memory budget is a positive whole number of bytes, or a number and one of the units KB, MB, GB, KiB, MiB "
+        "and GiB.",
+        "write it in one of these forms",
+    ),
+    _error(
+        "FXC503",
+        "the memory budget is too small",
+        "misconfigured",
+        "With one sample and one column at a time, the call would still need more memory than it may take: what the "
+        "pullback keeps of one sample, and the results themselves, have to fit.",
+        "allow what the error says, or ask for fewer quantities or parameters at once",
     ),
     # Defects ----------------------------------------------------------------------------------------------------------
     _error(

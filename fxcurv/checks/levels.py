@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from fxcurv.api import Compiled, OnUnsupported
+from fxcurv.api import Compiled, OnUnsupported, Options
 from fxcurv.capture import Inputs, Output
 from fxcurv.checks.anchors import Anchors, defined_at
 from fxcurv.checks.numeric import disagreements, doubled
@@ -94,7 +94,7 @@ def examine(subject: Subject, question: Question) -> Report:
 
 
 def _compiled(subject: Subject, question: Question) -> Compiled:
-    return Compiled(subject.model, question.loss, question.choice, subject.output, question.on_unsupported)
+    return Compiled(subject.model, question.loss, question.choice, Options(subject.output, question.on_unsupported))
 
 
 # The levels -------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def disagreements(compiled: Compiled, inputs: Inputs) -> dict[tuple[str, str], f
         target = _targets(compiled, inputs)
         found = compiled(inputs, target, torch.Generator().manual_seed(SEED))
         batch = Batch(inputs, target, torch.Generator().manual_seed(SEED))
-        expected = by_autograd(compiled.model, compiled.loss, compiled.choice, batch, compiled.output)
+        expected = by_autograd(compiled.model, compiled.loss, compiled.choice, batch, compiled.options.output)
     errors: dict[tuple[str, str], float] = {}
     for quantity, entries in found.items():
         theirs = expected[quantity].entries
@@ -96,7 +96,7 @@ def _targets(compiled: Compiled, inputs: Inputs) -> Tensor:
     """Random targets of the shape that the loss takes."""
     args, kwargs = as_call(inputs)
     with torch.no_grad():
-        output = selector(compiled.output)(compiled.model(*args, **kwargs))
+        output = selector(compiled.options.output)(compiled.model(*args, **kwargs))
     generator = torch.Generator().manual_seed(SEED)
     if isinstance(compiled.loss, nn.CrossEntropyLoss):
         return torch.randint(output.shape[1], (len(output), *output.shape[2:]), generator=generator)
