@@ -106,6 +106,7 @@ def apart(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def send(pipe: Connection, function: Callable[..., object], arguments: Sequence[object]) -> None:
+    gc.freeze()  # what was imported need not be looked at in every collection
     try:
         result = function(*arguments)
     except Exception as error:

@@ -166,7 +166,5 @@ PROBLEMS: dict[str, Problem] = {
     "convnext_atto": Problem(from_timm("convnext_atto", 10), batch=8, shape=IMAGENET, package="timm"),
     "vit_tiny": Problem(from_timm("vit_tiny_patch16_224", 10), batch=8, shape=IMAGENET, package="timm"),
     "encoder": Problem(Encoder, batch=16, shape=(32, 32), quick_batch=4),
-    "gpt2": Problem(
-        gpt2, batch=8, shape=(64,), classes=TOKENS, vocabulary=TOKENS, quick_batch=2, package="transformers"
-    ),
+    "gpt2": Problem(gpt2, batch=8, shape=(64,), classes=TOKENS, vocabulary=TOKENS, package="transformers"),
 }

@@ -1,0 +1,184 @@
+"""The benchmark: a tiny problem from the command line to the files; what cannot be measured is a row that says why."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = importlib.util.spec_from_file_location("bench", ROOT / "tools/bench.py")
+assert SPEC is not None
+assert SPEC.loader is not None
+tool = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(tool)
+
+from benchmark import machine, measure, picture, problems, report, rows, scaling  # noqa: E402  found by the tool
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3))
+
+
+def refusing(model: nn.Module) -> Any:
+    raise NotImplementedError("not for\nthis one")
+
+
+def endless(model: nn.Module) -> Any:
+    def run(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        until = time.process_time() + 60
+        while time.process_time() < until:
+            pass
+        return {}
+
+    return rows.Computation(run)
+
+
+def greedy(model: nn.Module) -> Any:
+    return rows.Computation(lambda x, y: {"0.weight": torch.empty(2**40)})
+
+
+def first_only(model: nn.Module) -> Any:
+    """One parameter of six, and a forecast."""
+    return rows.Computation(
+        lambda x, y: {"0.weight": model(x)}, forecast=lambda x: rows.Forecast(seconds=0.25, peak_bytes=2.0**20)
+    )
+
+
+ROWS = (
+    *(row for row in rows.ROWS if row.library in ("torch", "fxcurv", "functorch")),
+    rows.Row("toys", "refusing", refusing),
+    rows.Row("toys", "endless", endless),
+    rows.Row("toys", "patient", first_only, cheaper="toys endless"),
+    rows.Row("toys", "greedy", greedy),
+    rows.Row("toys", "first only", first_only, note="a toy"),
+)
+PROBLEMS = {
+    "tiny": problems.Problem(network, batch=4, shape=(6,), classes=3, limit=1),
+    "elsewhere": problems.Problem(network, batch=4, shape=(6,), package="no_such_package"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The files of one run of the tool."""
+    path, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool, "PROBLEMS", PROBLEMS)
+        patch.setattr(tool, "ROWS", ROWS)
+        assert tool.main(["--repeats", "4", "--memory", "64", "--output", str(path)]) == 0
+    torch.set_num_threads(threads)
+    yield path
+
+
+@pytest.fixture(scope="module")
+def records(folder: Path) -> dict[str, dict[str, str]]:
+    """The rows of bench.csv by library and quantity."""
+    lines = (folder / "bench.csv").read_text(encoding="utf-8").splitlines()
+    return {f"{r['library']} {r['quantity']}": r for r in csv.DictReader(t for t in lines if not t.startswith("#"))}
+
+
+def test_the_files_begin_with_the_command_and_have_all_columns(folder: Path) -> None:
+    table, page = ((folder / name).read_text(encoding="utf-8") for name in ("bench.csv", "bench.md"))
+    command = "python tools/bench.py --repeats 4 --memory 64"
+    assert table.startswith(f"# {command}\n")
+    assert page.startswith(f"<!-- {command} -->\n\n# Benchmark\n\n`{command}`\n\n- ")
+    assert [line.split(",")[0] for line in table.splitlines() if not line.startswith("#")][0] == "problem"
+    for column in report.COLUMNS.values():
+        assert column.header == "problem" or f" {column.header} " in page
+    assert "## tiny\n\nN=4, 6, C=3\n\n|" in page
+    assert "## elsewhere\n\nN=4, 6, C=10\n\nskipped: no_such_package is not installed" in page
+
+
+@pytest.mark.parametrize("row", [row.name for row in ROWS if row.library != "toys"])
+def test_a_row_is_measured(records: dict[str, dict[str, str]], row: str) -> None:
+    record = records[row]
+    assert record["state"] == "timed"
+    assert all(float(record[name]) > 0 for name in ("ms", "ratio", "half_ms"))
+    assert float(record["spread"]) >= 0
+    assert record["covers"] == ("" if row == "torch forward" else "100.000")
+    assert bool(record["compile_s"]) == row.startswith("fxcurv")
+    if Path("/proc/self/clear_refs").exists():
+        assert float(record["peak_mib"]) >= 0
+
+
+def test_every_named_quantity_is_a_row(records: dict[str, dict[str, str]]) -> None:
+    assert {f"fxcurv {name}" for name in (*rows.fxcurv.NAMES, "kfac dense", "kflr dense")} <= records.keys()
+    assert float(records["torch gradient"]["ratio"]) == 1
+
+
+def test_what_cannot_be_measured_is_a_row_that_says_why(records: dict[str, dict[str, str]], folder: Path) -> None:
+    said = {name: (r["state"], r["note"]) for name, r in records.items() if r["state"] != "timed"}
+    assert said == {
+        "toys refusing": ("refused", "refuses: NotImplementedError: not for"),
+        "toys endless": ("over the limit", "over the limit of 1 s"),
+        "toys patient": ("over the limit", "not tried: toys endless is over the limit"),
+        "toys greedy": ("over the limit", "over the limit of 64 GiB"),
+        " ": ("skipped", "skipped: no_such_package is not installed"),
+    }
+    overview = (folder / "bench.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    cells = {line.split("|")[2].strip(): line.split("|")[3].strip() for line in overview.splitlines() if "toys" in line}
+    assert cells["refusing"] == "–"
+    assert cells["endless"] == cells["patient"] == cells["greedy"] == "> limit"
+    assert cells["first only"].endswith(" (48 %)")
+
+
+def test_forecasts_and_what_is_not_covered_are_told(records: dict[str, dict[str, str]]) -> None:
+    record = records["toys first only"]
+    assert (record["predicted_ms"], record["predicted_mib"]) == ("250.000", "1.000")
+    assert record["note"] == "a toy; without 3 of Linear, 2 of LayerNorm"
+
+
+def test_the_picture_has_a_panel_for_every_problem(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert "<!-- tiny -->" in (folder / "bench.svg").read_text(encoding="utf-8")  # its text is drawn as outlines
+    lines = [
+        measure.Line("a", "fxcurv", "kfac"),
+        measure.Line("a", "fxcurv", "grad"),
+        measure.Line("a", "toys", "KFAC"),
+    ]
+    places = picture.heights(lines)
+    assert places["toys KFAC"] - places["fxcurv kfac"] == 1
+    assert places["fxcurv grad"] - places["toys KFAC"] > 1
+
+
+@pytest.mark.parametrize("name", problems.PROBLEMS)
+def test_problems_are_the_same_at_every_call(name: str) -> None:
+    problem = replace(problems.PROBLEMS[name], batch=1)
+    if problem.absent or math.prod(problem.shape) > 50_000:
+        pytest.skip("not installed, or large")
+    with torch.random.fork_rng(devices=[]):
+        (model, x, y), (again, z, labels) = problem.make(), problem.make()
+    assert torch.equal(x, z)
+    assert torch.equal(y, labels)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    assert nn.CrossEntropyLoss()(model(x), y).isfinite()
+
+
+def test_a_slope_is_the_exponent() -> None:
+    found = [scaling.Point("net", "N", n, "row", 3 * n**1.5) for n in (2, 4, 8)]
+    assert scaling.slope(found) == pytest.approx(1.5)
+    assert scaling.table(found).split("|")[-5].strip() == "1.50"
+
+
+def test_an_error_in_another_process_is_raised_here() -> None:
+    with pytest.raises(RuntimeError, match=r"ZeroDivisionError: "):
+        measure.apart(lambda: 1 / 0)
+    with pytest.raises(measure.Ended, match=r"ended with 3"):
+        measure.apart(os._exit, 3)
+
+
+def test_the_facts_name_the_versions() -> None:
+    assert machine.version("torch") == f"torch {torch.__version__.partition('+')[0]}"
+    assert machine.version("no-such-package") == "no-such-package not installed"
