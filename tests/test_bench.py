@@ -7,7 +7,6 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,13 +63,13 @@ ROWS = (
     rows.Row("toys", "first only", first_only, note="a toy"),
 )
 PROBLEMS = {
-    "tiny": problems.Problem(network, batch=4, shape=(6,), classes=3, limit=1),
+    "tiny": problems.Problem(network, batch=4, shape=(6,), classes=3, limit=4),
     "elsewhere": problems.Problem(network, batch=4, shape=(6,), package="no_such_package"),
 }
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of one run of the tool."""
     path, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
@@ -78,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(tool, "ROWS", ROWS)
         assert tool.main(["--repeats", "4", "--memory", "64", "--output", str(path)]) == 0
     torch.set_num_threads(threads)
-    yield path
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +92,7 @@ def test_the_files_begin_with_the_command_and_have_all_columns(folder: Path) -> 
     command = "python tools/bench.py --repeats 4 --memory 64"
     assert table.startswith(f"# {command}\n")
     assert page.startswith(f"<!-- {command} -->\n\n# Benchmark\n\n`{command}`\n\n- ")
-    assert [line.split(",")[0] for line in table.splitlines() if not line.startswith("#")][0] == "problem"
+    assert "\nproblem,library,quantity,ms,spread,ratio," in table
     for column in report.COLUMNS.values():
         assert column.header == "problem" or f" {column.header} " in page
     assert "## tiny\n\nN=4, 6, C=3\n\n|" in page
@@ -121,7 +120,7 @@ def test_what_cannot_be_measured_is_a_row_that_says_why(records: dict[str, dict[
     said = {name: (r["state"], r["note"]) for name, r in records.items() if r["state"] != "timed"}
     assert said == {
         "toys refusing": ("refused", "refuses: NotImplementedError: not for"),
-        "toys endless": ("over the limit", "over the limit of 1 s"),
+        "toys endless": ("over the limit", "over the limit of 4 s"),
         "toys patient": ("over the limit", "not tried: toys endless is over the limit"),
         "toys greedy": ("over the limit", "over the limit of 64 GiB"),
         " ": ("skipped", "skipped: no_such_package is not installed"),
@@ -143,12 +142,8 @@ def test_the_picture_has_a_panel_for_every_problem(folder: Path) -> None:
     pytest.importorskip("matplotlib")
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert "<!-- tiny -->" in (folder / "bench.svg").read_text(encoding="utf-8")  # its text is drawn as outlines
-    lines = [
-        measure.Line("a", "fxcurv", "kfac"),
-        measure.Line("a", "fxcurv", "grad"),
-        measure.Line("a", "toys", "KFAC"),
-    ]
-    places = picture.heights(lines)
+    names = (("fxcurv", "kfac"), ("fxcurv", "grad"), ("toys", "KFAC"))
+    places = picture.heights(measure.Line("tiny", *name) for name in names)
     assert places["toys KFAC"] - places["fxcurv kfac"] == 1
     assert places["fxcurv grad"] - places["toys KFAC"] > 1
 
@@ -182,3 +177,22 @@ def test_an_error_in_another_process_is_raised_here() -> None:
 def test_the_facts_name_the_versions() -> None:
     assert machine.version("torch") == f"torch {torch.__version__.partition('+')[0]}"
     assert machine.version("no-such-package") == "no-such-package not installed"
+
+
+def test_scaling_writes_its_points_and_slopes(tmp_path: Path) -> None:
+    net = scaling.Net("small", scaling.mlp, (), scaling.Size(N=4, V=1, depth=1, width=3))
+    with torch.random.fork_rng(devices=[]):
+        found = [p for axis in ("N", "V") for p in measure.apart(scaling.points, net, axis, (1, 2), 1)]
+    assert [(p.axis, p.value) for p in found if p.row == "fxcurv kfac"] == [("N", 1), ("N", 2), ("V", 1), ("V", 2)]
+    assert {p.row for p in found if p.axis == "V"} == {"fxcurv kfac", "fxcurv diag_ggn"}
+    assert scaling.crossing(net, found).startswith("small: N 1, 2; V 1, 2; ")
+    points, page = scaling.write(tmp_path, ["the command", "a fact"], found)
+    assert points.read_text(encoding="utf-8").startswith("# the command\n# a fact\nnet,axis,value,row,ms\nsmall,N,1,")
+    assert "| net   | row" in page.read_text(encoding="utf-8")
+
+
+def test_the_roofline_is_three_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "SIDE", 64)
+    monkeypatch.setattr(machine, "FLOATS", 2**18)
+    with torch.random.fork_rng(devices=[]):
+        assert machine.roofline().count("/s (") == 3

@@ -116,7 +116,7 @@ def table(found: Sequence[Point]) -> str:
 
 def write(folder: Path, about: Sequence[str], found: Sequence[Point]) -> list[Path]:
     """scaling.csv and scaling.md."""
-    facts = "\n".join(f"- {fact}" for fact in (*about[1:], *map(crossing, NETS)))
+    facts = "\n".join(f"- {fact}" for fact in (*about[1:], *(crossing(net, found) for net in NETS)))
     head = f"<!-- {about[0]} -->\n\n# Scaling\n\n`{about[0]}`\n\nThe time grows as size to the power of:"
     records = ([p.net, p.axis, p.value, p.row, p.ms] for p in found)
     names = ("net", "axis", "value", "row", "ms")
@@ -125,8 +125,9 @@ def write(folder: Path, about: Sequence[str], found: Sequence[Point]) -> list[Pa
     )
 
 
-def crossing(net: Net) -> str:
-    """Where a net's axes cross, and what is measured along them."""
-    along = (f"{axis} {', '.join(f'{m * getattr(net.middle, axis):g}' for m in AXES[axis])}" for axis in AXES)
+def crossing(net: Net, found: Sequence[Point]) -> str:
+    """Where a net's axes cross, and what was measured along them."""
+    values = {axis: dict.fromkeys(p.value for p in found if (p.net, p.axis) == (net.name, axis)) for axis in AXES}
+    along = (f"{axis} {', '.join(map(str, places))}" for axis, places in values.items())
     middle = ", ".join(f"{axis}={getattr(net.middle, axis)}" for axis in AXES)
     return f"{net.name}: {'; '.join(along)}; the others as in {middle}"
