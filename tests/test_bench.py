@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxcurv
+
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = importlib.util.spec_from_file_location("bench", ROOT / "tools/bench.py")
 assert SPEC is not None
@@ -55,15 +57,14 @@ def first_only(model: nn.Module) -> Any:
 
 
 ROWS = (
-    *(row for row in rows.ROWS if row.library in ("torch", "fxcurv", "functorch")),
+    *(row for row in rows.ROWS if row.library in ("torch", "functorch")),
+    *(row for row in rows.ROWS if row.name in ("fxcurv grad", "fxcurv kfac", "fxcurv kfac dense")),
     rows.Row("toys", "refusing", refusing),
-    rows.Row("toys", "endless", endless),
-    rows.Row("toys", "patient", first_only, cheaper="toys endless"),
     rows.Row("toys", "greedy", greedy),
     rows.Row("toys", "first only", first_only, note="a toy"),
 )
 PROBLEMS = {
-    "tiny": problems.Problem(network, batch=4, shape=(6,), classes=3, limit=4),
+    "tiny": problems.Problem(network, batch=4, shape=(6,), classes=3),
     "elsewhere": problems.Problem(network, batch=4, shape=(6,), package="no_such_package"),
 }
 
@@ -111,24 +112,35 @@ def test_a_row_is_measured(records: dict[str, dict[str, str]], row: str) -> None
         assert float(record["peak_mib"]) >= 0
 
 
-def test_every_named_quantity_is_a_row(records: dict[str, dict[str, str]]) -> None:
-    assert {f"fxcurv {name}" for name in (*rows.fxcurv.NAMES, "kfac dense", "kflr dense")} <= records.keys()
+def test_the_gradient_is_the_unit(records: dict[str, dict[str, str]]) -> None:
     assert float(records["torch gradient"]["ratio"]) == 1
+
+
+def test_every_named_quantity_is_a_row() -> None:
+    names = [row.name for row in rows.ROWS]
+    assert {f"fxcurv {name}" for name in (*fxcurv.NAMES, "kfac dense", "kflr dense")} <= set(names)
+    assert len(names) == len(set(names))
+    assert all(names.index(row.cheaper) < names.index(row.name) for row in rows.ROWS if row.cheaper)
+
+
+def test_a_row_over_the_limit_is_stopped_and_its_relative_not_tried() -> None:
+    asked = (rows.Row("toys", "endless", endless), rows.Row("toys", "patient", first_only, cheaper="toys endless"))
+    lines = measure.measured("tiny", PROBLEMS["tiny"], asked, measure.Settings(repeats=1, limit=0.3, gibibytes=64))
+    assert [line.state for line in lines] == ["over the limit", "over the limit"]
+    assert [line.note for line in lines] == ["over the limit of 0.3 s", "not tried: toys endless is over the limit"]
 
 
 def test_what_cannot_be_measured_is_a_row_that_says_why(records: dict[str, dict[str, str]], folder: Path) -> None:
     said = {name: (r["state"], r["note"]) for name, r in records.items() if r["state"] != "timed"}
     assert said == {
         "toys refusing": ("refused", "refuses: NotImplementedError: not for"),
-        "toys endless": ("over the limit", "over the limit of 4 s"),
-        "toys patient": ("over the limit", "not tried: toys endless is over the limit"),
         "toys greedy": ("over the limit", "over the limit of 64 GiB"),
         " ": ("skipped", "skipped: no_such_package is not installed"),
     }
     overview = (folder / "bench.md").read_text(encoding="utf-8").partition("\n## ")[0]
     cells = {line.split("|")[2].strip(): line.split("|")[3].strip() for line in overview.splitlines() if "toys" in line}
     assert cells["refusing"] == "–"
-    assert cells["endless"] == cells["patient"] == cells["greedy"] == "> limit"
+    assert cells["greedy"] == "> limit"
     assert cells["first only"].endswith(" (48 %)")
 
 
