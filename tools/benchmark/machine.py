@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import platform
 import statistics
@@ -70,7 +69,6 @@ def rate(amount: float, step: Callable[[], object], clock: Callable[[], float]) 
     """What is done per second, in units of 10⁹: the median of some repetitions after a first."""
     took: list[float] = []
     for _ in range(REPEATS + 1):
-        gc.collect()
         begin = clock()
         result = step()
         took.append(clock() - begin)
