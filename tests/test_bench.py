@@ -61,6 +61,7 @@ ROWS = (
     *(row for row in rows.ROWS if row.name in ("fxcurv grad", "fxcurv kfac", "fxcurv kfac dense")),
     rows.Row("toys", "refusing", refusing),
     rows.Row("toys", "greedy", greedy),
+    rows.Row("toys", "deadly", lambda model: os.abort()),
     rows.Row("toys", "first only", first_only, note="a toy"),
 )
 PROBLEMS = {
@@ -134,6 +135,7 @@ def test_what_cannot_be_measured_is_a_row_that_says_why(records: dict[str, dict[
     said = {name: (r["state"], r["note"]) for name, r in records.items() if r["state"] != "timed"}
     assert said == {
         "toys refusing": ("refused", "refuses: NotImplementedError: not for"),
+        "toys deadly": ("crashed", "the process ended with SIGABRT"),
         "toys greedy": ("over the limit", "over the limit of 64 GiB"),
         " ": ("skipped", "skipped: no_such_package is not installed"),
     }
@@ -141,6 +143,7 @@ def test_what_cannot_be_measured_is_a_row_that_says_why(records: dict[str, dict[
     cells = {line.split("|")[2].strip(): line.split("|")[3].strip() for line in overview.splitlines() if "toys" in line}
     assert cells["refusing"] == "–"
     assert cells["greedy"] == "> limit"
+    assert cells["deadly"] == "crashed"
     assert cells["first only"].endswith(" (48 %)")
 
 

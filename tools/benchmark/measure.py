@@ -63,7 +63,7 @@ class Line:
     predicted_mib: float | None = None
     covers: float | None = None
     note: str = ""
-    state: str = "timed"  # refused, over the limit, skipped
+    state: str = "timed"  # refused, crashed, over the limit, skipped
 
     @property
     def row(self) -> str:
@@ -81,7 +81,8 @@ class Ended(Exception):
     """A process ended with this exit code, negative for a signal, before it had a result."""
 
     def __init__(self, code: int | None) -> None:
-        super().__init__(f"the process ended with {code}")
+        by = signal.Signals(-code).name if code is not None and code < 0 else code
+        super().__init__(f"the process ended with {by}")
         self.code = code
 
 
@@ -134,7 +135,7 @@ def trial(line: Line, row: Row, problem: Problem, settings: Settings) -> Line:
     except Ended as ended:
         if ended.code == -signal.SIGPROF:
             return replace(line, note=f"over the limit of {seconds:g} s", state="over the limit")
-        return replace(line, note=str(ended), state="refused")
+        return replace(line, note=str(ended), state="crashed")
 
 
 def attempt(line: Line, row: Row, problem: Problem, limits: tuple[float, float]) -> Line:
@@ -326,4 +327,4 @@ def measured(name: str, problem: Problem, rows: Sequence[Row], settings: Setting
     try:
         return apart(timed, lines, rows, problem, settings)
     except Ended as ended:
-        return [noted(line, f"not timed: {ended}") for line in lines]
+        return [noted(line, f"not timed: {ended}" if line.state == "timed" else "") for line in lines]

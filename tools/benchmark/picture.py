@@ -71,8 +71,7 @@ def panel(ax: Axes, found: Sequence[Line], places: Mapping[str, float]) -> None:
     for line in found:
         at, colour = places[line.row], COLOUR.get(line.library, MUTED)
         if line.ratio is None:
-            reason = "over the limit" if line.state == "over the limit" else "refuses"
-            ax.text(low * 1.1, at, reason, va="center", fontsize=6.5, color=MUTED, style="italic")
+            ax.text(low * 1.1, at, line.state, va="center", fontsize=6.5, color=MUTED, style="italic")
         else:
             look: dict[str, Any] = {"facecolor": "white", "hatch": "/////"} if partial(line) else {"facecolor": colour}
             ax.barh(at, line.ratio - low, left=low, height=0.8, edgecolor=colour, linewidth=0.6, **look)

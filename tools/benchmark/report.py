@@ -90,7 +90,7 @@ def short(line: Line | None) -> str:
     if line is None or (line.state == "timed" and line.ratio is None):
         return ""
     if line.ratio is None:
-        return "> limit" if line.state == "over the limit" else "–"
+        return {"over the limit": "> limit", "refused": "–"}.get(line.state, line.state)
     return f"{digits(line.ratio)} ({line.covers:.0f} %)" if partial(line) else digits(line.ratio)
 
 
