@@ -108,6 +108,7 @@ def apart(function: Callable[..., T], *arguments: Any) -> T:
 
 def send(pipe: Connection, function: Callable[..., object], arguments: Sequence[object]) -> None:
     gc.freeze()  # what was imported need not be looked at in every collection
+    torch.set_num_threads(torch.get_num_threads())  # renews torch's pool, which autograd's threads would race to do
     try:
         result = function(*arguments)
     except Exception as error:
