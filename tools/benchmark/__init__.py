@@ -1,0 +1,1 @@
+"""The benchmark's parts: problems, rows, their measurement, scaling, the machine, the report, the picture."""
