@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import passes
+from fxcurv.backend import Backend, built, checked
 from fxcurv.capture import Inputs, Output, as_call, batch_size, device_of
 from fxcurv.choice import Asked, Choice, chosen
 from fxcurv.eager import by_autograd
@@ -36,6 +37,7 @@ def compile(
     example_inputs: Inputs | None = None,
     output: Output = None,
     on_unsupported: OnUnsupported = "error",
+    backend: Backend = "eager",
 ) -> Compiled:
     """Compile a model for `quantities` of its trainable parameters: `result = compiled(inputs, target)`.
 
@@ -51,10 +53,12 @@ def compile(
     - `on_unsupported`: what becomes of parameters whose curvature the compiler refuses. "error" raises the refusal;
       "skip" leaves those parameters out, with the status `unsupported` and the reason; "fallback" computes them by
       plain autograd, one column of one sample at a time, with the status `fallback`, be it the whole model.
+    - `backend`: "eager" runs the graphs as they stand; "inductor" compiles them by `torch.compile` when they are first
+      called, which takes a minute or more, and equals "eager" to rounding.
 
     Raises a `FxcurvError` that says node, cause and remedy for whatever it cannot do exactly or under a name.
     """
-    compiled = Compiled(model, as_loss(loss), chosen(quantities), output, on_unsupported)
+    compiled = Compiled(model, as_loss(loss), chosen(quantities), output, on_unsupported, backend)
     if example_inputs is not None:
         compiled.prepare(example_inputs)
     return compiled
@@ -76,6 +80,7 @@ class Compiled:
         choice: Choice,
         output: Output = None,
         on_unsupported: OnUnsupported = "error",
+        backend: Backend = "eager",
     ) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise QuantityError(
@@ -88,7 +93,7 @@ class Compiled:
                 code="FXC409",
             )
         self.model, self.loss, self.choice, self.output = model, loss, choice, output
-        self.on_unsupported = on_unsupported
+        self.on_unsupported, self.backend = on_unsupported, checked(backend)
         choice.of(model)
         self._programs: dict[object, Program] = {}
         self._latest: Program | None = None
@@ -125,7 +130,8 @@ class Compiled:
         _check_inputs(self.model, inputs)
         key = _signature(self.model, inputs)
         if key not in self._programs:
-            self._programs[key] = passes.compile_program(self.model, self._canonicalized(inputs), self.choice, inputs)
+            program = passes.compile_program(self.model, self._canonicalized(inputs), self.choice, inputs)
+            self._programs[key] = built(program, self.backend)
         self._latest = self._programs[key]
         return self._latest
 

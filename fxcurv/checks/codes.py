@@ -394,6 +394,14 @@ _TABLE = (
         "A block acts on vectors with as many entries as its parameter.",
         "give a vector of the block's shape, or flat",
     ),
+    _error(
+        "FXC412",
+        "the backend cannot compile a graph",
+        "not-yet",
+        "torch.compile failed on the forward or a backward graph: it cannot read an operator, or its compiler, which "
+        "needs a C++ compiler on CPUs and Triton on GPUs, does not work here.",
+        'use backend="eager", which computes the same',
+    ),
     Code(
         "FXC430",
         "the output does not depend on it",
