@@ -119,27 +119,33 @@ class _PullEach(nn.Module):
 
 @torch.library.custom_op("fxcurv::statistic", mutates_args=())
 def _statistic(key: str, xs: Sequence[Tensor | None], Ss: Sequence[Tensor]) -> Tensor:
-    statistic = _MODULES[key]
-    return statistic(*{"x": (xs,), "S": (Ss,), "xS": (xs, Ss)}[statistic.reads]).contiguous()
+    return _sum(key, xs, Ss).contiguous()
 
 
 @_statistic.register_fake
 def _(key: str, xs: Sequence[Tensor | None], Ss: Sequence[Tensor]) -> Tensor:
     """A sum over samples and columns is of the shape that one of each would give."""
-    first = [None if x is None else x[:1] for x in xs]
-    return _statistic_of(key, first, [S[:1, :1] for S in Ss])
+    return _sum(key, [None if x is None else x[:1] for x in xs], [S[:1, :1] for S in Ss]).contiguous()
 
 
-_statistic_of: Callable[..., Tensor] = _statistic._init_fn  # pyright: ignore[reportPrivateUsage]
+def _sum(key: str, xs: Sequence[Tensor | None], Ss: Sequence[Tensor]) -> Tensor:
+    statistic = _MODULES[key]
+    return statistic(*{"x": (xs,), "S": (Ss,), "xS": (xs, Ss)}[statistic.reads])
+
+
+_EAGER = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()  # pyright: ignore[reportPrivateUsage]
+"""What operators go through outside of compiled graphs, where autograd works."""
 
 
 @torch.library.custom_op("fxcurv::pull_each", mutates_args=())
 def _pull_each(key: str, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
-    return _MODULES[key](S, kept).contiguous()
+    with torch._C._ForceDispatchKeyGuard(*_EAGER):  # pyright: ignore[reportPrivateUsage]
+        return _MODULES[key](S, kept).contiguous()
 
 
 @_pull_each.register_fake
 def _(key: str, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    """Columns at an input, of each sample where it is the same for all."""
     pull = _MODULES[key]
     if isinstance(pull, PullToParameter):
         S = pull.places[-1].apart(S, lead=1)
