@@ -22,6 +22,7 @@ from fxcurv.program import Plan, Program
 from fxcurv.result import Curvature
 from fxcurv.run import Batch, fresh_generator, run
 from fxcurv.show import tabular
+from fxcurv.signature import kept_program, question, signature
 
 __all__ = ["Compiled", "compile", "trace"]
 
@@ -95,7 +96,6 @@ class Compiled:
         self.model, self.loss, self.choice, self.output = model, loss, choice, output
         self.on_unsupported, self.backend = on_unsupported, checked(backend)
         choice.of(model)
-        self._programs: dict[object, Program] = {}
         self._latest: Program | None = None
 
     def __call__(
@@ -126,14 +126,19 @@ class Compiled:
         return by_autograd(self.model, self.loss, choice, batch, self.output)
 
     def prepare(self, inputs: Inputs) -> Program:
-        """The program for inputs of this kind, compiled if their shape, type or place, or the model, is new."""
+        """The program for inputs of this kind, compiled if their shape, type or place, or the model, is new.
+
+        Compiled objects of one model that ask for the same share it; see fxcurv/signature.py.
+        """
         _check_inputs(self.model, inputs)
-        key = _signature(self.model, inputs)
-        if key not in self._programs:
-            program = passes.compile_program(self.model, self._canonicalized(inputs), self.choice, inputs)
-            self._programs[key] = built(program, self.backend)
-        self._latest = self._programs[key]
+        strict = self.on_unsupported == "error"
+        key = (signature(self.model, inputs), question(self.choice, self.output, strict, self.backend))
+        self._latest = kept_program(self.model, key, lambda: self._compiled(inputs))
         return self._latest
+
+    def _compiled(self, inputs: Inputs) -> Program:
+        program = passes.compile_program(self.model, self._canonicalized(inputs), self.choice, inputs)
+        return built(program, self.backend)
 
     def plan(self, inputs: Inputs) -> tuple[Plan, fx.GraphModule]:
         """What every parameter would get, and the canonical graph that it is read off, without compiling further."""
@@ -177,17 +182,6 @@ class Compiled:
 
 
 # What a call needs ------------------------------------------------------------------------------------------------
-
-
-def _signature(model: nn.Module, inputs: Inputs) -> object:
-    """What a program depends on: the kind of the inputs and the structure of the model; no values, no batch size."""
-    leaves, structure = pytree.tree_flatten(as_call(inputs))
-    kinds = tuple((tuple(t.shape[1:]), t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves)
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    first = {id(t): name for name, t in reversed(tensors)}
-    held = tuple((name, first[id(t)], t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors)
-    modes = tuple((type(m), m.training) for m in model.modules())
-    return str(structure), kinds, held, modes
 
 
 def _check_inputs(model: nn.Module, inputs: Inputs) -> None:

@@ -1,9 +1,9 @@
 """backend: a program's graphs run as they stand, or are compiled into fused kernels by torch's inductor.
 
 Dynamo reads both graphs in one piece and guards the shapes, types and layouts it compiled for; the model's tensors are
-inputs of what it makes, so that later values need nothing new. What loops over samples or columns, because a temporary
-of all of them would not fit or torch cannot batch the operator, is one operator to it: `fxcurv::statistic` and
-`fxcurv::pull_each` call the very module that the eager graph calls.
+inputs of what it makes, so that later values need nothing new. Sums, which loop over samples and columns where a
+temporary of all of them would not fit, and pullbacks by autograd, whose batching rules may fix the batch size, are one
+operator each: `fxcurv::statistic` and `fxcurv::pull` call the very module that the eager graph calls.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class _Kernels:
 
     def __init__(self, graph: Callable[..., Any]) -> None:
         assert isinstance(graph, fx.GraphModule)
-        self.run = torch.compile(_outlined(graph), fullgraph=True, backend=COMPILER)
+        self.run = torch.compile(_outlined(graph).forward, fullgraph=True, backend=COMPILER)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self.run(*args, **kwargs)
         except (TorchDynamoException, InductorError) as error:
             raise FxcurvError(
-                f"torch.compile fails: {type(error).__name__}: {str(error).splitlines()[0]}",
+                f"torch.compile fails: {' '.join(str(error).split())[:200]}",
                 remedy='use backend="eager"; the error that this one was raised from has the whole trace',
                 code="FXC412",
             ) from error
@@ -70,7 +70,7 @@ class _Kernels:
 
 
 def _outlined(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph with an operator's call in the place of every module that loops over samples or columns."""
+    """The graph with an operator's call in the place of every sum and pullback by autograd."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     modules = {str(n.target): _as_operator(module_of(n)) for n in gm.graph.nodes if n.op == "call_module"}
@@ -80,18 +80,20 @@ def _outlined(gm: fx.GraphModule) -> fx.GraphModule:
 def _as_operator(module: nn.Module) -> nn.Module:
     if isinstance(module, Statistic):
         return _Sum(module)
-    if isinstance(module, Pull | PullToParameter) and not module.together:
-        return _PullEach(module) if isinstance(module, PullToParameter) or module.rule.kind == "opaque" else module
-    return module
+    opaque = isinstance(module, Pull) and module.rule.kind == "opaque"
+    return _ByAutograd(module) if opaque or isinstance(module, PullToParameter) else module
 
 
 _MODULES: dict[str, Any] = {}
 """What the operators call, by all that says what it computes: neither these modules nor their ops hold a tensor."""
 
 
-def _known(module: nn.Module, *parts: object) -> str:
-    key = " ".join((type(module).__qualname__, module.extra_repr(), *map(str, parts)))
-    return _MODULES.setdefault(key, module) and key
+def _known(module: nn.Module) -> str:
+    """The name under which the operators find a module."""
+    op = getattr(module, "op", None)
+    key = " ".join(f"{type(m).__qualname__}({m.extra_repr()})" for m in (module, op) if m is not None)
+    _MODULES.setdefault(key, module)
+    return key
 
 
 class _Sum(nn.Module):
@@ -106,15 +108,15 @@ class _Sum(nn.Module):
         return torch.ops.fxcurv.statistic(self.key, list(xs), list(Ss))
 
 
-class _PullEach(nn.Module):
-    """A pullback by autograd, one column or sample after the other, as an operator."""
+class _ByAutograd(nn.Module):
+    """A pullback by autograd, through an opaque op or to what all samples share, as an operator."""
 
-    def __init__(self, pull: Pull | PullToParameter) -> None:
+    def __init__(self, pull: nn.Module) -> None:
         super().__init__()
-        self.key = _known(pull, type(pull.op).__qualname__, pull.op.extra_repr())
+        self.key = _known(pull)
 
     def forward(self, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
-        return torch.ops.fxcurv.pull_each(self.key, S, list(kept))
+        return torch.ops.fxcurv.pull(self.key, S, list(kept))
 
 
 @torch.library.custom_op("fxcurv::statistic", mutates_args=())
@@ -137,17 +139,19 @@ _EAGER = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_loca
 """What operators go through outside of compiled graphs, where autograd works."""
 
 
-@torch.library.custom_op("fxcurv::pull_each", mutates_args=())
-def _pull_each(key: str, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
+@torch.library.custom_op("fxcurv::pull", mutates_args=())
+def _pull(key: str, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
     with torch._C._ForceDispatchKeyGuard(*_EAGER):  # pyright: ignore[reportPrivateUsage]
-        return _MODULES[key](S, kept).contiguous()
+        return _MODULES[key](S, kept).clone(memory_format=torch.contiguous_format)  # never S itself
 
 
-@_pull_each.register_fake
+@_pull.register_fake
 def _(key: str, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
     """Columns at an input, of each sample where it is the same for all."""
     pull = _MODULES[key]
     if isinstance(pull, PullToParameter):
-        S = pull.places[-1].apart(S, lead=1)
+        place = pull.places[-1]
+        assert place is not None
+        S = place.apart(S, lead=1)
     lead = S.shape[: 2 if isinstance(pull, PullToParameter) or pull.per_sample else 1]
     return kept[pull.k].new_empty(*lead, *kept[pull.k].shape)
