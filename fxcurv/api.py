@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import passes
+from fxcurv.backend import Backend, built, checked
 from fxcurv.capture import Inputs, Output, as_call, batch_size, device_of
 from fxcurv.choice import Asked, Choice, chosen
 from fxcurv.eager import by_autograd
@@ -22,6 +23,7 @@ from fxcurv.program import Plan, Program
 from fxcurv.result import Curvature
 from fxcurv.run import Batch, default_columns, fresh_generator, run
 from fxcurv.show import tabular
+from fxcurv.signature import kept_program, question, signature
 
 __all__ = ["Compiled", "Options", "compile", "trace"]
 
@@ -37,6 +39,7 @@ def compile(
     example_inputs: Inputs | None = None,
     output: Output = None,
     on_unsupported: OnUnsupported = "error",
+    backend: Backend = "eager",
     memory_budget: int | str | None = None,
 ) -> Compiled:
     """Compile a model for `quantities` of its trainable parameters: `result = compiled(inputs, target)`.
@@ -53,13 +56,15 @@ def compile(
     - `on_unsupported`: what becomes of parameters whose curvature the compiler refuses. "error" raises the refusal;
       "skip" leaves those parameters out, with the status `unsupported` and the reason; "fallback" computes them by
       plain autograd, one column of one sample at a time, with the status `fallback`, be it the whole model.
+    - `backend`: "eager" runs the graphs as they stand; "inductor" compiles them by `torch.compile` when they are first
+      called, which takes a minute or more, and equals "eager" to rounding.
     - `memory_budget`: how far a call may raise memory, its results included, as "2GiB" or in bytes; columns, and if
       need be samples, are then processed in chunks that a forecast says will fit, with the same results. What plain
       autograd computes is not bound by it.
 
     Raises a `FxcurvError` that says node, cause and remedy for whatever it cannot do exactly or under a name.
     """
-    options = Options(output, on_unsupported, bytes_of(memory_budget))
+    options = Options(output, on_unsupported, backend, bytes_of(memory_budget))
     compiled = Compiled(model, as_loss(loss), chosen(quantities), options)
     if example_inputs is not None:
         compiled.prepare(example_inputs)
@@ -78,9 +83,11 @@ class Options:
 
     output: Output = None
     on_unsupported: OnUnsupported = "error"
+    backend: Backend = "eager"
     memory_budget: int | None = None
 
     def __post_init__(self) -> None:
+        checked(self.backend)
         if self.on_unsupported not in get_args(OnUnsupported):
             raise QuantityError(
                 f"on_unsupported={self.on_unsupported!r}",
@@ -105,7 +112,6 @@ class Compiled:
             )
         self.model, self.loss, self.choice, self.options = model, loss, choice, options or Options()
         choice.of(model)
-        self._programs: dict[object, Program] = {}
         self._chunks: dict[tuple[int, int], Chunks] = {}
         self._latest: Program | None = None
 
@@ -151,13 +157,20 @@ class Compiled:
         return by_autograd(self.model, self.loss, choice, batch, self.options.output)
 
     def prepare(self, inputs: Inputs) -> Program:
-        """The program for inputs of this kind, compiled if their shape, type or place, or the model, is new."""
+        """The program for inputs of this kind, compiled if their shape, type or place, or the model, is new.
+
+        Compiled objects of one model that ask for the same share it; see fxcurv/signature.py.
+        """
         _check_inputs(self.model, inputs)
-        key = _signature(self.model, inputs)
-        if key not in self._programs:
-            self._programs[key] = passes.compile_program(self.model, self._canonicalized(inputs), self.choice, inputs)
-        self._latest = self._programs[key]
+        options = self.options
+        asked = question(self.choice, options.output, options.on_unsupported == "error", options.backend)
+        key = (signature(self.model, inputs), asked)
+        self._latest = kept_program(self.model, key, lambda: self._compiled(inputs))
         return self._latest
+
+    def _compiled(self, inputs: Inputs) -> Program:
+        program = passes.compile_program(self.model, self._canonicalized(inputs), self.choice, inputs)
+        return built(program, self.options.backend)
 
     def plan(self, inputs: Inputs) -> tuple[Plan, fx.GraphModule]:
         """What every parameter would get, and the canonical graph that it is read off, without compiling further."""
@@ -203,17 +216,6 @@ class Compiled:
 
 
 # What a call needs ------------------------------------------------------------------------------------------------
-
-
-def _signature(model: nn.Module, inputs: Inputs) -> object:
-    """What a program depends on: the kind of the inputs and the structure of the model; no values, no batch size."""
-    leaves, structure = pytree.tree_flatten(as_call(inputs))
-    kinds = tuple((tuple(t.shape[1:]), t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves)
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    first = {id(t): name for name, t in reversed(tensors)}
-    held = tuple((name, first[id(t)], t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors)
-    modes = tuple((type(m), m.training) for m in model.modules())
-    return str(structure), kinds, held, modes
 
 
 def _check_inputs(model: nn.Module, inputs: Inputs) -> None:

@@ -48,6 +48,8 @@ class Statistic(nn.Module):
     reads: Literal["x", "S", "xS"]
     scales: ClassVar = False
     """Whether `scaled` is there."""
+    grows: ClassVar = False
+    """Whether what a call returns is larger for more samples or columns."""
 
     def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
         """What a call would have returned for S[v,n,s,g,o] · scale[g·o]."""

@@ -93,6 +93,7 @@ class KeptInputs(Statistic):
     """`InputCovariance` of one use, kept as the input of a convolution, or as the positions `x[n,s,g,i]`."""
 
     reads = "x"
+    grows = True
 
     def __init__(self, patches: Patches | None, ones: bool = False) -> None:
         super().__init__()
@@ -119,6 +120,7 @@ class KeptOutputs(Statistic):
     """`OutputCovariance` of one use, kept as the positions S[v,n,s,g,o], or with `pooled` as their sums over s."""
 
     reads = "S"
+    grows = True
     scales = True
 
     def __init__(self, pooled: bool = False) -> None:
@@ -149,6 +151,7 @@ class KeptEntries(Statistic):
     """`Gram`, kept as the per-sample entries J[v,n,1,1,g·o·i]."""
 
     reads = "xS"
+    grows = True
     scales = True
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:

@@ -24,11 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxcurv.capture import Inputs, as_call, batch_size
 from fxcurv.contractions import Diagonal
 from fxcurv.errors import FxcurvError, QuantityError
-from fxcurv.forms import DiagonalByPairs, DiagonalBySample
+from fxcurv.forms import DiagonalByPairs, DiagonalBySample, DiagonalFused
 from fxcurv.program import Program
-from fxcurv.quantities import Exact, Factor, Rademacher, Sampled, Stratified
+from fxcurv.pullback import Scaled
+from fxcurv.quantities import Factor, most_columns
 
-__all__ = ["Chunks", "Forecast", "bytes_of", "cut", "forecast", "most_columns", "show_bytes"]
+__all__ = ["Chunks", "Forecast", "bytes_of", "cut", "forecast", "show_bytes"]
 
 
 # Budgets ----------------------------------------------------------------------------------------------------------
@@ -133,19 +134,6 @@ HELD, WORKING, ROOT = 3, 4, 4
 """Outputs that the loss holds (gradient, probabilities, weights) and works in, and copies in which columns are made."""
 
 
-def most_columns(factor: Factor, outputs: int) -> int:
-    """How many columns a factor has at most, for so many output entries per sample."""
-    match factor:
-        case Exact():
-            return outputs
-        case Sampled(k) | Rademacher(k):
-            return k
-        case Stratified(top, k):
-            return max(top + k, outputs)
-        case _:
-            return 1
-
-
 def _tensors(value: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
 
@@ -221,7 +209,8 @@ class _Run(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module's result; a diagonal, which loops over samples and columns, is charged what it says it costs."""
         module: Any = self.fetch_attr(target)
-        if not isinstance(module, Diagonal | DiagonalBySample | DiagonalByPairs):
+        statistic = module.statistic if isinstance(module, Scaled) else module
+        if not isinstance(statistic, Diagonal | DiagonalBySample | DiagonalByPairs | DiagonalFused):
             return super().call_module(target, args, kwargs)
         self.live.charge(module.cost(*args).temporary)
         (x, *_), (S, *_) = args

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxcurv.choice import Choice
 from fxcurv.contractions import Statistic
@@ -100,12 +100,13 @@ class Program:
     """A model compiled for quantities.
 
     `forward(*inputs)` returns the output, what the pullback keeps, and sums over inputs; `backwards[factor](S, **kept)`
-    returns sums over a chunk of columns; `plan` says what is made of them.
+    returns sums over a chunk of columns; `plan` says what is made of them. Both are those of the `stages`, as a backend
+    runs them.
     """
 
     stages: Mapping[str, fx.GraphModule]
-    forward: fx.GraphModule
-    backwards: Mapping[Factor, fx.GraphModule]
+    forward: Callable[..., Any]
+    backwards: Mapping[Factor, Callable[..., dict[str, Tensor]]]
     plan: Plan
 
     @cached_property
@@ -114,16 +115,21 @@ class Program:
         found: dict[str, Statistic] = {}
         for gm in self.graphs:
             returned: Any = gm.graph.output_node().args[0]
-            sums = returned[2] if gm is self.forward else returned
+            sums = returned[2] if gm is self.stages["forward"] else returned
             found |= {key: cast(Statistic, module_of(node)) for key, node in sums.items()}
         return found
 
     @property
     def graphs(self) -> tuple[fx.GraphModule, ...]:
         """The graphs that run: forward, and one backward graph per factor."""
-        return self.forward, *self.backwards.values()
+        return self.stages["forward"], *(self.stages[f"backward[{factor}]"] for factor in self.backwards)
 
     @property
     def canonical(self) -> fx.GraphModule:
         """The model's computation, as modules of the vocabulary."""
         return self.stages["canonical"]
+
+    def kept(self, factor: Factor) -> list[str]:
+        """What the backward graph of a factor reads besides S."""
+        graph = self.stages[f"backward[{factor}]"].graph
+        return [str(node.target) for node in graph.find_nodes(op="placeholder")[1:]]

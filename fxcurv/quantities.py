@@ -33,6 +33,7 @@ __all__ = [
     "Sampled",
     "Stratified",
     "Used",
+    "most_columns",
     "named",
     "owners",
 ]
@@ -128,6 +129,19 @@ def _at_least(least: int, factor: object, **counts: object) -> None:
 
 
 Factor = Exact | Sampled | Stratified | Rademacher | Empirical | LossGradient
+
+
+def most_columns(factor: Factor, outputs: int) -> int:
+    """How many columns a factor has at most, for so many output entries per sample."""
+    match factor:
+        case Exact():
+            return outputs
+        case Sampled(k) | Rademacher(k):
+            return k
+        case Stratified(top, k):
+            return max(top + k, outputs)
+        case _:
+            return 1
 
 
 # What a quantity is told about a parameter ------------------------------------------------------------------------

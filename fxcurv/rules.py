@@ -186,6 +186,13 @@ def _autograd_transpose(op: nn.Module, S: Tensor, shapes: tuple[Shape, ...], k: 
     return autograd_pull(op, S, [S.new_zeros(shape) for shape in shapes], k)
 
 
+def _pool_transpose(op: nn.Module, S: Tensor, shapes: tuple[Shape, ...], k: int) -> Tensor:
+    """Pools treat all entries of their first axis alike, so columns fold into it."""
+    (first, *others) = shapes[0]
+    pull = _vjp(op, [S.new_zeros(S.shape[0] * first, *others)], 0)
+    return pull(S.flatten(0, 1).contiguous())[0].unflatten(0, S.shape[:2])
+
+
 # Pullbacks with a body --------------------------------------------------------------------------------------------
 
 
@@ -318,12 +325,12 @@ linear(ops.Pad, _pad_transpose)
 # reductions and pooling
 linear(ops.Sum, lambda op, S, shapes, k: _spread(op, S, shapes[0]))
 linear(ops.Mean, lambda op, S, shapes, k: _spread(op, S, shapes[0]) * (S[0].numel() / math.prod(shapes[0])))
-linear(nn.AvgPool1d)
-linear(nn.AvgPool2d)
-linear(nn.AvgPool3d)
-linear(nn.AdaptiveAvgPool1d)
-linear(nn.AdaptiveAvgPool2d)
-linear(nn.AdaptiveAvgPool3d)
+linear(nn.AvgPool1d, _pool_transpose)
+linear(nn.AvgPool2d, _pool_transpose)
+linear(nn.AvgPool3d, _pool_transpose)
+linear(nn.AdaptiveAvgPool1d, _pool_transpose)
+linear(nn.AdaptiveAvgPool2d, _pool_transpose)
+linear(nn.AdaptiveAvgPool3d, _pool_transpose)
 
 
 def _pool_indices(pool: Callable[..., Any]) -> Callable[[Any, Tensor], Tensor]:

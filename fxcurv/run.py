@@ -105,7 +105,7 @@ def _pull_back(
 ) -> None:
     """Add the sums of one factor, over chunks of its columns."""
     backward = program.backwards[factor]
-    needed = {str(node.target): kept[str(node.target)] for node in backward.graph.find_nodes(op="placeholder")[1:]}
+    needed = {name: kept[name] for name in program.kept(factor)}
     dtype = output_of(program.canonical).meta["dtype"]
     for S in columns:
         _add(program, backward(S.to(dtype), **needed), sums)

@@ -28,7 +28,7 @@ from torch import fx, nn
 from fxcurv.capture import Inputs, Output, batch_size, capture, device_of
 from fxcurv.choice import Choice
 from fxcurv.program import Program
-from fxcurv.quantities import Exact, Factor, Sampled
+from fxcurv.quantities import most_columns
 from fxcurv.shapes import resolve
 from fxcurv.spec import Stage, output_of, verify
 from passes.augment import augment
@@ -77,7 +77,9 @@ def compile_program(
     setting = Setting(batch_size(inputs), 1, device_of(inputs), output.meta["dtype"], forced=forced)
     forward = _optimized(augmented.forward, "forward", setting)
     backwards = {
-        factor: _optimized(gm, "backward", replace(setting, columns=_columns(factor, output)))
+        factor: _optimized(
+            gm, "backward", replace(setting, columns=most_columns(factor, math.prod(resolve(output.meta["shape"], 1))))
+        )
         for factor, gm in augmented.backwards.items()
     }
     emitted = {f"backward[{factor}]": gm for factor, gm in backwards.items()}
@@ -88,10 +90,3 @@ def _optimized(gm: fx.GraphModule, stage: Stage, setting: Setting) -> fx.GraphMo
     for rewrite in (share, partial(contract, setting=setting), fold_scales, schedule):
         gm = rewrite(verify(gm, stage))
     return verify(gm, stage)
-
-
-def _columns(factor: Factor, output: fx.Node) -> int:
-    """About how many columns a factor has."""
-    if isinstance(factor, Exact):
-        return math.prod(resolve(output.meta["shape"], 1))
-    return factor.k if isinstance(factor, Sampled) else 1

@@ -94,7 +94,12 @@ def arguments(node: fx.Node) -> Arguments:
             location=frames_of(node),
         )
     given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
-    return {a.name: given.get(a.name, node.kwargs.get(a.name, a.default_value)) for a in schema.arguments}
+    return {a.name: _plain(given.get(a.name, node.kwargs.get(a.name, a.default_value))) for a in schema.arguments}
+
+
+def _plain(argument: Any) -> Any:
+    """Lists as Python's own, of which modules may be made, instead of those of a graph."""
+    return [_plain(a) for a in cast("list[Any]", argument)] if isinstance(argument, list) else argument
 
 
 def where(node: fx.Node) -> str:
@@ -304,8 +309,8 @@ def _call(kind: type[ops.Call], low: Builder, node: fx.Node) -> tuple[ops.Call, 
         return ops.Size(_multiple(value, node))
 
     function: Any = node.target
-    args: Any = fx.map_arg(node.args, take)
-    kwargs: Any = fx.map_arg(node.kwargs, take)
+    args: Any = [_plain(a) for a in fx.map_arg(node.args, take)]
+    kwargs: Any = {key: _plain(a) for key, a in fx.map_arg(node.kwargs, take).items()}
     if sized and not _sizes_alone(node):
         raise UnsupportedError(
             "it computes with the batch size",

@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxcurv
-from fxcurv.api import _signature
 from fxcurv.capture import without_autocast
 from fxcurv.losses import SoftmaxTerms
 from fxcurv.quantities import Quantity
+from fxcurv.signature import signature
 
 EXACT: list[Quantity] = [*QUANTITIES.values()]
 """Every sum that there is, without randomness."""
@@ -127,8 +127,8 @@ def test_every_quantity_stays_on_its_device(dtype: torch.dtype) -> None:
 def test_a_model_that_moves_is_compiled_anew() -> None:
     x, _ = batch()
     model = network()
-    assert _signature(model, x) == _signature(model, x[:1])
-    assert _signature(model, x) != _signature(model.to("meta"), x.to("meta"))
+    assert signature(model, x) == signature(model, x[:1])
+    assert signature(model, x) != signature(model.to("meta"), x.to("meta"))
 
 
 class Straying(nn.Module):

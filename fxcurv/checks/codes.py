@@ -402,6 +402,14 @@ _TABLE = (
         "not among the likeliest it would leave these out.",
         "choose another factor, or other numbers of columns",
     ),
+    _error(
+        "FXC413",
+        "the backend cannot compile a graph",
+        "not-yet",
+        "torch.compile failed on the forward or a backward graph: it cannot read an operator, or its compiler, which "
+        "needs a C++ compiler on CPUs and Triton on GPUs, does not work here.",
+        'use backend="eager", which computes the same',
+    ),
     Code(
         "FXC430",
         "the output does not depend on it",

@@ -1,0 +1,94 @@
+"""signature: what a program depends on, and the programs that are at hand.
+
+A program belongs to a model object, never to one that merely looks alike: what forward computes may depend on Python
+that no key can see. The key holds the kind of the inputs, every tensor's name, shape and type, and every module's type,
+mode, hooks and attributes: plain values by value, tensors by identity and version, other objects by identity. What such
+an object holds, and global variables, are read when the model is traced.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxcurv import quantities
+from fxcurv.capture import Inputs, Output, as_call
+from fxcurv.choice import Choice
+from fxcurv.program import Program
+
+__all__ = ["PROGRAMS_KEPT", "kept_program", "question", "signature"]
+
+PROGRAMS_KEPT = 16
+"""How many programs of one model are kept: a model that counts its calls in an attribute is new at every call."""
+
+_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[object, Program]] = weakref.WeakKeyDictionary()
+
+
+def kept_program(model: nn.Module, key: object, make: Callable[[], Program]) -> Program:
+    """The program of this very model under a key, made if it is new; forgotten with the model."""
+    programs, key = _PROGRAMS.setdefault(model, {}), (_Same(model), key)
+    programs[key] = programs.pop(key) if key in programs else make()  # the latest used is the last
+    while len(programs) > PROGRAMS_KEPT:
+        del programs[next(iter(programs))]
+    return programs[key]
+
+
+def question(choice: Choice, output: Output, *options: object) -> object:
+    """What is asked of a model."""
+    asked = (tuple(choice.quantities.items()), tuple(choice.patterns.items()), quantities.DENSE_LIMIT)
+    return asked, _frozen(choice.among), _frozen(output), options
+
+
+def signature(model: nn.Module, inputs: Inputs) -> object:
+    """What a program depends on: the kind of the inputs and the structure of the model; no values, no batch size."""
+    leaves, structure = pytree.tree_flatten(as_call(inputs))
+    kinds = tuple((tuple(t.shape[1:]), t.dtype, t.device) if isinstance(t, Tensor) else _frozen(t) for t in leaves)
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first = {id(t): name for name, t in reversed(tensors)}
+    held = tuple((name, first[id(t)], t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors)
+    modules = tuple((name, type(m), _attributes(m)) for name, m in model.named_modules())
+    return str(structure), kinds, held, modules
+
+
+_ELSEWHERE = {"_parameters", "_buffers", "_modules"}
+
+
+def _attributes(module: nn.Module) -> object:
+    return tuple((name, _frozen(value)) for name, value in vars(module).items() if name not in _ELSEWHERE)
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _frozen(value: Any, depth: int = 4) -> object:
+    """A value that is equal for as long as a model can tell no difference."""
+    if isinstance(value, _PLAIN):
+        return type(value), repr(value)
+    if isinstance(value, Tensor):
+        return _Same(value), None if value.is_inference() else value._version
+    if depth and isinstance(value, list | tuple | set | frozenset | dict):
+        items = cast("Any", value).items() if isinstance(value, dict) else cast("Any", value)
+        return type(value), tuple(_frozen(item, depth - 1) for item in items)
+    return _Same(value)
+
+
+class _Same:
+    """An object, equal to itself alone; it is not kept alive, and one that is gone equals nothing."""
+
+    def __init__(self, value: object) -> None:
+        self.id = id(value)
+        try:
+            self.of: Callable[[], object] = weakref.ref(value)
+        except TypeError:
+            self.of = lambda: None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.of() is not None and self.of() is other.of()
+
+    def __hash__(self) -> int:
+        return self.id
