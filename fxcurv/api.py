@@ -16,6 +16,7 @@ from fxcurv.capture import Inputs, Output, as_call, batch_size, device_of
 from fxcurv.choice import Asked, Choice, chosen
 from fxcurv.eager import by_autograd
 from fxcurv.errors import CaptureError, FxcurvError, InputError, QuantityError, UnsupportedError
+from fxcurv.explain import Explanation, explained
 from fxcurv.losses import as_loss
 from fxcurv.memory import Chunks, bytes_of, cut
 from fxcurv.picture import Format, picture
@@ -114,6 +115,7 @@ class Compiled:
         choice.of(model)
         self._chunks: dict[tuple[int, int], Chunks] = {}
         self._latest: Program | None = None
+        self._like: Inputs = ()
 
     def __call__(
         self, inputs: Inputs, target: Tensor, generator: torch.Generator | None = None, progress: bool = False
@@ -166,6 +168,7 @@ class Compiled:
         asked = question(self.choice, options.output, options.on_unsupported == "error", options.backend)
         key = (signature(self.model, inputs), asked)
         self._latest = kept_program(self.model, key, lambda: self._compiled(inputs))
+        self._like = pytree.tree_map_only(Tensor, lambda t: t.new_zeros(()).expand(t.shape), inputs)
         return self._latest
 
     def _compiled(self, inputs: Inputs) -> Program:
@@ -198,6 +201,17 @@ class Compiled:
     def stages(self) -> Mapping[str, fx.GraphModule]:
         """The latest program's graph after each stage: captured, lowered, canonical, forward, backward[factor]."""
         return self.program.stages
+
+    def explain(self, inputs: Inputs | None = None) -> Explanation:
+        """What a call will take, before it runs: `print(compiled.explain(x))`.
+
+        A row per node of the graphs with the form that was chosen for every sum and what the others would take, the
+        operations, bytes and milliseconds, the peak of memory, and each quantity's share. Of the inputs, by default
+        those last compiled for, only shape, type and device are read.
+        """
+        program = self.program if inputs is None else self.prepare(inputs)
+        inputs = self._like if inputs is None else inputs
+        return explained(program, inputs, self.loss, self._cut(program, inputs))
 
     def picture(self, format: Format = "mermaid", depth: int | None = None) -> str:
         """The model as a flow chart in Mermaid or DOT: modules down to `depth`, coloured by what they get."""

@@ -84,6 +84,8 @@ def _show(arguments: argparse.Namespace) -> int:
         example_inputs=example(target, arguments.input),
         on_unsupported="error" if arguments.format == "text" else "skip",  # a picture shows what is refused
     )
+    if arguments.cost:
+        return _written(f"{compiled.explain()}\n", arguments.output)
     if arguments.format != "text":
         return _written(f"{compiled.picture(arguments.format, arguments.depth)}\n", arguments.output)
     asked, families = arguments.stage.split(","), {name: name.partition("[")[0] for name in compiled.stages}
@@ -237,6 +239,7 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
         help="captured, lowered, canonical, forward, backward (default canonical,backward)",
     )
     parser.add_argument("--code", action="store_true", help="print generated Python code instead of tables")
+    parser.add_argument("--cost", action="store_true", help="print what every node will cost, and the other ways")
     parser.add_argument(
         "--format", default="text", choices=("text", *get_args(Format)), help="tables, or a picture of the modules"
     )

@@ -7,7 +7,7 @@ of columns and data sets simply add. forms.py has cheaper equal forms; passes/co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -55,9 +55,8 @@ class Statistic(nn.Module):
         """What a call would have returned for S[v,n,s,g,o] · scale[g·o]."""
         raise NotImplementedError
 
-    def cost(self, *args: list[Tensor]) -> Cost:
-        """What a call takes, from the shapes of its arguments."""
-        raise NotImplementedError
+    cost: Callable[..., Cost]
+    """What a call takes, from the shapes of its arguments."""
 
     def sum_of(self, returned: Tensor) -> Sum:
         """The sum that a call returned: the tensor itself, or what it stands for."""

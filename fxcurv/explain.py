@@ -7,7 +7,7 @@ operations, as torch.utils.flop_counter knows them, and the bytes that they read
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import networkx as nx
 import torch
 from tabulate import tabulate
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +24,8 @@ from torch.utils.flop_counter import flop_registry
 from fxcurv.capture import Inputs, as_call
 from fxcurv.contractions import Statistic
 from fxcurv.costs import Cost, Rates, rates_of
+from fxcurv.losses import columns_of
+from fxcurv.memory import Chunks, forecast
 from fxcurv.program import Program
 from fxcurv.spec import module_of, output_of
 
@@ -49,7 +51,7 @@ class Explanation:
 
     steps: tuple[Step, ...]
     peak_bytes: float
-    about: str = ""
+    samples: int
 
     @property
     def seconds(self) -> float:
@@ -64,7 +66,7 @@ class Explanation:
     @property
     def shares(self) -> dict[str, float]:
         """The share of the time that each quantity takes; what several need is divided among them."""
-        shares: Counter[str] = Counter()
+        shares: defaultdict[str, float] = defaultdict(float)
         for step in self.steps:
             for quantity in step.quantities:
                 shares[quantity] += step.seconds / len(step.quantities) / self.seconds
@@ -93,28 +95,27 @@ class Explanation:
         total = (
             f"{self.flops / 1e9:.3g} GFLOP, about {1e3 * self.seconds:.3g} ms, peak {self.peak_bytes / 2**20:.4g} MiB"
         )
-        return f"{self.table()}\n\n{self.about}\ntotal: {total}\nshares: {shares}"
+        return f"{self.table()}\n\n{self.samples} samples: {total}\nshares: {shares}"
 
 
-def explained(program: Program, inputs: Inputs, columns: Mapping[str, int], peak_bytes: float) -> Explanation:
-    """What a call on a batch like `inputs` takes, of which only shapes, types and devices are read.
-
-    `columns` says how many columns the backward graph of each name has.
-    """
+def explained(program: Program, inputs: Inputs, loss: nn.Module, chunks: Chunks) -> Explanation:
+    """What a call on a batch like `inputs` takes, of which only shapes, types and devices are read."""
     given = [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
     rates = rates_of(given[0].device, output_of(program.canonical).meta["dtype"])
     steps: list[Step] = []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        forward = _Counted(program.forward)
+        graph, *backwards = program.graphs
+        forward = _Counted(graph)
         arguments = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in given]
         output, kept, _ = forward.run(*arguments)
         steps += _steps("forward", forward, rates)
-        for factor, gm in program.backwards.items():
+        for factor, gm in zip(program.backwards, backwards, strict=True):
             backward = _Counted(gm)
-            S = output.new_empty(columns[str(factor)], *output.shape)
+            S = output.new_empty(columns_of(loss, factor, output.shape), *output.shape)
             backward.run(S, *(kept[str(n.target)] for n in gm.graph.find_nodes(op="placeholder")[1:]))
             steps += _steps(f"backward[{factor}]", backward, rates)
-    return Explanation(tuple(steps), peak_bytes)
+    peak = forecast(program, inputs, chunks.samples, chunks.columns).peak
+    return Explanation(tuple(steps), peak, len(given[0]))
 
 
 def _steps(name: str, counted: _Counted, rates: Rates) -> Iterator[Step]:
@@ -163,6 +164,11 @@ class _Counted(fx.Interpreter):
         return value
 
 
+aten = torch.ops.aten
+_FREE = {aten._unsafe_view, aten.empty, aten.new_empty, aten.empty_strided, aten.empty_like}
+"""What neither computes nor moves anything, besides views."""
+
+
 class _Count(TorchDispatchMode):
     """Counts the operations and the traffic of the operators that run."""
 
@@ -174,8 +180,9 @@ class _Count(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-            return out  # a view
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if views or func.overloadpacket in _FREE:
+            return out
         flops = flop_registry.get(func.overloadpacket)
         moved = sum(t.numel() * t.element_size() for t in pytree.tree_leaves((args, out)) if isinstance(t, Tensor))
         entries = sum(t.numel() for t in pytree.tree_leaves(out) if isinstance(t, Tensor))

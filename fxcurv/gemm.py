@@ -42,7 +42,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def uses_onednn(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether large products of this type are oneDNN's here."""
-    return dtype == torch.float32 and device.type == "cpu" and _AVAILABLE and torch.backends.mkldnn.enabled
+    return dtype == torch.float32 and device.type == "cpu" and _AVAILABLE and bool(torch.backends.mkldnn.enabled)
 
 
 _AVAILABLE = (

@@ -9,8 +9,9 @@ hold two entries that are not of one term, unless their signs are independent; s
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +19,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcurv.errors import FxcurvError, InputError, LossError
-from fxcurv.quantities import Exact, Factor, LossGradient, Rademacher, Sampled, Stratified
+from fxcurv.quantities import Exact, Factor, LossGradient, Rademacher, Sampled, Stratified, most_columns
 
-__all__ = ["EVERY", "LossTerms", "as_loss", "loss_terms", "softmax_root"]
+__all__ = ["EVERY", "LossTerms", "as_loss", "columns_of", "loss_terms", "softmax_root"]
 
 Generator = torch.Generator | None
 EVERY = slice(None)
 """All samples."""
+
+
+def columns_of(loss: nn.Module, factor: Factor, shape: Sequence[int]) -> int:
+    """How many columns per sample a factor has for outputs of `shape`, as far as can be said without targets."""
+    outputs = math.prod(shape[1:])
+    match factor:
+        case Exact():
+            return outputs - outputs // shape[1] if isinstance(loss, nn.CrossEntropyLoss) else outputs
+        case Stratified(top, k):
+            return top + k if top < shape[1] else columns_of(loss, Exact(), shape)
+        case _:
+            return most_columns(factor, outputs)
 
 
 @dataclass(frozen=True)

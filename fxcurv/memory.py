@@ -101,12 +101,13 @@ def forecast(program: Program, inputs: Inputs, samples: int, columns: int | Mapp
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), live:
         arguments = [torch.empty(samples, *t.shape[1:], dtype=t.dtype, device=t.device) for t in given]
         live.begin()
-        output, kept, sums = _Run(program.forward, live).run(*arguments)
+        graph, *backwards = program.graphs
+        output, kept, sums = _Run(graph, live).run(*arguments)
         held = output.new_empty(HELD * batch_size(inputs), *output.shape[1:])
         live.charge(WORKING * _bytes(held) / HELD)
         forward, results, transient = live.highest, _bytes(sums), dict[Factor, int]()
         base, sizes = live.held - results, [results]
-        for factor, gm in program.backwards.items():
+        for factor, gm in zip(program.backwards, backwards, strict=True):
             V = max(1, min(asked[factor], most_columns(factor, output[0].numel())))
             found, transient[factor] = _pulled(gm, output.new_empty(V, *output.shape), kept, live)
             sums = {**sums, **found}

@@ -10,7 +10,7 @@ from torch import Tensor
 from fxcurv.gemm import transpose_times
 from fxcurv.patches import Patches
 
-__all__ = ["Matrix", "Moment", "SecondMoment", "moment_of"]
+__all__ = ["Matrix", "Moment", "SecondMoment", "formed", "moment_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +124,11 @@ class Matrix:
 
 
 Moment = Matrix | SecondMoment
+
+
+def formed(value: Tensor | SecondMoment) -> Tensor:
+    """A sum as a tensor."""
+    return value.dense() if isinstance(value, SecondMoment) else value
 
 
 def moment_of(value: Tensor | SecondMoment) -> Moment:

@@ -18,6 +18,7 @@ from fxcurv.blocks import Block, Dense, Diagonal, Kronecker
 from fxcurv.contractions import Diagonal as DiagonalOf
 from fxcurv.contractions import Gradient, Gram, InputCovariance, OutputCovariance, Statistic, Sum
 from fxcurv.errors import QuantityError
+from fxcurv.moments import formed
 
 __all__ = [
     "KFAC",
@@ -226,7 +227,7 @@ class Grad:
         return {"gradient": Gradient()}
 
     def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        return sums["gradient"].reshape(used.shape)
+        return formed(sums["gradient"]).reshape(used.shape)
 
     def approximation(self, used: Used) -> str | None:
         return None
@@ -246,7 +247,7 @@ class DiagGGN:
         return {"diagonal": DiagonalOf()}
 
     def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        return sums["diagonal"].reshape(used.shape)
+        return formed(sums["diagonal"]).reshape(used.shape)
 
     def approximation(self, used: Used) -> str | None:
         return None
@@ -291,7 +292,7 @@ class KFAC:
         if self._form(used) == "dense":
             return Dense(used.shape, sums["matrix"])
         if self._form(used) == "diagonal":
-            return Diagonal(used.shape, sums["diagonal"].reshape(used.shape))
+            return Diagonal(used.shape, formed(sums["diagonal"]).reshape(used.shape))
         positions = used.positions**2 if self.approx == "reduce" else used.positions
         A = sums["A"].div_(samples * positions) if isinstance(sums["A"], Tensor) else sums["A"] / (samples * positions)
         shape = (used.groups * used.outputs, used.inputs + 1) if self._joined(used) else used.shape

@@ -142,14 +142,14 @@ def _of_outputs(op: contractions.OutputCovariance, node: fx.Node, setting: Setti
 
 
 def _of_gram(op: contractions.Gram, node: fx.Node, setting: Setting) -> Iterator[_Form]:
-    xs, Ss = (fx.map_arg(arg, partial(_described, setting=setting)) for arg in node.args)
-    rows, side = contractions.entries_of(xs, Ss)
+    args: Any = fx.map_arg(node.args, partial(_described, setting=setting))
+    rows, side = contractions.entries_of(*args)
     if rows < side:
         yield _Form(forms.KeptEntries(), node.args)
 
 
 def _of_gradient(op: contractions.Gradient, node: fx.Node, setting: Setting) -> Iterator[_Form]:
-    xs, Ss = node.args
+    xs, Ss = _uses(node)
     (x, *more), (S, *_) = xs, Ss
     if not more and x is not None and _patches_of(x) is not None:
         conv: Any = _positions(x).op
@@ -157,7 +157,7 @@ def _of_gradient(op: contractions.Gradient, node: fx.Node, setting: Setting) -> 
 
 
 def _of_diagonal(op: contractions.Diagonal, node: fx.Node, setting: Setting) -> Iterator[_Form]:
-    xs, Ss = node.args
+    xs, Ss = _uses(node)
     (x, *more), (S, *_) = xs, Ss
     _, _, s, _, o = _sizes(S, setting)
     if not more and s == 1:
@@ -179,6 +179,13 @@ _FORMS: dict[type[Statistic], Callable[[Any, fx.Node, Setting], Iterator[_Form]]
     contractions.Gradient: _of_gradient,
     contractions.Diagonal: _of_diagonal,
 }
+
+
+def _uses(node: fx.Node) -> tuple[list[fx.Node | None], list[fx.Node]]:
+    """The positions x, S of all uses that a statistic reads."""
+    xs: Any = node.args[0]
+    Ss: Any = node.args[1]
+    return list(xs), list(Ss)
 
 
 def _positions(x: fx.Node) -> InputPositions | OutputPositions:

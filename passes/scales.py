@@ -33,17 +33,17 @@ def fold_scales(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _readers(scaled: fx.Node) -> list[fx.Node] | None:
-    """The pullback and the sums that read scaled columns, if all belong to one convolution and can take the scale."""
+    """The pullback and the sums that read scaled columns, if all are of one convolution and can take the scale."""
     readers: list[fx.Node] = []
-    convolutions: set[nn.Module] = set()
+    convolutions: list[object] = []
     for user in scaled.users:
         op: Any = module_of(user) if user.op == "call_module" else None
         if isinstance(op, OutputPositions):
             readers += user.users
         elif isinstance(op, Pull | Statistic):
             readers.append(user)
-        convolutions.add(getattr(op, "op", scaled))
-    one = len(convolutions) == 1 and isinstance(next(iter(convolutions)), Conv)
+        convolutions.append(getattr(op, "op", None))
+    one = isinstance(convolutions[0], Conv) and all(op is convolutions[0] for op in convolutions)
     return readers if one and readers and all(map(_takes_a_scale, readers)) else None
 
 
@@ -59,12 +59,13 @@ def _takes_a_scale(reader: fx.Node) -> bool:
 def _fold(gm: fx.GraphModule, scaled: fx.Node, scale: ops.Affine, readers: list[fx.Node]) -> None:
     """Readers that scale by themselves, of the columns as they arrive at the scale."""
     for reader in readers:
-        op, target = module_of(reader), f"{reader.target}_scaled"
+        op: Any = module_of(reader)
+        target = f"{reader.target}_scaled"
         gm.add_submodule(target, Scaled(op, scale) if isinstance(op, Statistic) else PullScaled(op.op, scale))
         with gm.graph.inserting_before(reader):
             replacement = gm.graph.call_module(target, reader.args)
         replacement.meta = dict(reader.meta)
         reader.replace_all_uses_with(replacement)
         gm.graph.erase_node(reader)
-    scaled.replace_all_uses_with(scaled.args[0])
+    scaled.replace_all_uses_with(scaled.all_input_nodes[0])
     gm.graph.erase_node(scaled)

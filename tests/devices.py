@@ -58,7 +58,7 @@ def run_elsewhere(program: Program, inputs: Inputs) -> dict[str, Tensor]:
     """
     mode = FakeTensorMode()
     fake = _faker(mode)
-    for graph in (program.canonical, program.forward, *program.backwards.values()):
+    for graph in (program.canonical, *program.graphs):
         _move(graph, fake)
     leaves = [fake(t) for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
     with mode, torch.no_grad(), _Watch():

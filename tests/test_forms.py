@@ -18,6 +18,7 @@ from fxcurv.contractions import Diagonal, Gradient, Gram, InputCovariance, Outpu
 from fxcurv.costs import Rates
 from fxcurv.gemm import BLOCK, SHORT, times_transpose, transpose_times
 from fxcurv.losses import as_loss
+from fxcurv.memory import Chunks
 from fxcurv.moments import SecondMoment
 from fxcurv.patches import Patches
 from fxcurv.pullback import InputPositions, OutputPositions
@@ -206,7 +207,9 @@ def results(forced: str | None) -> dict[str, Tensor]:
     program = passes.compile_program(model, passes.canonicalize(model, x), choice, x, forced)
     names = {node.meta["choice"].form for gm in program.graphs for node in gm.graph.nodes if "choice" in node.meta}
     assert forced is None or forced in names
-    curvature = run(program, model, as_loss("cross_entropy"), Batch(x, y))
+    curvature = run(
+        program, model, as_loss("cross_entropy"), Batch(x, y), Chunks(3, dict.fromkeys(program.backwards, 2))
+    )
     return {
         f"{entry.quantity} {entry.parameter} {kind}": t
         for entry in curvature.entries

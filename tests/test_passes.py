@@ -342,9 +342,9 @@ def test_scales_are_folded_into_convolutions() -> None:
         torch.manual_seed(0)
         model = Normed().double().eval()
         for bn in (model.bn1, model.bn2, model.bn3):
-            for t in (bn.weight, bn.bias, bn.running_mean):
+            for t in (bn.weight, bn.bias, bn.get_buffer("running_mean")):
                 nn.init.normal_(t)
-            nn.init.uniform_(bn.running_var, 0.5, 2)
+            nn.init.uniform_(bn.get_buffer("running_var"), 0.5, 2)
     x = torch.randn(3, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.tensor([0, 1, 2])
     compiled = fxcurv.compile(model, quantities=["kflr", "diag_ggn", "grad"])
