@@ -25,9 +25,12 @@ from fxcurv.capture import Inputs, as_call, batch_size
 from fxcurv.contractions import Diagonal
 from fxcurv.errors import FxcurvError, QuantityError
 from fxcurv.forms import DiagonalByPairs, DiagonalBySample, DiagonalFused
+from fxcurv.moments import SecondMoment
 from fxcurv.program import Program
 from fxcurv.pullback import Scaled
 from fxcurv.quantities import Factor, most_columns
+from fxcurv.shapes import resolve
+from fxcurv.spec import output_of
 
 __all__ = ["Chunks", "Forecast", "bytes_of", "cut", "forecast", "show_bytes"]
 
@@ -92,43 +95,57 @@ class Forecast:
 
 
 def forecast(program: Program, inputs: Inputs, samples: int, columns: int | Mapping[Factor, int]) -> Forecast:
-    """The memory of a call on a batch like `inputs`, of which only shapes, types and devices are read.
+    """The memory of a call on a batch like `inputs`, of which only shapes and types are read.
 
     `samples` of the batch are processed at once, and `columns` of every factor (at most as many as it has).
     """
     asked = columns if isinstance(columns, Mapping) else dict.fromkeys(program.backwards, columns)
-    live, given = _Live(), _tensors(as_call(inputs))
+    live, given, place = _Live(), _tensors(as_call(inputs)), next(program.canonical.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), live:
-        arguments = [torch.empty(samples, *t.shape[1:], dtype=t.dtype, device=t.device) for t in given]
+        arguments = [torch.empty(samples, *t.shape[1:], dtype=t.dtype, device=place.device) for t in given]
         live.begin()
         graph, *backwards = program.graphs
         output, kept, sums = _Run(graph, live).run(*arguments)
         held = output.new_empty(HELD * batch_size(inputs), *output.shape[1:])
         live.charge(WORKING * _bytes(held) / HELD)
-        forward, results, transient = live.highest, _bytes(sums), dict[Factor, int]()
-        base, sizes = live.held - results, [results]
+        times, outputs = -(-batch_size(inputs) // samples), output[0].numel()
+        first, adding = _grown(program, sums, times)
+        live.charge(adding)
+        forward, highest, results = live.highest, dict[Factor, int](), [first]
+        base = live.held - _bytes(sums)
         for factor, gm in zip(program.backwards, backwards, strict=True):
-            V = max(1, min(asked[factor], most_columns(factor, output[0].numel())))
-            found, transient[factor] = _pulled(gm, output.new_empty(V, *output.shape), kept, live)
+            V = max(1, min(asked[factor], most := most_columns(factor, outputs)))
+            live.again()
+            live.charge(ROOT * V * _bytes(output))
+            S = output.new_empty(V, *output.shape)
+            found = _Run(gm, live).run(S, *(kept[name] for name in program.kept(factor)))
+            size, adding = _grown(program, found, times * -(-most // V))
+            live.charge(adding)
+            highest[factor] = live.highest + (size if times == 1 and most > V else 0)
+            results.append(size)
             sums = {**sums, **found}
-            sizes.append(live.held - base - sum(sizes))
     del held
-    cut_samples = samples < batch_size(inputs)
-    backward: dict[Factor, int] = {}
-    for i, (factor, highest) in enumerate(transient.items()):
-        again = most_columns(factor, output[0].numel()) > asked[factor]
-        earlier = sum(sizes[i + 1 :]) if cut_samples else sizes[i + 1] if again else 0  # sums of chunks before
-        backward[factor] = highest + earlier
-    return Forecast(forward + cut_samples * sum(sizes), base, backward, sum(sizes))
+    whole = sum(results)  # which later parts of the batch find there
+    backward = {f: h + (whole - sum(results[: i + 1]) if times > 1 else 0) for i, (f, h) in enumerate(highest.items())}
+    return Forecast(forward + (whole if times > 1 else 0), base, backward, whole)
 
 
-def _pulled(gm: fx.GraphModule, S: Tensor, kept: Mapping[str, Any], live: _Live) -> tuple[dict[str, Any], int]:
-    """The sums of one chunk of columns, and the highest point on the way to them and to adding them."""
-    live.again()
-    live.charge(ROOT * _bytes(S))
-    found = _Run(gm, live).run(S, *(kept[str(n.target)] for n in gm.graph.find_nodes(op="placeholder")[1:]))
-    live.charge(max((_bytes(part) for part in found.values()), default=0))
-    return found, live.highest
+def _grown(program: Program, parts: Mapping[str, Tensor], times: int) -> tuple[int, int]:
+    """Bytes of sums of so many parts like these, and at most beside them when one is added.
+
+    Moments that are kept as vectors grow with every part, until they are formed.
+    """
+    held, beside = 0, 0
+    for key, part in parts.items():
+        size = part.untyped_storage().nbytes()
+        value = program.statistics[key].sum_of(part)
+        if isinstance(value, SecondMoment) and times > 1:
+            formed, kept = math.prod(value.shape) * part.element_size(), sum(t.nbytes for t in value.kept)
+            grown = value.count * times < value.side
+            held, beside = held + (kept * times if grown else formed), max(beside, 0 if grown else 3 * formed)
+        else:
+            held, beside = held + size, max(beside, size if times > 1 else 0)
+    return held, beside
 
 
 HELD, WORKING, ROOT = 3, 4, 4
@@ -278,13 +295,13 @@ def cut(program: Program, inputs: Inputs, budget: int, columns: int) -> Chunks:
             code="FXC503",
         )
     samples = math.ceil(N / math.ceil(N / samples))  # of equal size, or nearly
-    found = dict[Factor, int]()
+    found, outputs = dict[Factor, int](), math.prod(resolve(output_of(program.canonical).meta["shape"], 1))
     for factor in program.backwards:
 
         def highest(v: int, factor: Factor = factor) -> int:
             return forecast(program, inputs, samples, {**one, factor: v}).backward[factor]
 
-        found[factor] = max(1, _largest(columns, allowed, highest))
+        found[factor] = max(1, _largest(min(columns, most_columns(factor, outputs)), allowed, highest))
     return Chunks(samples, found)
 
 
