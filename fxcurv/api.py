@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import passes
-from fxcurv.backend import Backend, built, checked
+from fxcurv.backend import Backend, built
 from fxcurv.capture import Inputs, Output, as_call, batch_size, device_of
 from fxcurv.choice import Asked, Choice, chosen
 from fxcurv.eager import by_autograd
@@ -88,13 +89,11 @@ class Options:
     memory_budget: int | None = None
 
     def __post_init__(self) -> None:
-        checked(self.backend)
-        if self.on_unsupported not in get_args(OnUnsupported):
-            raise QuantityError(
-                f"on_unsupported={self.on_unsupported!r}",
-                remedy=f"choose one of {', '.join(get_args(OnUnsupported))}",
-                code="FXC409",
-            )
+        for name, kind in (("on_unsupported", OnUnsupported), ("backend", Backend)):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                remedy = f"choose one of {', '.join(get_args(kind))}"
+                raise QuantityError(f"{name}={value!r}", remedy=remedy, code="FXC409")
 
 
 class Compiled:
@@ -113,7 +112,7 @@ class Compiled:
             )
         self.model, self.loss, self.choice, self.options = model, loss, choice, options or Options()
         choice.of(model)
-        self._chunks: dict[tuple[int, int], Chunks] = {}
+        self._chunks: WeakKeyDictionary[Program, dict[int, Chunks]] = WeakKeyDictionary()
         self._latest: Program | None = None
         self._like: Inputs = ()
 
@@ -150,10 +149,10 @@ class Compiled:
         columns = default_columns(program, samples)
         if self.options.memory_budget is None:
             return Chunks(samples, dict.fromkeys(program.backwards, columns))
-        key = id(program), samples  # programs are kept, so that their ids are their own
-        if key not in self._chunks:
-            self._chunks[key] = cut(program, inputs, self.options.memory_budget, columns)
-        return self._chunks[key]
+        known = self._chunks.setdefault(program, {})
+        if samples not in known:
+            known[samples] = cut(program, inputs, self.options.memory_budget, columns)
+        return known[samples]
 
     def _by_autograd(self, batch: Batch, choice: Choice) -> Curvature:
         return by_autograd(self.model, self.loss, choice, batch, self.options.output)

@@ -8,9 +8,11 @@ operator each: `fxcurv::statistic` and `fxcurv::pull` call the very module that 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,26 +20,17 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from fxcurv.contractions import Statistic
-from fxcurv.errors import FxcurvError, QuantityError
+from fxcurv.errors import FxcurvError
 from fxcurv.program import Program
 from fxcurv.pullback import Pull, PullToParameter, Scaled
 from fxcurv.spec import module_of
 
-__all__ = ["Backend", "built", "checked"]
+__all__ = ["Backend", "built"]
 
 Backend = Literal["eager", "inductor"]
 
 COMPILER = "inductor"
 """The backend of torch.compile."""
-
-
-def checked(backend: str) -> str:
-    """A backend that exists."""
-    if backend not in get_args(Backend):
-        raise QuantityError(
-            f"backend={backend!r}", remedy=f"choose one of {', '.join(get_args(Backend))}", code="FXC409"
-        )
-    return backend
 
 
 def built(program: Program, backend: str) -> Program:
@@ -86,16 +79,19 @@ def _as_operator(module: nn.Module) -> nn.Module:
     return _ByAutograd(module) if opaque or isinstance(module, PullToParameter) else module
 
 
-_MODULES: dict[str, Any] = {}
-"""What the operators call, by all that says what it computes: neither these modules nor their ops hold a tensor."""
+_MODULES: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
+"""What the operators call. Names say all that a module computes: kernels that inductor caches hold them."""
+
+_NUMBERS = itertools.count()
 
 
-def _known(module: nn.Module) -> str:
-    """The name under which the operators find a module."""
+def _named(module: nn.Module) -> str:
+    """The name under which the operators find a module, for as long as it lives."""
     op = getattr(module, "op", None)
-    key = " ".join(f"{type(m).__qualname__}({m.extra_repr()})" for m in (module, op) if m is not None)
-    _MODULES.setdefault(key, module)
-    return key
+    parts = [f"{type(m).__qualname__}({m.extra_repr()})" for m in (module, op) if m is not None]
+    name = " ".join((*parts, str(next(_NUMBERS))))
+    _MODULES[name] = module
+    return name
 
 
 class _Sum(Statistic):
@@ -103,7 +99,8 @@ class _Sum(Statistic):
 
     def __init__(self, statistic: Statistic) -> None:
         super().__init__()
-        self.reads, self.key, self.scaled = statistic.reads, _known(statistic), statistic.scaled
+        self.calls = (statistic,)  # in a tuple: no submodule, whose parameters would be inputs
+        self.reads, self.key, self.scaled = statistic.reads, _named(statistic), statistic.scaled
 
     def forward(self, *uses: Sequence[Tensor | None]) -> Tensor:
         xs, Ss = {"x": (*uses, []), "S": ([], *uses), "xS": uses}[self.reads]
@@ -115,7 +112,8 @@ class _ByAutograd(nn.Module):
 
     def __init__(self, pull: nn.Module) -> None:
         super().__init__()
-        self.key = _known(pull)
+        self.calls = (pull,)
+        self.key = _named(pull)
 
     def forward(self, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
         return torch.ops.fxcurv.pull(self.key, S, list(kept))
@@ -129,13 +127,13 @@ def _statistic(key: str, xs: Sequence[Tensor | None], Ss: Sequence[Tensor]) -> T
 @_statistic.register_fake
 def _(key: str, xs: Sequence[Tensor | None], Ss: Sequence[Tensor]) -> Tensor:
     """A sum over samples and columns is of the shape that one of each would give."""
-    if not _MODULES[key].grows:
+    if not cast(Statistic, _MODULES[key]).grows:
         xs, Ss = [None if x is None else x[:1] for x in xs], [S[:1, :1] for S in Ss]
     return _sum(key, xs, Ss).contiguous()
 
 
 def _sum(key: str, xs: Sequence[Tensor | None], Ss: Sequence[Tensor]) -> Tensor:
-    statistic = _MODULES[key]
+    statistic: Any = _MODULES[key]
     return statistic(*{"x": (xs,), "S": (Ss,), "xS": (xs, Ss)}[statistic.reads])
 
 
@@ -152,7 +150,7 @@ def _pull(key: str, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
 @_pull.register_fake
 def _(key: str, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
     """Columns at an input, of each sample where it is the same for all."""
-    pull = _MODULES[key]
+    pull: Any = _MODULES[key]
     if isinstance(pull, PullToParameter):
         place = pull.places[-1]
         assert place is not None

@@ -112,7 +112,7 @@ class Patches:
         padding = tuple(int(p) for p in op.padding)
         return cls(tuple(op.kernel_size), tuple(op.stride), padding, tuple(op.dilation), op.groups)
 
-    @cached_property
+    @property  # not cached: torch.compile reads no locks
     def axes(self) -> tuple[Axis, ...]:
         return tuple(itertools.starmap(Axis, zip(self.kernel, self.stride, self.padding, self.dilation, strict=True)))
 

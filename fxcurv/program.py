@@ -95,7 +95,7 @@ def _without_job(parameter: nn.Parameter, refused: bool) -> str:
     return "frozen" if not parameter.requires_grad else "unsupported" if refused else "unreached"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A model compiled for quantities.
 

@@ -63,10 +63,9 @@ def run_elsewhere(program: Program, inputs: Inputs) -> dict[str, Tensor]:
     leaves = [fake(t) for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
     with mode, torch.no_grad(), _Watch():
         output, kept, sums = program.forward(*leaves)
-        for backward in program.backwards.values():
-            names = [str(node.target) for node in backward.graph.find_nodes(op="placeholder")[1:]]
+        for factor, backward in program.backwards.items():
             S = output.new_empty(3, *output.shape, dtype=output_of(program.canonical).meta["dtype"])
-            sums |= backward(S, **{name: kept[name] for name in names})
+            sums |= backward(S, **{name: kept[name] for name in program.kept(factor)})
     return sums
 
 
