@@ -78,14 +78,14 @@ def _frozen(value: Any, depth: int = 4) -> object:
 
 
 class _Same:
-    """An object, equal to itself alone; it is not kept alive, and one that is gone equals nothing."""
+    """An object, equal to itself alone. It is not kept alive, unless its type has no weak references."""
 
     def __init__(self, value: object) -> None:
         self.id = id(value)
         try:
             self.of: Callable[[], object] = weakref.ref(value)
         except TypeError:
-            self.of = lambda: None
+            self.of = lambda: value
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self.of() is not None and self.of() is other.of()
