@@ -201,13 +201,12 @@ def _patches_of(x: fx.Node) -> Patches | None:
 
 
 def _instead(node: fx.Node, op: nn.Module, args: tuple[Any, ...]) -> fx.Node:
-    """A call of `op` in the place of a node, under its name."""
+    """A call of `op` in the place of a node, under its target."""
     gm = node.graph.owning_module
     assert gm is not None
-    target = f"{node.target}_{type(op).__name__}"
-    gm.add_submodule(target, op)
+    gm.set_submodule(str(node.target), op)
     with node.graph.inserting_before(node):
-        replacement = node.graph.call_module(target, args)
+        replacement = node.graph.call_module(str(node.target), args)
     replacement.meta = dict(node.meta)
     return replacement
 

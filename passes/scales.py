@@ -60,12 +60,7 @@ def _fold(gm: fx.GraphModule, scaled: fx.Node, scale: ops.Affine, readers: list[
     """Readers that scale by themselves, of the columns as they arrive at the scale."""
     for reader in readers:
         op: Any = module_of(reader)
-        target = f"{reader.target}_scaled"
-        gm.add_submodule(target, Scaled(op, scale) if isinstance(op, Statistic) else PullScaled(op.op, scale))
-        with gm.graph.inserting_before(reader):
-            replacement = gm.graph.call_module(target, reader.args)
-        replacement.meta = dict(reader.meta)
-        reader.replace_all_uses_with(replacement)
-        gm.graph.erase_node(reader)
+        taken = Scaled(op, scale) if isinstance(op, Statistic) else PullScaled(op.op, scale)
+        gm.set_submodule(str(reader.target), taken)
     scaled.replace_all_uses_with(scaled.all_input_nodes[0])
     gm.graph.erase_node(scaled)

@@ -62,11 +62,10 @@ def selections(gm: fx.GraphModule) -> None:
         if not isinstance(op, Keep) or op.rule.kind != "selection":
             continue
         y, x = kept.args
-        target = f"{y.target}_by_indices"
-        gm.add_submodule(target, Selected(rule_of(op.op).axes))
+        gm.set_submodule(y.target, Selected(rule_of(op.op).axes))
         with gm.graph.inserting_before(y):
             indices = gm.graph.call_module(kept.target, (x, x))
-            selected = gm.graph.call_module(target, (x, indices))
+            selected = gm.graph.call_module(y.target, (x, indices))
         indices.meta, selected.meta = dict(kept.meta), dict(y.meta)
         for old, new in ((kept, indices), (y, selected)):
             old.replace_all_uses_with(new)
