@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from passes.rewrite import rewrites
+from passes.rewrite import rewrites, settled
 
 __all__ = ["drop_identity", "fold"]
 
@@ -13,7 +13,7 @@ def fold(gm: fx.GraphModule) -> fx.GraphModule:
     """The canonical graph without nodes that compute nothing or lead nowhere."""
     gm = rewrites(gm, drop_identity)
     gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    return fx.GraphModule(gm, gm.graph, class_name=type(gm).__name__)
+    return settled(gm)
 
 
 def drop_identity(node: fx.Node, op: nn.Module) -> fx.Node | None:

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from fxcurv.spec import module_of
 
-__all__ = ["Rewrite", "Targets", "copied", "rewrites"]
+__all__ = ["Rewrite", "Targets", "copied", "rewrites", "settled"]
 
 Rewrite = Callable[[fx.Node, nn.Module], fx.Node | None]
 
@@ -37,7 +37,21 @@ def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
                 node.replace_all_uses_with(replacement)
                 gm.graph.erase_node(node)
                 break
-    return fx.GraphModule(gm, gm.graph, class_name=type(gm).__name__)
+    return settled(gm)
+
+
+def settled(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that was changed, with the code of its graph, and no module that it does not call."""
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    holding = {""}.union(*map(_parents, called))
+    used = called | holding
+    for path in holding:
+        children = vars(gm.get_submodule(path))["_modules"]
+        for name in list(children):
+            if (f"{path}.{name}" if path else name) not in used:
+                del children[name]
+    gm.recompile()
+    return gm
 
 
 class Targets:

@@ -13,7 +13,7 @@ from fxcurv import ops
 from fxcurv.contractions import Statistic
 from fxcurv.pullback import OutputPositions, Pull, PullScaled, Scaled
 from fxcurv.spec import module_of
-from passes.rewrite import copied
+from passes.rewrite import copied, settled
 
 __all__ = ["fold_scales"]
 
@@ -29,7 +29,7 @@ def fold_scales(gm: fx.GraphModule) -> fx.GraphModule:
             readers = _readers(node)
             if readers is not None:
                 _fold(gm, node, op.op, readers)
-    return fx.GraphModule(gm, gm.graph, class_name=type(gm).__name__)
+    return settled(gm)
 
 
 def _readers(scaled: fx.Node) -> list[fx.Node] | None:

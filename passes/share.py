@@ -15,7 +15,7 @@ from fxcurv.patches import Patches
 from fxcurv.pullback import InputPositions, Keep, Selected
 from fxcurv.rules import rule_of
 from fxcurv.spec import module_of
-from passes.rewrite import copied
+from passes.rewrite import copied, settled
 
 __all__ = ["equal_calls", "selections", "share"]
 
@@ -25,7 +25,7 @@ def share(gm: fx.GraphModule) -> fx.GraphModule:
     gm = copied(gm)
     equal_calls(gm)
     selections(gm)
-    return fx.GraphModule(gm, gm.graph, class_name=type(gm).__name__)
+    return settled(gm)
 
 
 def equal_calls(gm: fx.GraphModule) -> None:
