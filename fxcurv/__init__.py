@@ -6,6 +6,7 @@ from fxcurv.api import trace as trace
 from fxcurv.blocks import Block as Block
 from fxcurv.blocks import Dense as Dense
 from fxcurv.blocks import Diagonal as Diagonal
+from fxcurv.blocks import Eigenbasis as Eigenbasis
 from fxcurv.blocks import Kronecker as Kronecker
 from fxcurv.checks import Demands as Demands
 from fxcurv.checks import Report as Report

@@ -410,6 +410,27 @@ _TABLE = (
         "needs a C++ compiler on CPUs and Triton on GPUs, does not work here.",
         'use backend="eager", which computes the same',
     ),
+    _error(
+        "FXC420",
+        "no inverse",
+        "misconfigured",
+        "A matrix without damping has no inverse to rounding, or is not positive definite where it is factorised.",
+        "give damping > 0, of the scale of the block's eigenvalues",
+    ),
+    _error(
+        "FXC421",
+        "wrong damping",
+        "misconfigured",
+        "A damping is a finite number, 0 or above, and is applied in one of the ways plain, pi and exact.",
+        "give one that the error describes",
+    ),
+    _error(
+        "FXC422",
+        "blocks that do not add up",
+        "misconfigured",
+        "The sum of two blocks has none of their forms, or a factor is negative.",
+        "add their as_dense(), which takes numel² numbers",
+    ),
     Code(
         "FXC430",
         "the output does not depend on it",
