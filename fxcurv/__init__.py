@@ -18,6 +18,8 @@ from fxcurv.errors import LossError as LossError
 from fxcurv.errors import QuantityError as QuantityError
 from fxcurv.errors import SpecError as SpecError
 from fxcurv.errors import UnsupportedError as UnsupportedError
+from fxcurv.files import load as load
+from fxcurv.merging import merge as merge
 from fxcurv.quantities import KFAC as KFAC
 from fxcurv.quantities import NAMES as NAMES
 from fxcurv.quantities import DiagGGN as DiagGGN

@@ -94,6 +94,11 @@ class Block(ABC):
         return math.prod(self.shape)
 
     @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self._like.device
+
+    @property
     def sizes(self) -> dict[str, torch.Size]:
         """The shapes of the stored tensors; nothing is formed for it."""
         return {name: t.shape for name, t in self.tensors.items()}

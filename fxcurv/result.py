@@ -11,7 +11,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fxcurv.blocks import Block
-from fxcurv.errors import FxcurvError, QuantityError
+from fxcurv.errors import QuantityError
+from fxcurv.fingerprint import Fingerprint
 
 __all__ = ["Curvature", "Entries", "Entry"]
 
@@ -22,7 +23,8 @@ class Entry:
 
     `status` is `exact` (equal to the quantity's definition), `approx(<name>)`, `fallback` (exact or named, by plain
     autograd), `frozen` (requires_grad is False), `unreached` (the output does not depend on it) or `unsupported`;
-    `reason` says why it is one of the last, or a fallback. `value` is a tensor of the parameter's shape or a block.
+    `reason` says why it is one of the last, or a fallback. `value` is a tensor of the parameter's shape or a block;
+    `definition` is the quantity with its options.
     """
 
     quantity: str
@@ -33,6 +35,7 @@ class Entry:
     reduction: str
     value: Tensor | Block | None = None
     reason: str = ""
+    definition: str = ""
 
     def tensors(self) -> dict[str, Tensor]:
         """The entry's stored tensors by name; a plain tensor is called `value`."""
@@ -92,13 +95,19 @@ _REMEDIES = {
 
 @dataclass(frozen=True, eq=False)
 class Curvature(Mapping[str, Entries]):
-    """`result[quantity][parameter]`, with the loss and the output that the curvature belongs to."""
+    """`result[quantity][parameter]`, with the loss and the output that the curvature belongs to.
+
+    `divisor` is what `mean` divides the loss terms by, 1 for `sum`; `model` is what the model is recognised by. Either
+    is None where it is not known.
+    """
 
     quantities: Mapping[str, Entries]
     loss: Tensor
     output: Tensor
     samples: int
     reduction: str
+    divisor: Tensor | float | None = None
+    model: Fingerprint | None = None
 
     def __getitem__(self, quantity: str) -> Entries:
         if quantity not in self.quantities:
@@ -167,28 +176,10 @@ class Curvature(Mapping[str, Entries]):
         return {**scalars, "output": self.output, "quantities": quantities}
 
     def save(self, path: str | Path) -> None:
-        """Write every tensor to a safetensors file, as `quantity/parameter/tensor`, with the statuses as metadata."""
-        try:
-            from safetensors.torch import save_file
-        except ImportError:
-            raise FxcurvError(
-                "saving needs the safetensors package", remedy='pip install "fxcurv[save]"', code="FXC006"
-            ) from None
-        if not Path(path).parent.is_dir():
-            raise FxcurvError(f"there is no folder {Path(path).parent}", remedy="create it first", code="FXC007")
-        tensors = {
-            f"{e.quantity}/{e.parameter}/{name}": t.contiguous().clone()
-            for e in self.entries
-            for name, t in e.tensors().items()
-        }
-        metadata = {f"{e.quantity}/{e.parameter}": e.status for e in self.entries}
-        scalars = {
-            "format": "fxcurv 1",
-            "reduction": self.reduction,
-            "samples": str(self.samples),
-            "loss": repr(self.loss.item()),
-        }
-        save_file(tensors, str(path), metadata={**metadata, **scalars})
+        """Write the result to a safetensors file, from which `fxcurv.load` reads the same; see fxcurv/files.py."""
+        from fxcurv.files import save
+
+        save(self, Path(path))
 
 
 def _shapes(entry: Entry) -> str:

@@ -431,6 +431,29 @@ _TABLE = (
         "The sum of two blocks has none of their forms, or a factor is negative.",
         "add their as_dense(), which takes numel² numbers",
     ),
+    _error(
+        "FXC423",
+        "no file of a result",
+        "misconfigured",
+        "The file is none that Curvature.save wrote, is of another schema, truncated, or contradicts itself; or a "
+        "block has a form that no file holds.",
+        "save the result anew, or update fxcurv",
+    ),
+    _error(
+        "FXC424",
+        "a result of another model",
+        "misconfigured",
+        "The parameters of the model have other names, shapes or types than those that the result is of.",
+        "give the model that it was computed for",
+    ),
+    _error(
+        "FXC425",
+        "results that do not merge",
+        "misconfigured",
+        "Results of two batches add where they are of one model, loss and choice of quantities, whose values add over "
+        "batches.",
+        "merge results as they are returned, of the same compile()",
+    ),
     Code(
         "FXC430",
         "the output does not depend on it",
