@@ -99,6 +99,11 @@ class Block(ABC):
         return self._like.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of its tensors."""
+        return self._like.dtype
+
+    @property
     def sizes(self) -> dict[str, torch.Size]:
         """The shapes of the stored tensors; nothing is formed for it."""
         return {name: t.shape for name, t in self.tensors.items()}
@@ -177,7 +182,7 @@ class Block(ABC):
         """A draw of N(0, (B + δI)⁻¹), of the block's shape: B + δI is the precision, as in a Laplace approximation."""
         damping = self._damped(damping)
         self._require_regular(damping)
-        noise = torch.randn(self.numel, 1, dtype=self._like.dtype, device=self._like.device, generator=generator)
+        noise = torch.randn(self.numel, 1, dtype=self.dtype, device=self.device, generator=generator)
         return self._mapped(lambda x: (x + damping).rsqrt())._mm(noise).reshape(self.shape)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -201,7 +206,7 @@ class Block(ABC):
                 remedy="add blocks of one shape",
                 code="FXC422",
             )
-        total = self._plus(other)
+        total = self.plus(other)
         if total is None:
             raise InputError(
                 f"the sum of a {type(self).__name__} and a {type(other).__name__} block is of neither form",
@@ -210,8 +215,8 @@ class Block(ABC):
             )
         return total
 
-    def _plus(self, other: Block) -> Block | None:
-        """The sum in this form, if it has one."""
+    def plus(self, other: Block) -> Block | None:
+        """The sum in a form of its own, if it has one."""
         return None
 
     def __rmul__(self, factor: float) -> Self:
@@ -292,7 +297,7 @@ class Diagonal(Block):
     def __mul__(self, factor: float) -> Self:
         return replace(self, values=self.values * self._factor(factor))
 
-    def _plus(self, other: Block) -> Block | None:
+    def plus(self, other: Block) -> Block | None:
         return replace(self, values=self.values + other.values) if isinstance(other, Diagonal) else None
 
 
@@ -366,7 +371,7 @@ class Dense(Block):
     def __mul__(self, factor: float) -> Self:
         return replace(self, moment=self.moment * self._factor(factor))
 
-    def _plus(self, other: Block) -> Block | None:
+    def plus(self, other: Block) -> Block | None:
         return replace(self, moment=self.moment + other.moment) if isinstance(other, Dense) else None
 
 
@@ -490,7 +495,7 @@ class Kronecker(Block):
         """Scales G."""
         return replace(self, output_moment=self.output_moment * self._factor(factor))
 
-    def _plus(self, other: Block) -> Block | None:
+    def plus(self, other: Block) -> Block | None:
         if not isinstance(other, Kronecker):
             return None
         if other.input_moment is self.input_moment:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from fxcurv.blocks import Block
 from fxcurv.errors import QuantityError
 from fxcurv.fingerprint import Fingerprint
+
+if TYPE_CHECKING:
+    from fxcurv.blockdiagonal import BlockDiagonal
 
 __all__ = ["Curvature", "Entries", "Entry"]
 
@@ -139,6 +142,12 @@ class Curvature(Mapping[str, Entries]):
     def _mapped(self, change: Callable[[Entry], Entry]) -> Curvature:
         changed = {name: Entries(map(change, e.entries.values())) for name, e in self.quantities.items()}
         return replace(self, quantities=changed)
+
+    def operator(self, quantity: str) -> BlockDiagonal:
+        """A quantity of all parameters as one operator: unreached ones have the block 0, frozen ones are left out."""
+        from fxcurv.blockdiagonal import BlockDiagonal
+
+        return BlockDiagonal.of(self[quantity])
 
     def table(self, fmt: str = "simple") -> str:
         """One row per parameter × quantity: shape, factor, status, form, shapes of its tensors, and trace (or sum)."""

@@ -454,6 +454,14 @@ _TABLE = (
         "batches.",
         "merge results as they are returned, of the same compile()",
     ),
+    _error(
+        "FXC426",
+        "not defined for this operator",
+        "misconfigured",
+        "A gradient, or a quantity without a value for some parameter, is no operator; sums need operators on the same "
+        "parameters, eigenvalues a square one, estimates at least one vector.",
+        "ask what the error describes",
+    ),
     Code(
         "FXC430",
         "the output does not depend on it",
