@@ -3,9 +3,11 @@
 from fxcurv.api import Compiled as Compiled
 from fxcurv.api import compile as compile
 from fxcurv.api import trace as trace
+from fxcurv.blockdiagonal import BlockDiagonal as BlockDiagonal
 from fxcurv.blocks import Block as Block
 from fxcurv.blocks import Dense as Dense
 from fxcurv.blocks import Diagonal as Diagonal
+from fxcurv.blocks import Eigenbasis as Eigenbasis
 from fxcurv.blocks import Kronecker as Kronecker
 from fxcurv.checks import Demands as Demands
 from fxcurv.checks import Report as Report
@@ -17,6 +19,9 @@ from fxcurv.errors import LossError as LossError
 from fxcurv.errors import QuantityError as QuantityError
 from fxcurv.errors import SpecError as SpecError
 from fxcurv.errors import UnsupportedError as UnsupportedError
+from fxcurv.files import load as load
+from fxcurv.merging import merge as merge
+from fxcurv.operators import LinearOperator as LinearOperator
 from fxcurv.quantities import KFAC as KFAC
 from fxcurv.quantities import NAMES as NAMES
 from fxcurv.quantities import DiagGGN as DiagGGN

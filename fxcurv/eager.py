@@ -67,7 +67,7 @@ def by_autograd(
                     _add(sums, _summands(mine, one.pulled(S_n, wanted)))
         for one in passes:
             _add(sums, _input_sums(jobs, one))
-    return assembled(Plan.of(model, choice, jobs, {}), sums, terms.value, whole, str(loss.reduction))
+    return assembled(Plan.of(model, choice, jobs, {}), sums, terms, whole, str(loss.reduction))
 
 
 def _add(sums: dict[str, Tensor], parts: Iterable[tuple[str, Tensor]]) -> None:

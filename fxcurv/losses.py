@@ -42,11 +42,16 @@ def columns_of(loss: nn.Module, factor: Factor, shape: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class LossTerms(ABC):
-    """A loss at given outputs and targets: its value, its gradient `[N, …]` and the weights ω of its terms."""
+    """A loss at given outputs and targets: its value, its gradient `[N, …]` and the weights ω of its terms.
+
+    `divisor` is what `mean` divides the sum of the terms by, 1 for `sum`: it adds up over batches, and so does
+    whatever is linear in the terms, times it.
+    """
 
     value: Tensor
     gradient: Tensor
     omega: Tensor
+    divisor: Tensor | float
 
     @property
     @abstractmethod
@@ -385,9 +390,9 @@ def _cross_entropy(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) ->
         target = target.where(q.sum(1) > 0, loss.ignore_index)  # on a GPU, a wrong index would end the process
     weighted = q if per_class is None else q * _along_classes(per_class, output)
     omega = weighted.sum(1, keepdim=True)  # the mass of a term: Σ_c w_c q_c
-    if loss.reduction == "mean":
-        omega = omega / counts
-    return SoftmaxTerms(*_value_and_gradient(_on(loss, output), output, target), omega, output.softmax(1)), checks
+    divisor = counts if loss.reduction == "mean" else 1.0
+    value_and_gradient = _value_and_gradient(_on(loss, output), output, target)
+    return SoftmaxTerms(*value_and_gradient, omega / divisor, divisor, output.softmax(1)), checks
 
 
 def _on(loss: nn.Module, like: Tensor) -> nn.Module:
@@ -465,12 +470,13 @@ def _mse(loss: nn.MSELoss, output: Tensor, target: Tensor) -> tuple[LossTerms, l
             remedy="give floating-point targets in the output's shape",
             code="FXC407",
         )
-    omega = output.new_full((), 1 / output.numel() if loss.reduction == "mean" else 1)
+    divisor = float(output.numel()) if loss.reduction == "mean" else 1.0
+    omega = output.new_full((), 1 / divisor)
 
     def noise(generator: Generator) -> Tensor:
         return 2**0.5 * torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
 
-    return ScalarTerms(*_value_and_gradient(loss, output, target), omega, output.new_full((), 2), noise), []
+    return ScalarTerms(*_value_and_gradient(loss, output, target), omega, divisor, output.new_full((), 2), noise), []
 
 
 def _bce_with_logits(loss: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor) -> tuple[LossTerms, list[Check]]:
@@ -480,7 +486,8 @@ def _bce_with_logits(loss: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor)
             remedy="give floating-point targets in the output's shape",
             code="FXC407",
         )
-    omega = torch.full_like(output, 1 / output.numel() if loss.reduction == "mean" else 1)
+    divisor = float(output.numel()) if loss.reduction == "mean" else 1.0
+    omega = torch.full_like(output, 1 / divisor)
     pos_weight, weight = _as(loss.pos_weight, output), _as(loss.weight, output)
     omega = omega if pos_weight is None else omega * (1 + (pos_weight - 1) * target)
     omega = omega if weight is None else omega * weight
@@ -493,7 +500,8 @@ def _bce_with_logits(loss: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor)
         (target >= 0) & (target <= 1),
         lambda: InputError("a target is outside of [0, 1]", remedy="give probabilities", code="FXC407"),
     )
-    return ScalarTerms(*_value_and_gradient(_on(loss, output), output, target), omega, p * (1 - p), noise), [outside]
+    value_and_gradient = _value_and_gradient(_on(loss, output), output, target)
+    return ScalarTerms(*value_and_gradient, omega, divisor, p * (1 - p), noise), [outside]
 
 
 def _shapes(what: str, target: Tensor, output: Tensor) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.gemm import transpose_times
+from fxcurv.linalg import cholesky, singular
 from fxcurv.patches import Patches
 
 __all__ = ["Matrix", "Moment", "SecondMoment", "formed", "moment_of"]
@@ -62,12 +63,15 @@ class SecondMoment:
         """The sum, kept in this form as long as that is smaller."""
         if isinstance(other, Tensor):
             return self.dense() + other
-        alike = self.patches == other.patches and self.scale == other.scale
-        if not alike or self.count + other.count >= self.side:
+        if self.patches != other.patches or self.count + other.count >= self.side or self.scale <= 0:
             return self.dense() + other.dense()
-        return replace(self, kept=(*self.kept, *other.kept))
+        ratio = (other.scale / self.scale) ** 0.5
+        return replace(self, kept=(*self.kept, *(t if ratio == 1 else t * ratio for t in other.kept)))
 
     __radd__ = __add__
+
+    def __mul__(self, factor: float) -> SecondMoment:
+        return replace(self, scale=self.scale * factor)
 
     def __truediv__(self, divisor: float) -> SecondMoment:
         return replace(self, scale=self.scale / divisor)
@@ -75,6 +79,10 @@ class SecondMoment:
     def clone(self) -> SecondMoment:
         """The same in memory of its own."""
         return replace(self, kept=tuple(t.clone() for t in self.kept))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SecondMoment:
+        """The same elsewhere, or in another type."""
+        return replace(self, kept=tuple(t.to(device=device, dtype=dtype) for t in self.kept))
 
     def diagonal(self) -> Tensor:
         """The diagonals, `[g,d]`."""
@@ -85,12 +93,34 @@ class SecondMoment:
         rows = self.rows()
         return rows.mT @ (rows @ matrix) * self.scale
 
-    def solve(self, matrix: Tensor, damping: float) -> Tensor:
-        """(A + damping·I)⁻¹ matrix, `[g,d,k]`, for damping > 0 (Woodbury's identity: r equations in place of d)."""
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norms, `[g]`, of r × r products."""
+        rows = self.rows()
+        return torch.linalg.matrix_norm(rows @ rows.mT) * self.scale
+
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues `[g,r]` and orthonormal eigenvectors `[g,d,r]`; 0 belongs to what they do not span.
+
+        They are the singular vectors of the r × d matrix of the vectors, so that nothing is squared.
+        """
+        if self.count >= self.side:
+            return Matrix(self.dense()).eigen()
+        _, values, vectors = torch.linalg.svd(self.rows() * self.scale**0.5, full_matrices=False)
+        return values.square(), vectors.mT
+
+    def solve(self, matrix: Tensor, damping: Tensor | float, what: str = "the matrix") -> Tensor:
+        """(A + damping·I)⁻¹ matrix, `[g,d,k]` (Woodbury's identity: r equations in place of d); damping may be `[g]`.
+
+        Without damping it is an error, in which `what` names the matrix, unless there are as many vectors as entries.
+        """
+        shift = torch.as_tensor(damping, dtype=matrix.dtype, device=matrix.device).reshape(-1, 1, 1)
+        if self.count >= self.side:
+            return Matrix(self.dense()).solve(matrix, damping, what)
+        if not bool((shift > 0).all()):
+            raise singular(what, self.count, self.side)
         rows = self.rows() * self.scale**0.5
-        small = rows @ rows.mT
-        small.diagonal(dim1=-2, dim2=-1).add_(damping)
-        return (matrix - rows.mT @ torch.cholesky_solve(rows @ matrix, torch.linalg.cholesky(small))) / damping
+        root = cholesky(rows @ rows.mT, damping, what)
+        return (matrix - rows.mT @ torch.cholesky_solve(rows @ matrix, root)) / shift
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,11 +146,18 @@ class Matrix:
         """The product with `[g,d,k]`."""
         return self.entries @ matrix
 
-    def solve(self, matrix: Tensor, damping: float) -> Tensor:
-        """(A + damping·I)⁻¹ matrix, `[g,d,k]`."""
-        damped = self.entries.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(damping)
-        return torch.cholesky_solve(matrix, torch.linalg.cholesky(damped))
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norms, `[g]`."""
+        return torch.linalg.matrix_norm(self.entries)
+
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues `[g,d]`, those below zero by rounding as zero, and orthonormal eigenvectors `[g,d,d]`."""
+        values, vectors = torch.linalg.eigh(self.entries)
+        return values.clamp(min=0), vectors
+
+    def solve(self, matrix: Tensor, damping: Tensor | float, what: str = "the matrix") -> Tensor:
+        """(A + damping·I)⁻¹ matrix, `[g,d,k]`; damping may be `[g]`; `what` names the matrix in errors."""
+        return torch.cholesky_solve(matrix, cholesky(self.entries, damping, what))
 
 
 Moment = Matrix | SecondMoment

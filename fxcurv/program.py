@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from fxcurv.choice import Choice
 from fxcurv.contractions import Statistic
 from fxcurv.errors import FxcurvError
+from fxcurv.fingerprint import Fingerprint
 from fxcurv.quantities import Factor, Quantity, Used, owners
 from fxcurv.spec import module_of
 
@@ -76,6 +77,7 @@ class Plan:
     statuses: Mapping[str, Mapping[str, str]]
     shapes: Mapping[str, tuple[int, ...]]
     refusals: Mapping[str, FxcurvError]
+    fingerprint: Fingerprint
 
     @classmethod
     def of(cls, model: nn.Module, choice: Choice, jobs: tuple[Job, ...], refusals: Mapping[str, FxcurvError]) -> Plan:
@@ -88,7 +90,7 @@ class Plan:
         for job in jobs:
             statuses[job.name] |= dict.fromkeys(job.parameters, job.status)
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        return cls(jobs, choice.quantities, statuses, shapes, refusals)
+        return cls(jobs, choice.quantities, statuses, shapes, refusals, Fingerprint.of(model))
 
 
 def _without_job(parameter: nn.Parameter, refused: bool) -> str:

@@ -296,7 +296,8 @@ class KFAC:
         positions = used.positions**2 if self.approx == "reduce" else used.positions
         A = sums["A"].div_(samples * positions) if isinstance(sums["A"], Tensor) else sums["A"] / (samples * positions)
         shape = (used.groups * used.outputs, used.inputs + 1) if self._joined(used) else used.shape
-        return Kronecker(shape, A, sums["G"])
+        averaged = samples * (1 if self.approx == "reduce" else used.positions)
+        return Kronecker(shape, A, sums["G"], averaged=averaged)
 
     def approximation(self, used: Used) -> str | None:
         return "diagonal" if self._form(used) == "diagonal" else None

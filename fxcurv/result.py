@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 from torch import Tensor
 
 from fxcurv.blocks import Block
-from fxcurv.errors import FxcurvError, QuantityError
+from fxcurv.errors import QuantityError
+from fxcurv.fingerprint import Fingerprint
+
+if TYPE_CHECKING:
+    from fxcurv.blockdiagonal import BlockDiagonal
 
 __all__ = ["Curvature", "Entries", "Entry"]
 
@@ -22,7 +26,8 @@ class Entry:
 
     `status` is `exact` (equal to the quantity's definition), `approx(<name>)`, `fallback` (exact or named, by plain
     autograd), `frozen` (requires_grad is False), `unreached` (the output does not depend on it) or `unsupported`;
-    `reason` says why it is one of the last, or a fallback. `value` is a tensor of the parameter's shape or a block.
+    `reason` says why it is one of the last, or a fallback. `value` is a tensor of the parameter's shape or a block;
+    `definition` is the quantity with its options.
     """
 
     quantity: str
@@ -33,6 +38,7 @@ class Entry:
     reduction: str
     value: Tensor | Block | None = None
     reason: str = ""
+    definition: str = ""
 
     def tensors(self) -> dict[str, Tensor]:
         """The entry's stored tensors by name; a plain tensor is called `value`."""
@@ -92,13 +98,19 @@ _REMEDIES = {
 
 @dataclass(frozen=True, eq=False)
 class Curvature(Mapping[str, Entries]):
-    """`result[quantity][parameter]`, with the loss and the output that the curvature belongs to."""
+    """`result[quantity][parameter]`, with the loss and the output that the curvature belongs to.
+
+    `divisor` is what `mean` divides the loss terms by, 1 for `sum`; `model` is what the model is recognised by. Either
+    is None where it is not known.
+    """
 
     quantities: Mapping[str, Entries]
     loss: Tensor
     output: Tensor
     samples: int
     reduction: str
+    divisor: Tensor | float | None = None
+    model: Fingerprint | None = None
 
     def __getitem__(self, quantity: str) -> Entries:
         if quantity not in self.quantities:
@@ -130,6 +142,12 @@ class Curvature(Mapping[str, Entries]):
     def _mapped(self, change: Callable[[Entry], Entry]) -> Curvature:
         changed = {name: Entries(map(change, e.entries.values())) for name, e in self.quantities.items()}
         return replace(self, quantities=changed)
+
+    def operator(self, quantity: str) -> BlockDiagonal:
+        """A quantity of all parameters as one operator: unreached ones have the block 0, frozen ones are left out."""
+        from fxcurv.blockdiagonal import BlockDiagonal
+
+        return BlockDiagonal.of(self[quantity])
 
     def table(self, fmt: str = "simple") -> str:
         """One row per parameter × quantity: shape, factor, status, form, shapes of its tensors, and trace (or sum)."""
@@ -167,28 +185,10 @@ class Curvature(Mapping[str, Entries]):
         return {**scalars, "output": self.output, "quantities": quantities}
 
     def save(self, path: str | Path) -> None:
-        """Write every tensor to a safetensors file, as `quantity/parameter/tensor`, with the statuses as metadata."""
-        try:
-            from safetensors.torch import save_file
-        except ImportError:
-            raise FxcurvError(
-                "saving needs the safetensors package", remedy='pip install "fxcurv[save]"', code="FXC006"
-            ) from None
-        if not Path(path).parent.is_dir():
-            raise FxcurvError(f"there is no folder {Path(path).parent}", remedy="create it first", code="FXC007")
-        tensors = {
-            f"{e.quantity}/{e.parameter}/{name}": t.contiguous().clone()
-            for e in self.entries
-            for name, t in e.tensors().items()
-        }
-        metadata = {f"{e.quantity}/{e.parameter}": e.status for e in self.entries}
-        scalars = {
-            "format": "fxcurv 1",
-            "reduction": self.reduction,
-            "samples": str(self.samples),
-            "loss": repr(self.loss.item()),
-        }
-        save_file(tensors, str(path), metadata={**metadata, **scalars})
+        """Write the result to a safetensors file, from which `fxcurv.load` reads the same; see fxcurv/files.py."""
+        from fxcurv.files import save
+
+        save(self, Path(path))
 
 
 def _shapes(entry: Entry) -> str:

@@ -20,7 +20,7 @@ from fxcurv.contractions import Sum
 from fxcurv.losses import LossTerms, loss_terms
 from fxcurv.memory import Chunks
 from fxcurv.program import Plan, Program
-from fxcurv.quantities import Factor
+from fxcurv.quantities import Factor, Quantity
 from fxcurv.result import Curvature, Entries, Entry
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of, output_of
@@ -64,7 +64,7 @@ def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch, chunk
             for factor in program.backwards:
                 _pull_back(program, factor, kept, _columns(factor, terms, chunks, batch, part), sums)
             first = kept = None
-        return assembled(program.plan, sums, terms.value, output, str(loss.reduction))
+        return assembled(program.plan, sums, terms, output, str(loss.reduction))
 
 
 def _cut(inputs: Sequence[Tensor], part: slice) -> list[Tensor]:
@@ -121,7 +121,7 @@ def default_columns(program: Program, samples: int) -> int:
     return max(1, COLUMN_BYTES // (max(sizes) * bytes_each))
 
 
-def assembled(plan: Plan, sums: Mapping[str, Sum], loss: Tensor, output: Tensor, reduction: str) -> Curvature:
+def assembled(plan: Plan, sums: Mapping[str, Sum], terms: LossTerms, output: Tensor, reduction: str) -> Curvature:
     """Sums -> values, by quantity and parameter."""
     samples, values = len(output), dict[tuple[str, str], Tensor | Block]()
     owners = Counter(id(sums[key]) for job in plan.jobs for key in job.sums.values())
@@ -135,24 +135,16 @@ def assembled(plan: Plan, sums: Mapping[str, Sum], loss: Tensor, output: Tensor,
             value = dataclasses.replace(value, parameters=job.parameters, status=job.status, reduction=reduction)
         values |= {(job.name, parameter): value for parameter in job.parameters}
 
-    def reason(parameter: str) -> str:
-        return str(plan.refusals.get(parameter, ""))
+    def entry(name: str, quantity: Quantity, parameter: str, status: str) -> Entry:
+        value, reason = values.get((name, parameter)), str(plan.refusals.get(parameter, ""))
+        shape, factor = plan.shapes[parameter], str(quantity.factor)
+        return Entry(name, parameter, shape, status, factor, reduction, value, reason, repr(quantity))
 
-    return Curvature(
-        {
-            name: Entries(
-                Entry(
-                    name, p, plan.shapes[p], status, str(quantity.factor), reduction, values.get((name, p)), reason(p)
-                )
-                for p, status in plan.statuses[name].items()
-            )
-            for name, quantity in plan.quantities.items()
-        },
-        loss,
-        output,
-        samples,
-        reduction,
-    )
+    quantities = {
+        name: Entries(entry(name, quantity, *item) for item in plan.statuses[name].items())
+        for name, quantity in plan.quantities.items()
+    }
+    return Curvature(quantities, terms.value, output, samples, reduction, terms.divisor, plan.fingerprint)
 
 
 def fresh_generator(device: torch.device) -> torch.Generator:

@@ -202,7 +202,7 @@ def test_a_call_reads_twice(loss: nn.Module, y: Tensor, monkeypatch: pytest.Monk
 def test_sampling_draws_what_multinomial_draws() -> None:
     p = torch.rand(7, 5, 3, generator=torch.Generator().manual_seed(0)).softmax(1)
     one, zero = torch.ones(7, 1, 3), torch.zeros(())
-    S = SoftmaxTerms(zero, zero, one, p).sampled(torch.Generator().manual_seed(1))
+    S = SoftmaxTerms(zero, zero, one, 1.0, p).sampled(torch.Generator().manual_seed(1))
     drawn = torch.multinomial(p.movedim(1, -1).reshape(-1, 5), 1, generator=torch.Generator().manual_seed(1))
     assert torch.equal((p - S).round().argmax(1), drawn.view(7, 3))
 

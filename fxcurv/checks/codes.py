@@ -410,6 +410,58 @@ _TABLE = (
         "needs a C++ compiler on CPUs and Triton on GPUs, does not work here.",
         'use backend="eager", which computes the same',
     ),
+    _error(
+        "FXC420",
+        "no inverse",
+        "misconfigured",
+        "A matrix without damping has no inverse to rounding, or is not positive definite where it is factorised.",
+        "give damping > 0, of the scale of the block's eigenvalues",
+    ),
+    _error(
+        "FXC421",
+        "wrong damping",
+        "misconfigured",
+        "A damping is a finite number, 0 or above, and is applied in one of the ways plain, pi and exact.",
+        "give one that the error describes",
+    ),
+    _error(
+        "FXC422",
+        "blocks that do not add up",
+        "misconfigured",
+        "The sum of two blocks has none of their forms, or a factor is negative.",
+        "add their as_dense(), which takes numel² numbers",
+    ),
+    _error(
+        "FXC423",
+        "no file of a result",
+        "misconfigured",
+        "The file is none that Curvature.save wrote, is of another schema, truncated, or contradicts itself; or a "
+        "block has a form that no file holds.",
+        "save the result anew, or update fxcurv",
+    ),
+    _error(
+        "FXC424",
+        "a result of another model",
+        "misconfigured",
+        "The parameters of the model have other names, shapes or types than those that the result is of.",
+        "give the model that it was computed for",
+    ),
+    _error(
+        "FXC425",
+        "results that do not merge",
+        "misconfigured",
+        "Results of two batches add where they are of one model, loss and choice of quantities, whose values add over "
+        "batches.",
+        "merge results as they are returned, of the same compile()",
+    ),
+    _error(
+        "FXC426",
+        "not defined for this operator",
+        "misconfigured",
+        "A gradient, or a quantity without a value for some parameter, is no operator; sums need operators on the same "
+        "parameters, eigenvalues a square one, estimates at least one vector.",
+        "ask what the error describes",
+    ),
     Code(
         "FXC430",
         "the output does not depend on it",

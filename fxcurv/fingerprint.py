@@ -1,0 +1,45 @@
+"""What a model is recognised by: the names, shapes and types of its parameters, not their values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+__all__ = ["Fingerprint"]
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """name -> (shape, dtype) of every parameter, tied copies once, in `named_parameters()` order."""
+
+    parameters: Mapping[str, tuple[tuple[int, ...], str]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Fingerprint:
+        """The fingerprint of a model."""
+        return cls({name: (tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the parameters, as hexadecimal digits."""
+        rows = [[name, list(shape), dtype] for name, (shape, dtype) in self.parameters.items()]
+        return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """The first parameter in which another model differs, and how; None if it does not."""
+        ours, theirs = self.parameters, other.parameters
+        for name in (*ours, *theirs):
+            if ours.get(name) != theirs.get(name):
+                return f"{name!r} is {_kind(ours, name)} here and {_kind(theirs, name)} there"
+        return None if list(ours) == list(theirs) else "the parameters have another order"
+
+
+def _kind(parameters: Mapping[str, tuple[tuple[int, ...], str]], name: str) -> str:
+    if name not in parameters:
+        return "missing"
+    shape, dtype = parameters[name]
+    return f"{list(shape)} of {dtype}"
