@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-__all__ = ["available", "sum_of_squared_products", "sum_of_squared_products_reference"]
+from fxcurv.contractions import Diagonal
 
-CHUNK = 1 << 22
-"""Entries of the largest temporary of the reference, where the result itself is smaller."""
+__all__ = ["available", "sum_of_squared_products", "sum_of_squared_products_reference"]
 
 SMALLEST = 64
 """Entries of a result `[o,i]` below which the kernel's tiles are mostly empty."""
@@ -39,19 +38,11 @@ def _fits(S: Tensor, x: Tensor) -> bool:
 
 
 def sum_of_squared_products_reference(S: Tensor, x: Tensor) -> Tensor:
-    """The same by matrix products per sample and group, cut along n and v so that none is larger than `CHUNK`."""
+    """The same by the definition, in chunks."""
     dtype = torch.promote_types(torch.promote_types(S.dtype, x.dtype), torch.float32)
-    (v, n, _, g, o), i = S.shape, x.shape[-1]
-    samples = max(1, min(n, CHUNK // max(1, g * o * i * v)))
-    columns = max(1, min(v, CHUNK // max(1, g * o * i * samples)))
-    total = S.new_zeros(g, o, i, dtype=dtype)
-    for a in range(0, n, samples):
-        right = x[a : a + samples].to(dtype).transpose(1, 2)
-        for b in range(0, v, columns):
-            left = S[b : b + columns, a : a + samples].to(dtype).permute(1, 3, 0, 4, 2)  # [n,g,v,o,s]
-            J = left.flatten(2, 3) @ right
-            total += J.square_().unflatten(2, (left.shape[2], o)).sum((0, 2))
-    return total
+    if 0 in (*S.shape, *x.shape):
+        return S.new_zeros(*S.shape[3:], x.shape[-1], dtype=dtype)
+    return Diagonal()([x.to(dtype)], [S.to(dtype)])
 
 
 def available(device: torch.device) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxcurv import kernels
+from fxcurv import contractions
 from fxcurv.kernels import available, sum_of_squared_products, sum_of_squared_products_reference
 
 TESTS = Path(__file__).resolve().parent
@@ -150,7 +150,7 @@ def test_the_kernel_equals_its_definition_on_a_gpu() -> None:
 def test_the_reference_equals_the_definition(
     size: str, layout: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "CHUNK", chunk)
+    monkeypatch.setattr(contractions, "CHUNK", chunk)
     v, n, s, g, o, i = SIZES[size]
     S, x = LAYOUTS[layout](draw(v, n, s, g, o)), LAYOUTS[layout](draw(n, s, g, i))
     kept = S.clone(), x.clone()
