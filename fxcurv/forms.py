@@ -104,7 +104,7 @@ class KeptInputs(Statistic):
         return with_ones(x) if self.ones else x.clone(memory_format=torch.contiguous_format)
 
     def sum_of(self, returned: Tensor) -> Sum:
-        return SecondMoment((returned,), self.patches)
+        return SecondMoment((returned,), self.patches).smaller()
 
     def cost(self, xs: Sequence[Tensor]) -> Cost:
         return copying(xs[0].numel(), xs[0].element_size())
@@ -135,7 +135,7 @@ class KeptOutputs(Statistic):
         return returned * scale.view(returned.shape[3:])
 
     def sum_of(self, returned: Tensor) -> Sum:
-        return SecondMoment((returned,))
+        return SecondMoment((returned,)).smaller()
 
     def cost(self, Ss: Ss) -> Cost:
         return copying(Ss[0].numel(), Ss[0].element_size())
@@ -161,7 +161,7 @@ class KeptEntries(Statistic):
         return returned * scale.repeat_interleave(returned.shape[-1] // len(scale))
 
     def sum_of(self, returned: Tensor) -> Sum:
-        return SecondMoment((returned,))
+        return SecondMoment((returned,)).smaller()
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
         rows, side = entries_of(xs, Ss)

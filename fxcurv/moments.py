@@ -26,6 +26,10 @@ class SecondMoment:
     patches: Patches | None = None
     scale: float = 1.0
 
+    def smaller(self) -> SecondMoment | Tensor:
+        """The same, as matrices if they take less."""
+        return self if self.count < self.side else self.dense()
+
     def rows(self) -> Tensor:
         """The vectors, `[g, m, d]`, unscaled."""
         positions = self.kept if self.patches is None else [self.patches.positions(z) for z in self.kept]

@@ -151,6 +151,18 @@ def test_a_result_owns_what_it_keeps() -> None:
     close(block.A, A)
 
 
+def test_a_larger_batch_than_was_compiled_for_is_summed() -> None:
+    """The form is chosen for 3 samples; for 60 the vectors would take more than the matrix."""
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(nn.Linear(30, 20)).double().eval()
+    compiled, x = fxcurv.compile(model, quantities=["kflr"], example_inputs=draw(3, 30)), draw(60, 30)
+    small, large = (compiled(z, torch.zeros(len(z), dtype=torch.int64))["kflr"]["0.weight"] for z in (x[:3], x))
+    assert isinstance(small.input_moment, SecondMoment)
+    assert isinstance(large.input_moment, Tensor)
+    close(large.A, x.mT @ x / 60)
+    close(small.A, x[:3].mT @ x[:3] / 3)
+
+
 # Products ---------------------------------------------------------------------------------------------------------
 
 
