@@ -122,7 +122,7 @@ def _of_inputs(op: contractions.InputCovariance, node: fx.Node, setting: Setting
         return
     (x,), (raw,) = xs, xs[0].all_input_nodes
     patches = _patches_of(x)
-    if patches is not None and op.pooled:
+    if patches is not None and op.pooled and _positions(x).place.parts == 1:
         yield _Form(forms.PooledPatches(patches, op.ones), ([raw],))
     if op.pooled:
         return
@@ -152,7 +152,7 @@ def _of_gradient(op: contractions.Gradient, node: fx.Node, setting: Setting) -> 
     xs, Ss = _uses(node)
     (x, *more), (S, *_) = xs, Ss
     if not more and x is not None and _patches_of(x) is not None:
-        conv: Any = _positions(x).op
+        conv: Any = _positions(S).op  # that of x may be another with the same patches
         yield _Form(forms.GradientOfConvolution(conv), ([*x.all_input_nodes], [*S.all_input_nodes]))
 
 
