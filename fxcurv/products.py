@@ -56,13 +56,14 @@ def fisher_operator(
     *,
     generator: torch.Generator | None = None,
     output: Output = None,
+    progress: bool = False,
 ) -> LinearOperator:
     """Σ_vn (J_nᵀ S_vn)(J_nᵀ S_vn)ᵀ with the columns S of a factor, by default `fxcurv.Empirical()`.
 
     That is the empirical Fisher matrix, each sample's gradient by its own; `fxcurv.Sampled(k)` draws k targets for each
     sample, from `generator`, the same ones for each product, and is unbiased for the GGN. Otherwise as `ggn_operator`.
     """
-    return _Middle(_Source(model, data, output), as_loss(loss), factor or Empirical(), generator)
+    return _Middle(_Source(model, data, output, progress), as_loss(loss), factor or Empirical(), generator)
 
 
 def hessian_operator(
