@@ -9,20 +9,23 @@ divide by. Data are read anew for each product, in the same order, so that produ
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxcurv.capture import Inputs, Output, as_call, selector, structural_copy, without_autocast
 from fxcurv.eager import check_repeatable
-from fxcurv.errors import InputError, QuantityError
+from fxcurv.errors import InputError, QuantityError, UnsupportedError
 from fxcurv.losses import LossTerms, as_loss, loss_terms, loss_value
 from fxcurv.operators import LinearOperator, Space
 from fxcurv.quantities import Empirical, Exact, Factor
@@ -43,7 +46,8 @@ def ggn_operator(
     Vectors are flat `[P]`, in `named_parameters()` order, or dicts by name; the unit is that of the loss over that of
     the parameters squared. `loss` and `output` are those of `fxcurv.compile`; `progress` shows a bar over batches on a
     terminal. Parameters are read when a product is taken. Raises a FxcurvError for a model in training mode whose
-    output changes from call to call, and for data that can be read only once.
+    output changes from call to call, for data that can be read only once, and for an op that torch differentiates only
+    once, which FXC301 names.
     """
     return _Middle(_Source(model, data, output, progress), as_loss(loss), Exact())
 
@@ -147,12 +151,39 @@ def _call(inputs: Any) -> Inputs:
 
 @contextmanager
 def _session() -> Generator[None]:
-    """With gradients, without autocast, with attention that can be differentiated twice, and with random numbers of
-    one seed, so that a DataLoader that shuffles gives the same batches each time; the global state is left alone.
+    """With gradients, without autocast, with ops that can be differentiated twice, and with random numbers of one seed.
+
+    A DataLoader that shuffles thus gives the same batches each time; the global state is left alone.
     """
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), without_autocast(), sdpa_kernel(SDPBackend.MATH):
+    with ExitStack() as stack:
+        for part in (torch.enable_grad(), torch.random.fork_rng(devices=[]), without_autocast(), _Twice()):
+            stack.enter_context(part)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         torch.default_generator.manual_seed(0)
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            op = re.search(r"derivative for (\S+) is not implemented", str(error))
+            if op is None:
+                raise
+            raise UnsupportedError(
+                f"torch cannot differentiate the model twice: it has no derivative of {op[1]}",
+                remedy="replace the op, or use a quantity of fxcurv.compile",
+                code="FXC301",
+            ) from error
+
+
+class _Twice(TorchFunctionMode):
+    """Replaces what torch differentiates only once by what it differentiates twice."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.hardsigmoid:
+            return func(*args, **(kwargs or {}))
+        given: dict[str, Any] = {**dict(zip(("input", "inplace"), args, strict=False)), **(kwargs or {})}
+        y = F.relu6(given["input"] + 3) / 6
+        return given["input"].copy_(y) if given.get("inplace") else y
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,43 @@ def test_narrow_types_are_summed_in_float32() -> None:
     assert float((operator @ v - (exact @ v.double()).float()).norm()) < 0.05 * float((exact @ v.double()).norm())
 
 
+class Once(torch.autograd.Function):
+    """The sine, of which only the first derivative is known."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardsigmoid_backward(grads[0], x)
+
+
+class Gate(nn.Module):
+    """A linear layer, and a function of what it returns."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.fc, self.function = nn.Linear(3, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.fc(x.mean(2)) * 1)
+
+
+def test_ops_that_torch_differentiates_once() -> None:
+    y = labels(5)
+    for function in (nn.Hardsigmoid(), nn.Hardsigmoid(inplace=True), nn.functional.hardsigmoid):
+        model = Gate(function).double().eval()
+        ggn = fxcurv.ggn_operator(model, "cross_entropy", (X, y))
+        close(ggn.dense(), reference.ggn_matrix(model, nn.CrossEntropyLoss(), X, y))
+    with pytest.raises(fxcurv.UnsupportedError, match="no derivative of aten::hardsigmoid_backward"):
+        _ = fxcurv.ggn_operator(Gate(Once.apply).double().eval(), "cross_entropy", (X, y)).dense()
+
+
 def test_what_has_no_product_is_refused() -> None:
     model, (_, loss, y) = model_of(False), CASES["cross_entropy"]
     with pytest.raises(fxcurv.InputError, match="updates its buffer norm"):
