@@ -19,9 +19,17 @@ from fxcurv.errors import LossError as LossError
 from fxcurv.errors import QuantityError as QuantityError
 from fxcurv.errors import SpecError as SpecError
 from fxcurv.errors import UnsupportedError as UnsupportedError
+from fxcurv.estimates import Spectrum as Spectrum
+from fxcurv.estimates import estimate_diagonal as estimate_diagonal
+from fxcurv.estimates import estimate_trace as estimate_trace
+from fxcurv.estimates import spectral_density as spectral_density
 from fxcurv.files import load as load
 from fxcurv.merging import merge as merge
 from fxcurv.operators import LinearOperator as LinearOperator
+from fxcurv.products import fisher_operator as fisher_operator
+from fxcurv.products import ggn_operator as ggn_operator
+from fxcurv.products import hessian_operator as hessian_operator
+from fxcurv.products import jacobian_operator as jacobian_operator
 from fxcurv.quantities import KFAC as KFAC
 from fxcurv.quantities import NAMES as NAMES
 from fxcurv.quantities import DiagGGN as DiagGGN

@@ -335,7 +335,7 @@ class Dense(Block):
     @cached_property
     def eigenbasis(self) -> Eigenbasis:
         """The block in its own eigenvectors."""
-        values, vectors = moment_of(self.moment).eigen()
+        values, vectors = moment_of(self.moment).eigen(self.name)
         one = values.new_ones(1, 1, 1)
         return Eigenbasis(self.shape, one, vectors, values.unsqueeze(-1), **self._labels)
 
@@ -443,7 +443,7 @@ class Kronecker(Block):
     def _eigen(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Eigenvalues and eigenvectors of A and of G."""
         A, G = self._factors
-        return A.eigen(), G.eigen()
+        return A.eigen(f"the factor A of {self.name}"), G.eigen(f"the factor G of {self.name}")
 
     def _ranks(self) -> Iterator[tuple[str, int, int]]:
         for factor, (values, vectors) in zip("AG", self._eigen, strict=True):

@@ -32,7 +32,7 @@ from fxcurv.result import Curvature
 from fxcurv.rules import Use, positions, rule_of
 from fxcurv.run import Batch, assembled, fresh_generator
 
-__all__ = ["by_autograd"]
+__all__ = ["by_autograd", "check_repeatable"]
 
 
 def by_autograd(
@@ -275,7 +275,7 @@ def _forward(model: nn.Module, inputs: Inputs, output: Output) -> list[_Pass]:
         return _Pass(samples, y, [call for call, g in zip(recorder.calls, found, strict=True) if g is not None])
 
     whole = forward(slice(0, number))
-    _check_repeatable(model, copy, whole.output, forward(slice(0, number)).output)
+    check_repeatable(model, copy, whole.output, forward(slice(0, number)).output)
     if number == 1:
         return [whole]
     try:
@@ -293,7 +293,8 @@ def _leaf(t: Tensor) -> Tensor:
     return t.detach().requires_grad_(t.is_floating_point())
 
 
-def _check_repeatable(model: nn.Module, copy: nn.Module, first: Tensor, second: Tensor) -> None:
+def check_repeatable(model: nn.Module, copy: nn.Module, first: Tensor, second: Tensor) -> None:
+    """An InputError if two calls of `copy`, a copy of the model, gave two outputs, or if they updated its buffers."""
     buffers = zip(model.named_buffers(), copy.buffers(), strict=False)
     updated = [name for (name, before), after in buffers if before.shape == after.shape and not _same(before, after)]
     if updated:

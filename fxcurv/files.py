@@ -388,7 +388,7 @@ class _Reader:
         kept = tuple(self._tensor(part) for part in node["kept"].each())
         patches = None if geometry.value is None else _patches(geometry)
         rank = {3, 4, 5, 6} if patches is None else {2 + len(patches.kernel)}
-        if not kept or not 0 < scale < math.inf or {t.ndim for t in kept} - rank:
+        if not kept or not 0 <= scale < math.inf or {t.ndim for t in kept} - rank:
             raise node.wrong("holds no vectors")
         moment = SecondMoment(kept, patches, scale)
         fits = len({t.shape[1 if patches else -2 :] for t in kept}) == 1

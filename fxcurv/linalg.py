@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fxcurv.errors import FxcurvError, InputError
 
-__all__ = ["cholesky", "damping_of", "rank", "singular"]
+__all__ = ["cholesky", "damping_of", "decomposed", "rank", "singular"]
 
 JITTERS = (0.0, 1.0, 10.0, 100.0)
 """What is added in turn where rounding makes a damped matrix indefinite, in units of its rounding error."""
@@ -37,6 +38,24 @@ def rank(values: Tensor, side: int) -> int:
         return 0
     bound = side * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True).clamp(min=0)
     return int((values > bound).sum(-1).min())
+
+
+def decomposed(
+    decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor, what: str
+) -> tuple[Tensor, Tensor]:
+    """What `decompose` makes of a matrix, where it does not converge of the matrix in float64; else an error."""
+    for attempt in (matrix, matrix.double()):
+        try:
+            values, vectors = decompose(attempt)
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+            continue
+        if bool(values.isfinite().all()):
+            return values.to(matrix.dtype), vectors.to(matrix.dtype)
+    raise FxcurvError(
+        f"{what} has no eigenvalues: it holds NaN or infinity, or they do not converge",
+        remedy="check the parameters of the model and the data",
+        code="FXC420",
+    )
 
 
 def cholesky(matrix: Tensor, damping: Tensor | float, what: str) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fxcurv.errors import FxcurvError, InputError, LossError
 from fxcurv.quantities import Exact, Factor, LossGradient, Rademacher, Sampled, Stratified, most_columns
 
-__all__ = ["EVERY", "LossTerms", "as_loss", "columns_of", "loss_terms", "softmax_root"]
+__all__ = ["EVERY", "LossTerms", "as_loss", "columns_of", "loss_terms", "loss_value", "softmax_root"]
 
 Generator = torch.Generator | None
 EVERY = slice(None)
@@ -69,6 +69,10 @@ class LossTerms(ABC):
     @abstractmethod
     def signed(self, generator: Generator) -> Tensor:
         """One column, the sum of a root's columns with independent random signs: `[N, …]`."""
+
+    @abstractmethod
+    def hessian(self, v: Tensor) -> Tensor:
+        """The loss Hessian at the output times columns `v[k, N, …]`."""
 
     def empirical(self) -> Tensor:
         """One column, √ω times the gradient of every term at its own target: `[N, …]`."""
@@ -129,6 +133,10 @@ class SoftmaxTerms(LossTerms):
     """Terms -Σ_c q_c log p_c with p = softmax along axis 1 and Σ_c q_c = 1; Hessian ω (diag(p) - p pᵀ)."""
 
     p: Tensor
+
+    def hessian(self, v: Tensor) -> Tensor:
+        pv = self.p * v
+        return self.omega * (pv - self.p * pv.sum(2, keepdim=True))
 
     @property
     def exact_columns(self) -> int:
@@ -225,6 +233,9 @@ class ScalarTerms(LossTerms):
     curvature: Tensor
     noise: Callable[[Generator], Tensor]
 
+    def hessian(self, v: Tensor) -> Tensor:
+        return self.omega * self.curvature * v
+
     @property
     def exact_columns(self) -> int:
         return self.gradient[0].numel()
@@ -306,6 +317,12 @@ def loss_terms(loss: nn.Module, output: Tensor, target: Tensor) -> LossTerms:
     terms, checks = _TERMS[kind](loss, output, target)
     _hold(*_finite(output, target), *checks, *_rootable(terms))
     return terms
+
+
+def loss_value(loss: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+    """The loss itself, as `loss_terms` computes it, to be differentiated."""
+    output = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+    return _on(loss, output)(output, target.to(output.dtype) if target.is_floating_point() else target)
 
 
 # What must hold, read from the device once -------------------------------------------------------------------------

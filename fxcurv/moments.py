@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.gemm import transpose_times
-from fxcurv.linalg import cholesky, singular
+from fxcurv.linalg import cholesky, decomposed, singular
 from fxcurv.patches import Patches
 
 __all__ = ["Matrix", "Moment", "SecondMoment", "formed", "moment_of"]
@@ -102,14 +102,14 @@ class SecondMoment:
         rows = self.rows()
         return torch.linalg.matrix_norm(rows @ rows.mT) * self.scale
 
-    def eigen(self) -> tuple[Tensor, Tensor]:
+    def eigen(self, what: str = "the matrix") -> tuple[Tensor, Tensor]:
         """Eigenvalues `[g,r]` and orthonormal eigenvectors `[g,d,r]`; 0 belongs to what they do not span.
 
         They are the singular vectors of the r × d matrix of the vectors, so that nothing is squared.
         """
         if self.count >= self.side:
-            return Matrix(self.dense()).eigen()
-        _, values, vectors = torch.linalg.svd(self.rows() * self.scale**0.5, full_matrices=False)
+            return Matrix(self.dense()).eigen(what)
+        values, vectors = decomposed(_right_singular, self.rows() * self.scale**0.5, what)
         return values.square(), vectors.mT
 
     def solve(self, matrix: Tensor, damping: Tensor | float, what: str = "the matrix") -> Tensor:
@@ -154,14 +154,20 @@ class Matrix:
         """The Frobenius norms, `[g]`."""
         return torch.linalg.matrix_norm(self.entries)
 
-    def eigen(self) -> tuple[Tensor, Tensor]:
+    def eigen(self, what: str = "the matrix") -> tuple[Tensor, Tensor]:
         """Eigenvalues `[g,d]`, those below zero by rounding as zero, and orthonormal eigenvectors `[g,d,d]`."""
-        values, vectors = torch.linalg.eigh(self.entries)
+        values, vectors = decomposed(torch.linalg.eigh, self.entries, what)
         return values.clamp(min=0), vectors
 
     def solve(self, matrix: Tensor, damping: Tensor | float, what: str = "the matrix") -> Tensor:
         """(A + damping·I)⁻¹ matrix, `[g,d,k]`; damping may be `[g]`; `what` names the matrix in errors."""
         return torch.cholesky_solve(matrix, cholesky(self.entries, damping, what))
+
+
+def _right_singular(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values `[g,r]` and right singular vectors `[g,r,d]`."""
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+    return values, vectors
 
 
 Moment = Matrix | SecondMoment

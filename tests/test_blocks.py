@@ -285,6 +285,20 @@ def test_wrong_arguments() -> None:
             _ = factor * BLOCKS["dense"]
 
 
+def test_blocks_that_are_not_finite_say_so() -> None:
+    for entries in (torch.full((3, 3), math.nan), torch.full((3, 3), math.inf)):
+        block = fxcurv.Kronecker((3, 3), entries, torch.eye(3), parameters=("w",))
+        with pytest.raises(
+            fxcurv.FxcurvError, match="the factor A of the block of 'w' has no eigenvalues: it holds NaN"
+        ):
+            block.eigvalsh()
+        with pytest.raises(fxcurv.FxcurvError, match="the factor A of the block of 'w' is not positive definite"):
+            block.inverse(0.1, "plain")
+        dense = fxcurv.Dense((3,), SecondMoment((entries[None, None, :2, :].mT[..., :1].mT,)), parameters=("b",))
+        with pytest.raises(fxcurv.FxcurvError, match="the block of 'b' has no eigenvalues"):
+            dense.eigvalsh()
+
+
 def test_cholesky_tries_again_in_float64() -> None:
     """In float32 the damping is lost in the rounding of an entry; the matrix without rounding is definite."""
     matrix = torch.full((1, 2, 2), 3e4)

@@ -26,6 +26,7 @@ PARAMETERS = 5  # besides self, cls, tensors, *args and **kwargs
 MANY_PARAMETERS = {  # public verbs: each option a keyword of its own
     "fxcurv/api.py:compile",
     "fxcurv/checks/levels.py:check",
+    "fxcurv/products.py:fisher_operator",
     "fxcurv/testing.py:assert_compatible",
 }
 
