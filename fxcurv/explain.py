@@ -26,7 +26,7 @@ from fxcurv.contractions import Statistic
 from fxcurv.costs import Cost, Rates, rates_of
 from fxcurv.losses import columns_of
 from fxcurv.memory import Chunks, forecast
-from fxcurv.program import Program
+from fxcurv.program import Program, sums_of
 from fxcurv.spec import module_of, output_of
 
 __all__ = ["Explanation", "Step", "explained"]
@@ -121,8 +121,9 @@ def explained(program: Program, inputs: Inputs, loss: nn.Module, chunks: Chunks)
 def _steps(name: str, counted: _Counted, rates: Rates) -> Iterator[Step]:
     needed = _needed(counted.module)
     for node, cost in counted.costs.items():
-        choice = node.meta.get("choice")
-        others = {} if choice is None else {form: s for form, s in choice.seconds.items() if form != choice.form}
+        contraction: Any = node.meta.get("contraction")
+        seconds = {} if contraction is None else contraction.seconds
+        others = {form: s for form, s in seconds.items() if form != contraction.form}
         does = module_of(node)._get_name()
         yield Step(name, str(node.target), does, cost, cost.seconds(rates), needed.get(node, ()), others)
 
@@ -130,15 +131,10 @@ def _steps(name: str, counted: _Counted, rates: Rates) -> Iterator[Step]:
 def _needed(gm: Any) -> dict[fx.Node, tuple[str, ...]]:
     """Node -> the quantities that it is computed for."""
     flow: nx.DiGraph[fx.Node] = nx.DiGraph((x, node) for node in gm.graph.nodes for x in node.all_input_nodes)
-    sums = {
-        n: str(n.target).partition(".")[0]
-        for n in flow
-        if n.op == "call_module" and isinstance(module_of(n), Statistic)
-    }
     needed: dict[fx.Node, dict[str, None]] = {}
-    for node, quantity in sums.items():
+    for key, node in sums_of(gm).items():
         for below in (node, *nx.ancestors(flow, node)):
-            needed.setdefault(below, {})[quantity] = None
+            needed.setdefault(below, {})[key.partition(".")[0]] = None
     return {node: tuple(quantities) for node, quantities in needed.items()}
 
 

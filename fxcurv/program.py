@@ -16,7 +16,7 @@ from fxcurv.fingerprint import Fingerprint
 from fxcurv.quantities import Factor, Quantity, Used, owners
 from fxcurv.spec import module_of
 
-__all__ = ["Job", "Plan", "Program", "jobs_for"]
+__all__ = ["Job", "Plan", "Program", "jobs_for", "sums_of"]
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,8 @@ class Program:
     @cached_property
     def statistics(self) -> dict[str, Statistic]:
         """What computes each sum."""
-        found: dict[str, Statistic] = {}
-        for gm in self.graphs:
-            returned: Any = gm.graph.output_node().args[0]
-            sums = returned[2] if gm is self.stages["forward"] else returned
-            found |= {key: cast(Statistic, module_of(node)) for key, node in sums.items()}
-        return found
+        sums = (item for gm in self.graphs for item in sums_of(gm).items())
+        return {key: cast(Statistic, module_of(node)) for key, node in sums}
 
     @property
     def graphs(self) -> tuple[fx.GraphModule, ...]:
@@ -135,3 +131,9 @@ class Program:
         """What the backward graph of a factor reads besides S."""
         graph = self.stages[f"backward[{factor}]"].graph
         return [str(node.target) for node in graph.find_nodes(op="placeholder")[1:]]
+
+
+def sums_of(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    """The sums that a forward or backward graph returns, by name."""
+    returned: Any = gm.graph.output_node().args[0]
+    return dict(returned if isinstance(returned, dict) else returned[2])

@@ -25,7 +25,7 @@ from fxcurv.shapes import resolve
 from fxcurv.spec import module_of
 from passes.rewrite import rewrites, settled
 
-__all__ = ["Choice", "Setting", "contract", "together"]
+__all__ = ["Contraction", "Setting", "contract", "together"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Contraction:
     """What was chosen for a statistic; the costs of all forms that apply, and the seconds that they should take."""
 
     form: str
@@ -89,7 +89,7 @@ def _cheapest(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
     costs = {name: _cost(form, setting) for name, form in applicable.items()}
     seconds = {name: cost.seconds(setting.rates) for name, cost in costs.items()}
     chosen = setting.forced if setting.forced in applicable else min(seconds, key=seconds.__getitem__)
-    node.meta["choice"] = Choice(chosen, costs, seconds)
+    node.meta["contraction"] = Contraction(chosen, costs, seconds)
     if chosen == definition.name:
         return None
     return _instead(node, applicable[chosen].statistic, applicable[chosen].args)

@@ -217,7 +217,9 @@ def results(forced: str | None) -> dict[str, Tensor]:
     x, y = draw(3, 3, 6, 7), torch.tensor([0, 3, 1])
     choice = chosen(QUANTITIES)
     program = passes.compile_program(model, passes.canonicalize(model, x), choice, x, forced)
-    names = {node.meta["choice"].form for gm in program.graphs for node in gm.graph.nodes if "choice" in node.meta}
+    names = {
+        node.meta["contraction"].form for gm in program.graphs for node in gm.graph.nodes if "contraction" in node.meta
+    }
     assert forced is None or forced in names
     curvature = run(
         program, model, as_loss("cross_entropy"), Batch(x, y), Chunks(3, dict.fromkeys(program.backwards, 2))
