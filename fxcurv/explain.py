@@ -122,8 +122,7 @@ def _steps(name: str, counted: _Counted, rates: Rates) -> Iterator[Step]:
     needed = _needed(counted.module)
     for node, cost in counted.costs.items():
         contraction: Any = node.meta.get("contraction")
-        seconds = {} if contraction is None else contraction.seconds
-        others = {form: s for form, s in seconds.items() if form != contraction.form}
+        others: dict[str, float] = {} if contraction is None else contraction.others
         does = module_of(node)._get_name()
         yield Step(name, str(node.target), does, cost, cost.seconds(rates), needed.get(node, ()), others)
 

@@ -57,6 +57,11 @@ class Contraction:
     costs: Mapping[str, Cost]
     seconds: Mapping[str, float]
 
+    @property
+    def others(self) -> dict[str, float]:
+        """The seconds of the forms that were not chosen."""
+        return {form: seconds for form, seconds in self.seconds.items() if form != self.form}
+
 
 def contract(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
     """A forward or backward graph with the cheapest forms."""
