@@ -18,6 +18,7 @@ from torch import Tensor
 from fxcurv.blocks import Block, Dense, Diagonal, Kronecker
 from fxcurv.contractions import Sum
 from fxcurv.errors import FxcurvError
+from fxcurv.family import APART
 from fxcurv.files import load
 from fxcurv.result import Curvature, Entries, Entry
 
@@ -69,6 +70,8 @@ def _check_alike(a: Curvature, b: Curvature) -> None:
         if list(ours) != list(theirs):
             raise _unfit(f"{name} is of other parameters")
         for mine, its in zip(ours.values(), theirs.values(), strict=True):
+            if mine.definition.startswith(APART):
+                raise _unfit(f"{name} of two batches is not made of {name} of each")
             if mine.definition != its.definition:
                 raise _unfit(f"{name} is {mine.definition} and {its.definition}")
 
