@@ -11,7 +11,8 @@ from typing import cast
 from torch import nn
 
 from fxcurv.errors import QuantityError
-from fxcurv.quantities import Quantity, named
+from fxcurv.names import named
+from fxcurv.quantities import Quantity
 
 __all__ = ["Asked", "Choice", "Pattern", "chosen"]
 

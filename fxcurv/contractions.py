@@ -1,8 +1,9 @@
 """The definitions of what is summed, over samples n and columns v, from the positions of a parameter's uses.
 
 A use is a pair `x[n,s,g,i]`, `S[v,n,s,g,o]`; for a bias `x` is None and stands for 1. Every statistic takes the uses of
-one parameter as two lists, so that a parameter used twice keeps its cross terms, and gives a plain sum: batches, chunks
-of columns and data sets simply add. forms.py has cheaper equal forms; passes/contract.py chooses.
+one parameter as two lists, so that a parameter used twice keeps its cross terms. Batches, chunks of columns and data
+sets simply add, unless a statistic keeps samples or columns apart: then it says along which axis they are laid side by
+side. forms.py has cheaper equal forms; passes/contract.py chooses.
 """
 
 from __future__ import annotations
@@ -19,15 +20,23 @@ from fxcurv.moments import SecondMoment
 
 __all__ = [
     "CHUNK",
+    "Columns",
     "Covariance",
     "Diagonal",
+    "DiagonalPerSample",
     "Gradient",
     "Gram",
+    "HessianDiagonal",
     "InputCovariance",
+    "Inputs",
     "OutputCovariance",
+    "Outputs",
     "PerOutput",
+    "RotatedDiagonal",
+    "SquaredNorms",
     "Statistic",
     "Sum",
+    "combined",
     "entries_of",
     "per_sample",
     "widened",
@@ -43,13 +52,21 @@ CHUNK = 1 << 22
 
 
 class Statistic(nn.Module):
-    """A sum over samples and columns; `reads` says of what: "x" (once a batch), "S" or "xS" (once a chunk of v)."""
+    """A sum over samples and columns; `reads` says of what: "x" (once a batch), "S" or "xS" (once a chunk of v).
 
-    reads: Literal["x", "S", "xS"]
+    One that reads "loss" is in no graph: the loss is differentiated twice for it (fxcurv/hessian.py).
+
+    `samples` and `columns` are the axes along which the parts of a batch, and chunks of columns, are laid side by side;
+    where they are None, these add.
+    """
+
+    reads: Literal["x", "S", "xS", "loss"]
     scales: ClassVar = False
     """Whether `scaled` is there."""
     grows: ClassVar = False
     """Whether what a call returns is larger for more samples or columns."""
+    samples: ClassVar[int | None] = None
+    columns: ClassVar[int | None] = None
 
     def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
         """What a call would have returned for S[v,n,s,g,o] · scale[g·o]."""
@@ -61,6 +78,16 @@ class Statistic(nn.Module):
     def sum_of(self, returned: Tensor) -> Sum:
         """The sum that a call returned: the tensor itself, or what it stands for."""
         return returned
+
+
+def combined(sums: dict[str, Sum], key: str, part: Sum, axis: int | None) -> None:
+    """Put one more part to what is there under `key`: add it, or lay it beside along an axis."""
+    if key not in sums:
+        sums[key] = part
+    elif axis is None:
+        sums[key] = sums[key] + part
+    else:
+        sums[key] = torch.cat([sums[key], part], axis)  # pyright: ignore[reportArgumentType]
 
 
 def per_sample(xs: Xs, Ss: Ss) -> Tensor:
@@ -92,8 +119,8 @@ def _entries_cost(xs: Xs, Ss: Ss) -> Cost:
     return Cost(cost.flops, cost.bytes, 6 * len(xs), cost.temporary)
 
 
-def _chunks(xs: Xs, Ss: Ss) -> Iterator[tuple[list[Tensor | None], list[Tensor]]]:
-    """The uses cut along n and v so that the per-sample entries of one cut stay within `CHUNK`."""
+def _chunks(xs: Xs, Ss: Ss) -> Iterator[tuple[slice, list[Tensor | None], list[Tensor]]]:
+    """The uses cut along n and v, and which n they are, so that a cut's per-sample entries stay within `CHUNK`."""
     v, n = Ss[0].shape[:2]
     inputs = 1 if xs[0] is None else xs[0].shape[-1]
     size = Ss[0].shape[3:].numel() * inputs
@@ -102,7 +129,7 @@ def _chunks(xs: Xs, Ss: Ss) -> Iterator[tuple[list[Tensor | None], list[Tensor]]
     for a in range(0, n, samples):
         x = [None if x is None else x[a : a + samples] for x in xs]
         for b in range(0, v, columns):
-            yield x, [S[b : b + columns, a : a + samples] for S in Ss]
+            yield slice(a, a + samples), x, [S[b : b + columns, a : a + samples] for S in Ss]
 
 
 class PerOutput(Statistic):
@@ -170,7 +197,7 @@ class Diagonal(PerOutput):
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         total: Tensor | None = None
-        for x, S in _chunks(xs, Ss):
+        for _, x, S in _chunks(xs, Ss):
             part = per_sample(x, S).square().sum((0, 1))
             total = part if total is None else total + part
         assert total is not None
@@ -180,6 +207,20 @@ class Diagonal(PerOutput):
         x, S = xs[0], Ss[0]
         entries = S[..., 0, :, :].numel() * (1 if x is None else x.shape[-1])
         return _entries_cost(xs, Ss) + Cost(temporary=2 * S.element_size() * min(CHUNK, entries))
+
+
+class RotatedDiagonal(Diagonal):
+    """`Diagonal` of U_Aᵀ x and U_Gᵀ S, with the eigenvectors of the sums called "A" and "G", in a second pass.
+
+    With `ones` the constant 1 stands behind x. The arguments of a call are rotated already.
+    """
+
+    def __init__(self, ones: bool = False) -> None:
+        super().__init__()
+        self.ones = ones
+
+    def extra_repr(self) -> str:
+        return f"ones={self.ones}"
 
 
 class Gram(Statistic):
@@ -273,3 +314,93 @@ class OutputCovariance(Covariance):
 
     def forward(self, Ss: Ss) -> Tensor:
         return self.covariance(Ss)
+
+
+# Samples and columns apart ------------------------------------------------------------------------------------------
+
+
+class Columns(Statistic):
+    """J[v,n,g,o,i] = Σ_s S[v,n,s,g,o] x[n,s,g,i]: the columns of every sample."""
+
+    reads = "xS"
+    samples, columns, grows = 1, 0, True
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        return per_sample(xs, Ss).contiguous()
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        return _entries_cost(xs, Ss)
+
+
+class DiagonalPerSample(Statistic):
+    """Σ_v (Σ_s S[v,n,s,g,o] x[n,s,g,i])²: `[n,g,o,i]`."""
+
+    reads = "xS"
+    samples, grows = 0, True
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        _, n, _, g, o = Ss[0].shape
+        total = Ss[0].new_zeros(n, g, o, 1 if xs[0] is None else xs[0].shape[-1])
+        for rows, x, S in _chunks(xs, Ss):
+            total[rows] += per_sample(x, S).square().sum(0)
+        return total
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        rows, side = entries_of(xs, Ss)
+        return _entries_cost(xs, Ss) + Cost(temporary=2 * Ss[0].element_size() * min(CHUNK, rows * side))
+
+
+class SquaredNorms(Statistic):
+    """Σ_v ‖J_vn‖² of the per-sample entries J[v,n,g·o·i]: `[n]`."""
+
+    reads = "xS"
+    samples, grows = 0, True
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        total = Ss[0].new_zeros(Ss[0].shape[1])
+        for rows, x, S in _chunks(xs, Ss):
+            total[rows] += per_sample(x, S).square().sum((0, 2, 3, 4))
+        return total
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        rows, side = entries_of(xs, Ss)
+        return _entries_cost(xs, Ss) + Cost(temporary=2 * Ss[0].element_size() * min(CHUNK, rows * side))
+
+
+class Inputs(Statistic):
+    """x[n,s,g,i] itself, the positions of all uses one behind the other."""
+
+    reads = "x"
+    samples, grows = 0, True
+
+    def forward(self, xs: Sequence[Tensor]) -> Tensor:
+        return torch.cat([*xs], 1)
+
+    def cost(self, xs: Sequence[Tensor]) -> Cost:
+        return copying(sum(x.numel() for x in xs), xs[0].element_size())
+
+
+class Outputs(Statistic):
+    """S[v,n,s,g,o] itself, the positions of all uses one behind the other."""
+
+    reads = "S"
+    samples, columns, grows = 1, 0, True
+
+    def forward(self, Ss: Ss) -> Tensor:
+        return torch.cat([*Ss], 2)
+
+    def cost(self, Ss: Ss) -> Cost:
+        return copying(sum(S.numel() for S in Ss), Ss[0].element_size())
+
+
+class HessianDiagonal(Statistic):
+    """diag ∂²loss/∂θ², `[*θ]`, or with `per_sample` that of each sample's part of the loss, `[n, *θ]`."""
+
+    reads = "loss"
+
+    def __init__(self, per_sample: bool = False) -> None:
+        super().__init__()
+        self.per_sample = per_sample
+
+    def extra_repr(self) -> str:
+        return f"per_sample={self.per_sample}"

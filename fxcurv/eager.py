@@ -10,23 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxcurv.capture import Inputs, Output, as_call, batch_size, selector, structural_copy, without_autocast
 from fxcurv.choice import Choice
-from fxcurv.contractions import per_sample
+from fxcurv.contractions import RotatedDiagonal, Statistic, Sum, combined, per_sample
+from fxcurv.ekfac import bases, diagonalized, rotated
 from fxcurv.errors import FxcurvError, InputError
-from fxcurv.losses import loss_terms
+from fxcurv.hessian import entries_apart, twice
+from fxcurv.losses import loss_terms, loss_value
 from fxcurv.program import Job, Plan, jobs_for
+from fxcurv.pullback import Rotate
 from fxcurv.quantities import Used
 from fxcurv.result import Curvature
 from fxcurv.rules import Use, positions, rule_of
@@ -48,7 +51,7 @@ def by_autograd(
     named diagonal under KFAC. Columns of a sampled factor are those that the compiled model draws from `generator`.
     Raises an InputError if the model's output or buffers change from call to call, as in training mode.
     """
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), without_autocast():
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), without_autocast(), sdpa_kernel(SDPBackend.MATH):
         passes = _forward(model, batch.inputs, output)
         whole = torch.cat([p.output for p in passes]).detach()
         terms = loss_terms(loss, whole, batch.target)
@@ -57,22 +60,43 @@ def by_autograd(
         used = _used(wanted, passes)
         described = {q: _among({p: used[p] for p in names if p in used}) for q, names in choice.of(model).items()}
         jobs = jobs_for(choice.quantities, described, fallback=True)
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, Sum] = {}
+        for one in passes:
+            _over_samples(sums, _input_sums(jobs, one))
         quiet = None if batch.progress else True
         for factor in dict.fromkeys(quantity.factor for quantity in choice.quantities.values()):
             mine = [job for job in jobs if job.quantity.factor == factor]
+            again = generator.clone_state()
             columns = tqdm(terms.columns(factor, 1, generator), str(factor), terms.count(factor), disable=quiet)
-            for S, one in product(columns, passes):
-                for S_n in one.columns(S[0].to(whole.dtype)):
-                    _add(sums, _summands(mine, one.pulled(S_n, wanted)))
-        for one in passes:
-            _add(sums, _input_sums(jobs, one))
+            for S in columns:
+                of_column: dict[str, Sum] = {}
+                for _, pulled in _samples(passes, S[0].to(whole.dtype), wanted):
+                    _over_samples(of_column, _summands(mine, pulled))
+                for key, statistic in _statistics(mine):
+                    if key in of_column:
+                        combined(sums, key, of_column[key], statistic.columns)
+            eigenvectors = diagonalized(mine, factor, sums)
+            for S in terms.columns(factor, 1, again) if eigenvectors else ():
+                for one, pulled in _samples(passes, S[0].to(whole.dtype), wanted):
+                    _over_samples(sums, _rotated(mine, one, pulled, eigenvectors))
+        for job, name, statistic in twice(jobs):
+            each = [_second(loss, whole, batch.target, (one, wanted[job.used.name])) for one in passes]
+            stacked = torch.cat(each)
+            sums[job.sums[name]] = stacked if statistic.per_sample else stacked.sum(0)
     return assembled(Plan.of(model, choice, jobs, {}), sums, terms, whole, str(loss.reduction))
 
 
-def _add(sums: dict[str, Tensor], parts: Iterable[tuple[str, Tensor]]) -> None:
-    for key, part in parts:
-        sums[key] = sums[key] + part if key in sums else part
+def _over_samples(sums: dict[str, Sum], parts: Iterable[tuple[str, Statistic, Tensor]]) -> None:
+    """Put the parts of one more sample to those of the samples before."""
+    for key, statistic, part in parts:
+        combined(sums, key, part, statistic.samples)
+
+
+def _statistics(jobs: Sequence[Job]) -> Iterator[tuple[str, Statistic]]:
+    """The statistics of jobs, by the names of their sums."""
+    for job in jobs:
+        for name, statistic in job.quantity.statistics(job.used).items():
+            yield job.sums[name], statistic
 
 
 def _among(used: Mapping[str, Used]) -> dict[str, Used]:
@@ -83,23 +107,52 @@ def _among(used: Mapping[str, Used]) -> dict[str, Used]:
 # Sums of one column of one pass -------------------------------------------------------------------------------------
 
 
-def _summands(jobs: Sequence[Job], pulled: _Pulled) -> Iterator[tuple[str, Tensor]]:
+def _samples(passes: Sequence[_Pass], S: Tensor, wanted: Mapping[str, Tensor]) -> Iterator[tuple[_Pass, _Pulled]]:
+    """A column of all samples, pulled back for each sample alone."""
+    for one in passes:
+        for S_n in one.columns(S):
+            yield one, one.pulled(S_n, wanted)
+
+
+def _second(loss: nn.Module, whole: Tensor, target: Tensor, at: tuple[_Pass, Tensor]) -> Tensor:
+    """The diagonal of the loss Hessian with respect to a parameter, of each sample of a pass: `[n, *θ]`."""
+    one, parameter = at
+    found: list[Tensor] = []
+    for n in range(len(whole))[one.samples]:
+        alone = torch.cat([whole[:n], one.output[n - one.samples.start :][:1], whole[n + 1 :]])
+        found.append(entries_apart(loss_value(loss, alone, target), parameter))
+    return torch.stack(found)
+
+
+def _rotated(
+    jobs: Sequence[Job], one: _Pass, pulled: _Pulled, eigenvectors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Statistic, Tensor]]:
+    """The summands of the second pass."""
+    for job, name, statistic in rotated(jobs):
+        U_A, U_G = (eigenvectors[basis] for basis in bases(jobs, job))
+        xs = [Rotate(statistic.ones)(x, U_A) for x in one.inputs(job.used.name)]
+        Ss = [Rotate()(S, U_G) for S in pulled.positions(job.used.name)]
+        yield job.sums[name], statistic, statistic(xs, Ss)
+
+
+def _summands(jobs: Sequence[Job], pulled: _Pulled) -> Iterator[tuple[str, Statistic, Tensor]]:
     """The summands of every statistic that reads S, by the names of the sums."""
     for job in jobs:
         for statistic, module in job.quantity.statistics(job.used).items():
             if module.reads == "S" and job.used.matrix:
-                yield job.sums[statistic], module(pulled.positions(job.used.name))
-            elif module.reads != "x":
+                yield job.sums[statistic], module, module(pulled.positions(job.used.name))
+            elif module.reads in ("S", "xS") and not isinstance(module, RotatedDiagonal):
                 entries = pulled.gradients[job.used.name].reshape(1, 1, 1, 1, -1)  # [v,n,s,g,o]
-                yield job.sums[statistic], module([entries]) if module.reads == "S" else module([None], [entries])
+                summand = module([entries]) if module.reads == "S" else module([None], [entries])
+                yield job.sums[statistic], module, summand
 
 
-def _input_sums(jobs: Sequence[Job], one: _Pass) -> Iterator[tuple[str, Tensor]]:
+def _input_sums(jobs: Sequence[Job], one: _Pass) -> Iterator[tuple[str, Statistic, Tensor]]:
     """The summands of every statistic of inputs."""
     for job in jobs:
         for statistic, module in job.quantity.statistics(job.used).items():
             if module.reads == "x":
-                yield job.sums[statistic], module(one.inputs(job.used.name))
+                yield job.sums[statistic], module, module(one.inputs(job.used.name))
 
 
 # How parameters are used --------------------------------------------------------------------------------------------

@@ -112,7 +112,8 @@ def explained(program: Program, inputs: Inputs, loss: nn.Module, chunks: Chunks)
         for factor, gm in zip(program.backwards, backwards, strict=True):
             backward = _Counted(gm)
             S = output.new_empty(columns_of(loss, factor, output.shape), *output.shape)
-            backward.run(S, *(kept[str(n.target)] for n in gm.graph.find_nodes(op="placeholder")[1:]))
+            read = program.given(factor).items()
+            backward.run(S, *(output.new_empty(bases) if bases else kept[name] for name, bases in read))
             steps += _steps(f"backward[{factor}]", backward, rates)
     peak = forecast(program, inputs, chunks.samples, chunks.columns).peak
     return Explanation(tuple(steps), peak, len(given[0]))

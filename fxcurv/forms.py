@@ -23,11 +23,13 @@ __all__ = [
     "DiagonalBySample",
     "DiagonalFused",
     "DiagonalOfSinglePositions",
+    "DiagonalPerSampleOfSinglePositions",
     "GradientOfConvolution",
     "KeptEntries",
     "KeptInputs",
     "KeptOutputs",
     "PooledPatches",
+    "SquaredNormsByPairs",
 ]
 
 CACHE = 1 << 18
@@ -314,4 +316,49 @@ class DiagonalByPairs(PerOutput):
         forming = copying(pairs * n * (2 * i + 1.2 * v * o), size) + Cost(calls=6 * pairs)
         return (forming + product(o, i, n * pairs, size)) * g + Cost(
             temporary=size * (min(2 * CHUNK, 2 * pairs * n * (i + o)) + S.numel() + x.numel())
+        )
+
+
+class DiagonalPerSampleOfSinglePositions(Statistic):
+    """`DiagonalPerSample` of one use with one position per sample: (Σ_v S[v,n,g,o]²) x[n,g,i]²."""
+
+    reads = "xS"
+    samples, grows = 0, True
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        (x,), (S,) = xs, Ss
+        squares = S[:, :, 0].square().sum(0).unsqueeze(-1)  # [n,g,o,1]
+        return squares if x is None else squares * x[:, 0].square().unsqueeze(-2)
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        (x,), (S,) = xs, Ss
+        _, n, _, g, o = S.shape
+        entries = n * g * o * (1 if x is None else x.shape[-1])
+        return copying(S.numel(), S.element_size()) + copying(entries / 2, S.element_size())
+
+
+class SquaredNormsByPairs(Statistic):
+    """`SquaredNorms` of weights by pairs of positions: Σ_v Σ_st (x_ns x_nt) (S_vns S_vnt); no entry is formed."""
+
+    reads = "xS"
+    samples, grows = 0, True
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        x = torch.cat([x for x in xs if x is not None], 1).transpose(1, 2)  # [n,g,s,i]
+        S = torch.cat([*Ss], 2).transpose(2, 3)  # [v,n,g,s,o]
+        total = S.new_zeros(len(x))
+        samples = max(1, CHUNK // (len(S) * S.shape[2] * S.shape[3] ** 2))
+        for start in range(0, len(x), samples):
+            rows = slice(start, start + samples)
+            inputs, outputs = x[rows] @ x[rows].mT, S[:, rows] @ S[:, rows].mT
+            total[rows] = (outputs.sum(0) * inputs).sum((1, 2, 3))
+        return total
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        v, n, _, g, o = Ss[0].shape
+        assert xs[0] is not None
+        s, i, size = sum(S.shape[2] for S in Ss), xs[0].shape[-1], Ss[0].element_size()
+        pairs = (product(s, s, i, size) + product(s, s, o, size) * v) * (n * g)
+        return Cost(pairs.flops, pairs.bytes, 6, 2 * size * min(CHUNK, v * n * g * s * s)) + copying(
+            n * g * s * (i + v * o), size
         )

@@ -19,9 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcurv.errors import FxcurvError, InputError, LossError
-from fxcurv.quantities import Exact, Factor, LossGradient, Rademacher, Sampled, Stratified, most_columns
+from fxcurv.quantities import (
+    Again,
+    Exact,
+    Factor,
+    Identity,
+    LossGradient,
+    Rademacher,
+    Sampled,
+    Stratified,
+    most_columns,
+)
 
-__all__ = ["EVERY", "LossTerms", "as_loss", "columns_of", "loss_terms", "loss_value", "softmax_root"]
+__all__ = ["EVERY", "LossTerms", "as_loss", "columns_of", "loss_terms", "loss_value", "softmax_root", "unit_columns"]
 
 Generator = torch.Generator | None
 EVERY = slice(None)
@@ -36,6 +46,8 @@ def columns_of(loss: nn.Module, factor: Factor, shape: Sequence[int]) -> int:
             return outputs - outputs // shape[1] if isinstance(loss, nn.CrossEntropyLoss) else outputs
         case Stratified(top, k):
             return top + k if top < shape[1] else columns_of(loss, Exact(), shape)
+        case Again(again):
+            return columns_of(loss, again, shape)
         case _:
             return most_columns(factor, outputs)
 
@@ -97,6 +109,8 @@ class LossTerms(ABC):
                 return k
             case Stratified(top, k):
                 return top + k
+            case Identity():
+                return self.gradient[0].numel()
             case _:
                 return 1
 
@@ -111,6 +125,8 @@ class LossTerms(ABC):
             stop = min(start + chunk, count)
             if isinstance(factor, Exact):
                 yield self.exact(start, stop, samples)
+            elif isinstance(factor, Identity):
+                yield unit_columns(self.gradient[samples], start, stop)
             else:
                 S = self.gradient.new_empty(stop - start, *self.gradient[samples].shape)
                 for column in S:
@@ -126,6 +142,14 @@ class LossTerms(ABC):
                 yield from (self.signed(generator) / k**0.5 for _ in range(k))
             case _:
                 yield self.gradient if isinstance(factor, LossGradient) else self.empirical()
+
+
+def unit_columns(output: Tensor, start: int, stop: int) -> Tensor:
+    """Columns start … stop of the identity, for outputs of this shape: `[v, N, …]`."""
+    S = output.new_zeros(stop - start, len(output), output[0].numel())
+    v = torch.arange(stop - start, device=output.device)
+    S[v, :, v + start] = 1
+    return S.view(stop - start, *output.shape)
 
 
 @dataclass(frozen=True)

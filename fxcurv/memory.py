@@ -109,7 +109,7 @@ def forecast(program: Program, inputs: Inputs, samples: int, columns: int | Mapp
         held = output.new_empty(HELD * batch_size(inputs), *output.shape[1:])
         live.charge(WORKING * _bytes(held) / HELD)
         times, outputs = -(-batch_size(inputs) // samples), output[0].numel()
-        first, adding = _grown(program, sums, times)
+        first, adding = _grown(program, sums, (times, 1))
         live.charge(adding)
         forward, highest, results = live.highest, dict[Factor, int](), [first]
         base = live.held - _bytes(sums)
@@ -118,8 +118,9 @@ def forecast(program: Program, inputs: Inputs, samples: int, columns: int | Mapp
             live.again()
             live.charge(ROOT * V * _bytes(output))
             S = output.new_empty(V, *output.shape)
-            found = _Run(gm, live).run(S, *(kept[name] for name in program.kept(factor)))
-            size, adding = _grown(program, found, times * -(-most // V))
+            given = program.given(factor).items()
+            found = _Run(gm, live).run(S, *(output.new_empty(b) if b else kept[name] for name, b in given))
+            size, adding = _grown(program, found, (times, -(-most // V)))
             live.charge(adding)
             highest[factor] = live.highest + (size if times == 1 and most > V else 0)
             results.append(size)
@@ -130,15 +131,19 @@ def forecast(program: Program, inputs: Inputs, samples: int, columns: int | Mapp
     return Forecast(forward + (whole if times > 1 else 0), base, backward, whole)
 
 
-def _grown(program: Program, parts: Mapping[str, Tensor], times: int) -> tuple[int, int]:
-    """Bytes of sums of so many parts like these, and at most beside them when one is added.
+def _grown(program: Program, parts: Mapping[str, Tensor], chunks: tuple[int, int]) -> tuple[int, int]:
+    """Bytes of sums over chunks of samples and columns, each like these, and at most beside them when one is added.
 
-    Moments that are kept as vectors grow with every part, until they are formed.
+    Moments that are kept as vectors grow with every chunk, until they are formed; samples and columns that are kept
+    apart are laid side by side.
     """
-    held, beside = 0, 0
+    held, beside, times = 0, 0, chunks[0] * chunks[1]
     for key, part in parts.items():
         size = part.untyped_storage().nbytes()
-        value = program.statistics[key].sum_of(part)
+        statistic = program.statistics[key]
+        if statistic.samples is not None:
+            size *= chunks[0] * (1 if statistic.columns is None else chunks[1])
+        value = statistic.sum_of(part)
         if isinstance(value, SecondMoment) and times > 1:
             formed, kept = math.prod(value.shape) * part.element_size(), sum(t.nbytes for t in value.kept)
             grown = value.count * times < value.side

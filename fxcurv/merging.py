@@ -21,7 +21,13 @@ from fxcurv.errors import FxcurvError
 from fxcurv.files import load
 from fxcurv.result import Curvature, Entries, Entry
 
-__all__ = ["merge"]
+__all__ = ["APART", "merge"]
+
+APART = (
+    *("BatchGrad(", "BatchL2(", "BatchDot(", "BatchDiagGGN(", "SqrtGGN(", "GGNGram(", "Jacobian("),
+    *("DiagHessian(per_sample=True", "Variance(", "EKFAC(", "KFRA(", "FOOF("),
+)
+"""The definitions that keep samples apart, or are no sums over them."""
 
 
 def merge(first: Curvature | str | Path, second: Curvature | str | Path) -> Curvature:
@@ -69,6 +75,8 @@ def _check_alike(a: Curvature, b: Curvature) -> None:
         if list(ours) != list(theirs):
             raise _unfit(f"{name} is of other parameters")
         for mine, its in zip(ours.values(), theirs.values(), strict=True):
+            if mine.definition.startswith(APART):
+                raise _unfit(f"{name} of two batches is not made of {name} of each")
             if mine.definition != its.definition:
                 raise _unfit(f"{name} is {mine.definition} and {its.definition}")
 

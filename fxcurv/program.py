@@ -103,7 +103,7 @@ class Program:
 
     `forward(*inputs)` returns the output, what the pullback keeps, and sums over inputs; `backwards[factor](S, **kept)`
     returns sums over a chunk of columns; `plan` says what is made of them. Both are those of the `stages`, as a backend
-    runs them.
+    runs them. A factor that is taken `Again` has a backward graph of its own, which is given eigenvectors besides.
     """
 
     stages: Mapping[str, fx.GraphModule]
@@ -119,7 +119,7 @@ class Program:
 
     @property
     def graphs(self) -> tuple[fx.GraphModule, ...]:
-        """The graphs that run: forward, and one backward graph per factor."""
+        """The graphs that run: forward, and one backward graph per factor, two where a factor is taken again."""
         return self.stages["forward"], *(self.stages[f"backward[{factor}]"] for factor in self.backwards)
 
     @property
@@ -127,10 +127,14 @@ class Program:
         """The model's computation, as modules of the vocabulary."""
         return self.stages["canonical"]
 
+    def given(self, factor: Factor) -> dict[str, tuple[int, ...] | None]:
+        """What the backward graph of a factor reads besides S, in order: eigenvectors with their shapes, and `kept`."""
+        _, *rest = self.stages[f"backward[{factor}]"].graph.find_nodes(op="placeholder")
+        return {str(node.target): node.meta.get("eigenvectors") for node in rest}
+
     def kept(self, factor: Factor) -> list[str]:
-        """What the backward graph of a factor reads besides S."""
-        graph = self.stages[f"backward[{factor}]"].graph
-        return [str(node.target) for node in graph.find_nodes(op="placeholder")[1:]]
+        """What the backward graph of a factor reads of what the forward graph keeps."""
+        return [name for name, eigenvectors in self.given(factor).items() if eigenvectors is None]
 
 
 def sums_of(gm: fx.GraphModule) -> dict[str, fx.Node]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv import ops
-from fxcurv.contractions import Statistic, Sum, widened
+from fxcurv.contractions import Statistic, Sum, widened, with_ones
 from fxcurv.costs import Cost
 from fxcurv.rules import autograd_pull, autograd_pull_each, rule_of
 from fxcurv.shapes import Samples
@@ -27,6 +27,7 @@ __all__ = [
     "Pull",
     "PullScaled",
     "PullToParameter",
+    "Rotate",
     "Scaled",
     "Selected",
     "Unbroadcast",
@@ -216,3 +217,18 @@ class OutputPositions(_OfOp):
 
     def extra_repr(self) -> str:
         return f"samples at {self.place}"
+
+
+class Rotate(nn.Module):
+    """X[*,s,g,d] -> Σ_d U[g,d,e] X[*,s,g,d]: positions in another basis; with `ones` the constant 1 is behind them."""
+
+    def __init__(self, ones: bool = False) -> None:
+        super().__init__()
+        self.ones = ones
+
+    def forward(self, X: Tensor, U: Tensor) -> Tensor:
+        X = with_ones(X) if self.ones else X
+        return (X.transpose(-3, -2) @ U).transpose(-3, -2)
+
+    def extra_repr(self) -> str:
+        return f"ones={self.ones}"

@@ -6,9 +6,8 @@ used, and turns their sums into a result; it knows nothing about layers.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -22,20 +21,21 @@ from fxcurv.moments import formed
 
 __all__ = [
     "KFAC",
-    "NAMES",
+    "Again",
     "DiagGGN",
     "Empirical",
     "Exact",
     "Factor",
     "Grad",
+    "Identity",
     "LossGradient",
     "Quantity",
     "Rademacher",
     "Sampled",
     "Stratified",
+    "Sums",
     "Used",
     "most_columns",
-    "named",
     "owners",
 ]
 
@@ -120,6 +120,24 @@ class LossGradient:
         return "gradient"
 
 
+@dataclass(frozen=True)
+class Identity:
+    """One column per output entry, 1 there and 0 elsewhere: what is pulled back are Jacobians, whatever the loss."""
+
+    def __str__(self) -> str:
+        return "identity"
+
+
+@dataclass(frozen=True)
+class Again:
+    """The columns of a factor once more, in a second pass: for sums in the eigenbases of sums of the first."""
+
+    factor: Factor
+
+    def __str__(self) -> str:
+        return f"{self.factor} again"
+
+
 def _at_least(least: int, factor: object, **counts: object) -> None:
     """Refuse a factor whose numbers of columns are not whole numbers from `least` on."""
     for name, count in counts.items():
@@ -129,14 +147,16 @@ def _at_least(least: int, factor: object, **counts: object) -> None:
             )
 
 
-Factor = Exact | Sampled | Stratified | Rademacher | Empirical | LossGradient
+Factor = Exact | Sampled | Stratified | Rademacher | Empirical | LossGradient | Identity | Again
 
 
 def most_columns(factor: Factor, outputs: int) -> int:
     """How many columns a factor has at most, for so many output entries per sample."""
     match factor:
-        case Exact():
+        case Exact() | Identity():
             return outputs
+        case Again(again):
+            return most_columns(again, outputs)
         case Sampled(k) | Rademacher(k):
             return k
         case Stratified(top, k):
@@ -270,7 +290,9 @@ class KFAC:
 
     def __post_init__(self) -> None:
         if self.approx not in ("expand", "reduce"):
-            raise QuantityError(f"KFAC(approx={self.approx!r})", remedy="choose 'expand' or 'reduce'", code="FXC409")
+            raise QuantityError(
+                f"{type(self).__name__}(approx={self.approx!r})", remedy="choose 'expand' or 'reduce'", code="FXC409"
+            )
 
     def owner(self, used: Used) -> str:
         joined = self.joint and used.partner is not None and not used.matrix
@@ -301,46 +323,3 @@ class KFAC:
 
     def approximation(self, used: Used) -> str | None:
         return "diagonal" if self._form(used) == "diagonal" else None
-
-
-NAMES: dict[str, Quantity] = {
-    "grad": Grad(),
-    "kfac": KFAC(),
-    "kflr": KFAC(Exact()),
-    "kfac_empirical": KFAC(Empirical()),
-    "diag_ggn": DiagGGN(),
-    "diag_ggn_mc": DiagGGN(Sampled(1)),
-}
-"""Every quantity that can be asked for by name."""
-
-
-def named(quantities: str | Quantity | Iterable[str | Quantity]) -> dict[str, Quantity]:
-    """Quantities by the name that their results are found under: as given, or an object's family, numbered if taken."""
-    asked = list(quantities) if isinstance(quantities, Iterable) and not isinstance(quantities, str) else [quantities]
-    result: dict[str, Quantity] = {}
-    for item in asked:
-        name, quantity = (item, _by_name(item)) if isinstance(item, str) else (_family_of(item), item)
-        taken = [key for key in result if key == name or key.startswith(f"{name}_")]
-        if quantity not in (result[key] for key in taken):
-            result[f"{name}_{len(taken)}" if name in result else name] = quantity
-    if not result:
-        raise QuantityError("no quantity was asked for", remedy=f"choose some of {', '.join(NAMES)}", code="FXC409")
-    return result
-
-
-def _by_name(name: str) -> Quantity:
-    if name in NAMES:
-        return NAMES[name]
-    close = difflib.get_close_matches(name, NAMES, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise QuantityError(f"no quantity is called {name!r}", remedy=f"{hint}there are {', '.join(NAMES)}", code="FXC409")
-
-
-def _family_of(quantity: Quantity) -> str:
-    if not hasattr(quantity, "statistics"):
-        raise QuantityError(
-            f"{quantity!r} is no quantity",
-            remedy=f"give a name ({', '.join(NAMES)}) or an object such as fxcurv.KFAC()",
-            code="FXC409",
-        )
-    return quantity.family

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +17,28 @@ from tqdm import tqdm
 
 from fxcurv.blocks import Block
 from fxcurv.capture import Inputs, as_call, without_autocast
-from fxcurv.contractions import Sum
-from fxcurv.losses import LossTerms, loss_terms
+from fxcurv.contractions import Sum, combined
+from fxcurv.ekfac import diagonalized
+from fxcurv.hessian import hessian_diagonals
+from fxcurv.losses import LossTerms, loss_terms, loss_value
 from fxcurv.memory import Chunks
-from fxcurv.program import Plan, Program
-from fxcurv.quantities import Factor, Quantity
+from fxcurv.program import Program
+from fxcurv.quantities import Again, Factor, Quantity
 from fxcurv.result import Curvature, Entries, Entry
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of, output_of
 
-__all__ = ["COLUMN_BYTES", "Batch", "assembled", "bind", "default_columns", "fresh_generator", "run"]
+__all__ = [
+    "COLUMN_BYTES",
+    "Batch",
+    "Gathered",
+    "assembled",
+    "bind",
+    "default_columns",
+    "fresh_generator",
+    "pull_back",
+    "run",
+]
 
 COLUMN_BYTES = 1 << 29
 """How much memory one chunk of columns may take at the widest place of the backward graph."""
@@ -54,28 +67,114 @@ def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch, chunk
         first = program.forward(*inputs) if len(parts) == 1 else None
         output = torch.cat([program.canonical(*_cut(inputs, p)) for p in parts]) if first is None else first[0]
         terms = loss_terms(loss, output, batch.target)
-        generator = batch.generator or fresh_generator(output.device)
-        batch, state = dataclasses.replace(batch, generator=generator), generator.get_state()
-        sums: dict[str, Sum] = {}
-        for part in parts:
-            generator.set_state(state)  # each part takes its samples out of the same draws
-            _, kept, found = first or program.forward(*_cut(inputs, part))
-            _add(program, found, sums)
-            for factor in program.backwards:
-                _pull_back(program, factor, kept, _columns(factor, terms, chunks, batch, part), sums)
-            first = kept = None
-        return assembled(program.plan, sums, terms, output, str(loss.reduction))
+        batch = dataclasses.replace(batch, generator=batch.generator or fresh_generator(output.device))
+        walk = _Walk(program, inputs, terms, chunks, batch)
+        walk.through([f for f in program.backwards if not isinstance(f, Again)], first)
+        walk.again([f for f in program.backwards if isinstance(f, Again)], first)
+        parameters = dict(model.named_parameters())
+        second = hessian_diagonals(program, parameters, inputs, partial(loss_value, loss, target=batch.target))
+        return assembled(program.plan, {**walk.sums.whole, **second}, terms, output, str(loss.reduction))
 
 
 def _cut(inputs: Sequence[Tensor], part: slice) -> list[Tensor]:
     return [t[part] for t in inputs]
 
 
-def _add(program: Program, parts: dict[str, Tensor], sums: dict[str, Sum]) -> None:
-    """Add what a graph returned to the sums of earlier chunks, and let go of it part by part."""
-    for key in list(parts):
-        part = program.statistics[key].sum_of(parts.pop(key))
-        sums[key] = sums[key] + part if key in sums else part
+class Gathered:
+    """The sums of chunks of columns of a part of the batch, and over the parts."""
+
+    def __init__(self, program: Program) -> None:
+        self.statistics = program.statistics
+        self.whole: dict[str, Sum] = {}
+        self.part: dict[str, Sum] = {}
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """Put what a graph returned to the sums of earlier chunks, and let go of it piece by piece."""
+        for key in list(parts):
+            statistic = self.statistics[key]
+            into = self.whole if statistic.samples is None else self.part
+            combined(into, key, statistic.sum_of(parts.pop(key)), statistic.columns)
+
+    def close(self) -> None:
+        """The part of the batch is done: what keeps samples apart is laid beside the samples before."""
+        while self.part:
+            key, part = self.part.popitem()
+            combined(self.whole, key, part, self.statistics[key].samples)
+
+
+@dataclass
+class _Walk:
+    """A batch on its way through a program, in parts; `draws` are the generator's states where factors begin."""
+
+    program: Program
+    inputs: Sequence[Tensor]
+    terms: LossTerms
+    chunks: Chunks
+    batch: Batch
+    draws: dict[Factor, Tensor] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sums = Gathered(self.program)
+
+    def through(self, factors: Sequence[Factor], first: Any) -> None:
+        """The sums over inputs, and those of these factors; `first` is what the forward graph returned, if uncut."""
+        for part in self._parts():
+            _, kept, found = first or self.program.forward(*_cut(self.inputs, part))
+            self.sums.add(found)
+            for factor in factors:
+                self._pull_back(factor, factor, kept, part)
+            self.sums.close()
+            del kept, found
+
+    def again(self, factors: Sequence[Again], first: Any) -> None:
+        """The sums of these factors in the eigenbases of what there is, from the same columns."""
+        if not factors:
+            return
+        assert self.batch.generator is not None
+        state = self.batch.generator.get_state()
+        given = {f: diagonalized(self.program.plan.jobs, f.factor, self.sums.whole) for f in factors}
+        for part in self._parts():
+            _, kept, _ = first or self.program.forward(*_cut(self.inputs, part))
+            for factor in factors:
+                self._pull_back(factor, factor.factor, {**kept, **given[factor]}, part)
+            self.sums.close()
+            del kept
+        self.batch.generator.set_state(state)
+
+    def _parts(self) -> list[slice]:
+        n = self.chunks.samples
+        return [slice(a, a + n) for a in range(0, len(self.inputs[0]), n)]
+
+    def _pull_back(self, factor: Factor, drawn: Factor, kept: Mapping[str, Any], part: slice) -> None:
+        """The sums of one factor at some samples; they are taken out of the same draws for each part and pass."""
+        generator, size, count = self.batch.generator, self.chunks.columns[factor], self.terms.count(drawn)
+        assert generator is not None
+        generator.set_state(self.draws.setdefault(drawn, generator.get_state()))
+        quiet = None if self.batch.progress and count > size else True
+        columns = self.terms.columns(drawn, size, generator, part)
+        columns = tqdm(columns, str(factor), -(-count // size), disable=quiet)
+        pull_back(self.program, factor, kept, columns, self.sums)
+
+
+def pull_back(
+    program: Program, factor: Factor, kept: Mapping[str, Any], columns: Iterable[Tensor], sums: Gathered
+) -> None:
+    """Add the sums of one factor, over chunks of its columns."""
+    backward = program.backwards[factor]
+    needed = {name: kept[name] for name in program.given(factor)}
+    dtype = output_of(program.canonical).meta["dtype"]
+    for S in columns:
+        sums.add(backward(S.to(dtype), **needed))
+
+
+def default_columns(program: Program, samples: int) -> int:
+    """How many columns to pull back at once, so that those of the widest node stay within `COLUMN_BYTES`."""
+    nodes = [node for node in program.canonical.graph.nodes if "shape" in node.meta]
+    sizes = [
+        math.prod(resolve(n.meta["shape"], samples)) * (samples if n.meta["samples"] is None else 1) for n in nodes
+    ]
+    bytes_each = max(4, output_of(program.canonical).meta["dtype"].itemsize)  # columns of half precision are widened
+    return max(1, COLUMN_BYTES // (max(sizes) * bytes_each))
 
 
 def bind(canonical: fx.GraphModule, model: nn.Module) -> None:
@@ -90,35 +189,6 @@ def bind(canonical: fx.GraphModule, model: nn.Module) -> None:
 def _hold(op: nn.Module, slot: str, tensor: Tensor) -> None:
     is_parameter = isinstance(tensor, nn.Parameter) or slot not in dict(op.named_parameters(recurse=False))
     setattr(op, slot, tensor if is_parameter else nn.Parameter(tensor, requires_grad=False))
-
-
-def _columns(factor: Factor, terms: LossTerms, chunks: Chunks, batch: Batch, part: slice) -> Iterable[Tensor]:
-    """The columns of a factor at some samples, chunk by chunk; with a bar, if there are several."""
-    size, count = chunks.columns[factor], terms.count(factor)
-    quiet = None if batch.progress and count > size else True
-    columns = terms.columns(factor, size, batch.generator, part)
-    return tqdm(columns, str(factor), -(-count // size), disable=quiet)
-
-
-def _pull_back(
-    program: Program, factor: Factor, kept: Mapping[str, Any], columns: Iterable[Tensor], sums: dict[str, Sum]
-) -> None:
-    """Add the sums of one factor, over chunks of its columns."""
-    backward = program.backwards[factor]
-    needed = {name: kept[name] for name in program.kept(factor)}
-    dtype = output_of(program.canonical).meta["dtype"]
-    for S in columns:
-        _add(program, backward(S.to(dtype), **needed), sums)
-
-
-def default_columns(program: Program, samples: int) -> int:
-    """How many columns to pull back at once, so that those of the widest node stay within `COLUMN_BYTES`."""
-    nodes = [node for node in program.canonical.graph.nodes if "shape" in node.meta]
-    sizes = [
-        math.prod(resolve(n.meta["shape"], samples)) * (samples if n.meta["samples"] is None else 1) for n in nodes
-    ]
-    bytes_each = max(4, output_of(program.canonical).meta["dtype"].itemsize)  # columns of half precision are widened
-    return max(1, COLUMN_BYTES // (max(sizes) * bytes_each))
 
 
 def assembled(plan: Plan, sums: Mapping[str, Sum], terms: LossTerms, output: Tensor, reduction: str) -> Curvature:

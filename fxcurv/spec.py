@@ -88,7 +88,7 @@ def _augmentation(node: fx.Node) -> str | None:
 def _backward(node: fx.Node) -> str | None:
     op = module_of(node)
     kinds = (pullback.Pull, pullback.PullScaled, pullback.PullToParameter, pullback.Unbroadcast, pullback.Accumulate)
-    kinds += (pullback.InputPositions, pullback.OutputPositions, pullback.ParameterPositions)
+    kinds += (pullback.InputPositions, pullback.OutputPositions, pullback.ParameterPositions, pullback.Rotate)
     if isinstance(op, kinds) or (isinstance(op, Statistic) and op.reads != "x"):
         return None
     return f"module type {type(op).__name__} does not belong here"

@@ -13,10 +13,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxcurv import ops
-from fxcurv.contractions import Statistic
+from fxcurv.contractions import Diagonal, RotatedDiagonal, Statistic
+from fxcurv.ekfac import bases, rotated
 from fxcurv.program import Job, Plan
 from fxcurv.pullback import (
     Accumulate,
@@ -26,9 +28,10 @@ from fxcurv.pullback import (
     ParameterPositions,
     Pull,
     PullToParameter,
+    Rotate,
     Unbroadcast,
 )
-from fxcurv.quantities import Factor
+from fxcurv.quantities import Again, Factor
 from fxcurv.rules import rule_of
 from fxcurv.shapes import Shape
 from fxcurv.spec import inputs_of, module_of, output_of
@@ -40,23 +43,33 @@ __all__ = ["Augmented", "augment"]
 
 @dataclass(frozen=True)
 class Augmented:
-    """The forward graph, and a backward graph per factor."""
+    """The forward graph, and a backward graph per factor; a second one, `Again`, for sums in eigenbases."""
 
     forward: fx.GraphModule
     backwards: Mapping[Factor, fx.GraphModule]
 
 
 def augment(gm: fx.GraphModule, plan: Plan) -> Augmented:
-    """The forward graph, and one backward graph per factor, which compute the sums of a plan."""
+    """The forward graph and the backward graphs that compute the sums of a plan; none for a factor without columns."""
     emitter = _Emitter(gm, parameter_uses(gm, {name for job in plan.jobs for name in job.parameters}))
     backwards: dict[Factor, fx.GraphModule] = {}
     for factor in dict.fromkeys(quantity.factor for quantity in plan.quantities.values()):
         jobs = [job for job in plan.jobs if job.quantity.factor == factor]
-        backward = emitter.pull_back({name for job in jobs for name in job.parameters})
+        backward = emitter.pull_back({job.used.name for job in jobs if _reads_columns(job)})
         for job in jobs:
             emitter.reduce(backward, job)
-        backwards[factor] = backward.finished()
+        if backward.results:
+            backwards[factor] = backward.finished()
+        if again := list(rotated(jobs)):
+            second = emitter.pull_back({job.used.name for job, _, _ in again})
+            for job, statistic, module in again:
+                emitter.rotate(second, job, (statistic, module.ones), bases(jobs, job))
+            backwards[Again(factor)] = second.finished()
     return Augmented(emitter.forward.finished(), backwards)
+
+
+def _reads_columns(job: Job) -> bool:
+    return any(module.reads in ("S", "xS") for module in job.quantity.statistics(job.used).values())
 
 
 # Emission ---------------------------------------------------------------------------------------------------------
@@ -151,8 +164,21 @@ class _Emitter:
     def reduce(self, backward: _Backward, job: Job) -> None:
         """Emit the sums of one job."""
         for statistic, module in job.quantity.statistics(job.used).items():
+            if isinstance(module, RotatedDiagonal) or module.reads == "loss":
+                continue
             graph, args = self._arguments(backward, job.used.name, module)
             graph.results[job.sums[statistic]] = graph.call(job.sums[statistic], module, args)
+
+    def rotate(self, backward: _Backward, job: Job, sum: tuple[str, bool], names: tuple[str, str]) -> None:
+        """Emit a diagonal in the bases that come in under these names; the flag says whether 1 is behind the inputs."""
+        statistic, ones = sum
+        _, (xs, Ss) = self._arguments(backward, job.used.name, Diagonal())
+        U_A, U_G = (backward.placeholder(name) for name in names)
+        for U, d in ((U_A, job.used.inputs + ones), (U_G, job.used.outputs)):
+            U.meta["shape"] = U.meta["eigenvectors"] = (job.used.groups, d, d)
+        rotated = [[backward.rotated(x, U_A, ones) for x in xs], [backward.rotated(S, U_G) for S in Ss]]
+        key = job.sums[statistic]
+        backward.results[key] = backward.call(key, Diagonal(), tuple(rotated))
 
     def _arguments(self, backward: _Backward, name: str, module: Statistic) -> tuple[_Graph, tuple[Any, ...]]:
         """The graph in which a statistic is computed, and the positions of all uses of the parameter that it reads."""
@@ -244,6 +270,13 @@ class _Backward(_Graph):
         held = isinstance(op, ops.Parameter)
         positions = ParameterPositions() if held else OutputPositions(op, node.meta["samples"])
         return self.call(f"S.{node.target}", positions, (S,), ("V", "N", *layout_of(node)))
+
+    def rotated(self, X: fx.Node, U: fx.Node, ones: bool = False) -> fx.Node:
+        """Positions in the basis U."""
+        *lead, d = X.meta["shape"]
+        node = self.call(f"rotate.{X.target}", Rotate(ones), (X, U), (*lead, d + ones))
+        node.meta["dtype"] = X.meta.get("dtype", torch.float32)
+        return node
 
     def input_positions(self, node: fx.Node, x: fx.Node) -> fx.Node:
         positions = InputPositions(module_of(node), node.meta["samples"])

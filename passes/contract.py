@@ -177,12 +177,26 @@ def _of_diagonal(op: contractions.Diagonal, node: fx.Node, setting: Setting) -> 
         yield _Form(forms.DiagonalBySample(), node.args)
 
 
+def _of_norms(op: contractions.SquaredNorms, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+    xs: Any = node.args[0]
+    if None not in xs:
+        yield _Form(forms.SquaredNormsByPairs(), node.args)
+
+
+def _of_diagonal_per_sample(op: contractions.DiagonalPerSample, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+    Ss: Any = node.args[1]
+    if len(Ss) == 1 and _sizes(Ss[0], setting)[2] == 1:
+        yield _Form(forms.DiagonalPerSampleOfSinglePositions(), node.args)
+
+
 _FORMS: dict[type[Statistic], Callable[[Any, fx.Node, Setting], Iterator[_Form]]] = {
     contractions.InputCovariance: _of_inputs,
     contractions.OutputCovariance: _of_outputs,
     contractions.Gram: _of_gram,
     contractions.Gradient: _of_gradient,
     contractions.Diagonal: _of_diagonal,
+    contractions.DiagonalPerSample: _of_diagonal_per_sample,
+    contractions.SquaredNorms: _of_norms,
 }
 
 

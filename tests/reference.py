@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -172,6 +173,14 @@ def grad(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, names: Iterable[str
     return {name: torch.einsum("nc...,nc->...", J, slope) for name, J in jacobians(model, x, names).items()}
 
 
+def batch_grad(
+    model: nn.Module, loss: Loss, x: Tensor, y: Tensor, names: Iterable[str] | None = None
+) -> dict[str, Tensor]:
+    """g[n, *θ.shape] = J_nᵀ ∂L/∂f_n of the whole reduced loss L."""
+    slope = torch.func.grad(lambda f: loss(f, y))(outputs(model, x)).reshape(len(x), -1)
+    return {name: torch.einsum("nc...,nc->n...", J, slope) for name, J in jacobians(model, x, names).items()}
+
+
 def column_gradients(
     model: nn.Module, x: Tensor, columns: Tensor, names: Iterable[str] | None = None
 ) -> dict[str, Tensor]:
@@ -190,6 +199,11 @@ def dense_block(model: nn.Module, x: Tensor, columns: Tensor, name: str) -> Tens
     u = column_gradients(model, x, columns, [name])[name]
     u = u.reshape(*u.shape[:2], -1)
     return torch.einsum("vni,vnj->ij", u, u)
+
+
+def rotated_diagonal(u: Tensor, U_A: Tensor, U_G: Tensor) -> Tensor:
+    """Σ_vn (U_Gᵀ u_vn U_A)² `[g, o, i]` of the columns u[v, n, g, o, i], in the bases `[g, i, i]`, `[g, o, o]`."""
+    return torch.einsum("vngoi,gop,gij->vngpj", u, U_G, U_A).square().sum((0, 1))
 
 
 # Kronecker factors
@@ -352,3 +366,27 @@ def _features_last(call: _Call, y: Tensor) -> Tensor:
 def _split_groups(y: Tensor, call: _Call) -> Tensor:
     """[s, O] -> [s, g, o]."""
     return y.unflatten(1, (call.arguments.get("groups", 1), -1))
+
+
+# The loss Hessian
+
+
+def diag_hessian(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, n: int | None = None) -> dict[str, Tensor]:
+    """diag ∂²L/∂θ² by torch.func.hessian of the whole loss, or of sample n's part of it: the other outputs are held."""
+    _require_eval(model)
+    model = copy.deepcopy(model)
+    everything = {name: p.detach() for name, p in model.named_parameters()}
+    held = outputs(model, x)
+
+    def value(chosen: dict[str, Tensor]) -> Tensor:
+        f = torch.func.functional_call(model, {**everything, **chosen}, (x,), tie_weights=True)
+        return loss(f if n is None else torch.cat([held[:n], f[n : n + 1], held[n + 1 :]]), y)
+
+    found: dict[str, Tensor] = {}
+    for name in trainable(model):
+        p = everything[name]
+        jacrev = torch.func.jacrev
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+            H = jacrev(jacrev(lambda t, name=name, p=p: value({name: t.view_as(p)})))(p.flatten())
+        found[name] = H.diagonal().view_as(p)
+    return found

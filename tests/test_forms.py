@@ -14,7 +14,17 @@ import fxcurv
 import passes
 from fxcurv import forms
 from fxcurv.choice import chosen
-from fxcurv.contractions import Diagonal, Gradient, Gram, InputCovariance, OutputCovariance, Statistic, Sum
+from fxcurv.contractions import (
+    Diagonal,
+    DiagonalPerSample,
+    Gradient,
+    Gram,
+    InputCovariance,
+    OutputCovariance,
+    SquaredNorms,
+    Statistic,
+    Sum,
+)
 from fxcurv.costs import Rates
 from fxcurv.gemm import BLOCK, SHORT, times_transpose, transpose_times
 from fxcurv.losses import as_loss
@@ -80,6 +90,8 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     close(forms.DiagonalBySample()([x], [S]), diagonal)
     if x.shape[1] <= 50:
         close(forms.DiagonalByPairs()([x], [S]), diagonal)
+    close(DiagonalPerSample()([x], [S]).sum(0), diagonal)
+    close(forms.SquaredNormsByPairs()([x], [S]), SquaredNorms()([x], [S]))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -93,11 +105,15 @@ def test_forms_of_positions(groups: int, positions: int) -> None:
         "pooled outputs": (_sum(forms.KeptOutputs(pooled=True), [S]), OutputCovariance(pooled=True)([S])),
         "entries": (_sum(forms.KeptEntries(), [x], [S]), Gram()([x], [S]).unsqueeze(0)),
         "by sample": (forms.DiagonalBySample()([x], [S]), Diagonal()([x], [S])),
+        "norms by pairs": (forms.SquaredNormsByPairs()([x], [S]), SquaredNorms()([x], [S])),
         "by pairs": (forms.DiagonalByPairs()([x], [S]), Diagonal()([x], [S])),
     }
     if positions == 1:
         pairs["single"] = forms.DiagonalOfSinglePositions()([x], [S]), Diagonal()([x], [S])
         pairs["single bias"] = forms.DiagonalOfSinglePositions()([None], [S]), Diagonal()([None], [S])
+        per_sample = forms.DiagonalPerSampleOfSinglePositions()
+        pairs["single per sample"] = per_sample([x], [S]), DiagonalPerSample()([x], [S])
+        pairs["single bias per sample"] = per_sample([None], [S]), DiagonalPerSample()([None], [S])
     for value, expected in pairs.values():
         close(value, expected)
 
@@ -109,6 +125,7 @@ def _sum(statistic: Statistic, *args: list[Tensor]) -> Sum:
 def test_samples_one_by_one_keep_cross_terms_of_several_uses() -> None:
     xs, Ss = [draw(N, 3, 2, 4), draw(N, 2, 2, 4)], [draw(V, N, 3, 2, 5), draw(V, N, 2, 2, 5)]
     close(forms.DiagonalBySample()(xs, Ss), Diagonal()(xs, Ss))
+    close(forms.SquaredNormsByPairs()(xs, Ss), SquaredNorms()(xs, Ss))
 
 
 # Kept moments -----------------------------------------------------------------------------------------------------
@@ -207,6 +224,8 @@ QUANTITIES = [
     fxcurv.KFAC(fxcurv.Exact()),
     fxcurv.KFAC(fxcurv.Exact(), approx="reduce", joint=True),
     fxcurv.KFAC(fxcurv.Exact(), joint=True),
+    fxcurv.BatchL2(),
+    fxcurv.BatchDiagGGN(),
 ]
 
 
@@ -231,7 +250,9 @@ def results(forced: str | None) -> dict[str, Tensor]:
     }
 
 
-DEFINITIONS: list[Callable[[], Statistic]] = [Diagonal, Gradient, Gram, InputCovariance, OutputCovariance]
+DEFINITIONS: list[Callable[[], Statistic]] = [
+    *(Diagonal, DiagonalPerSample, Gradient, Gram, InputCovariance, OutputCovariance, SquaredNorms)
+]
 FORMS = [*(d.__name__ for d in DEFINITIONS), *forms.__all__]
 
 

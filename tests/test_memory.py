@@ -23,7 +23,8 @@ from fxcurv.costs import Cost
 from fxcurv.forms import DiagonalByPairs, DiagonalBySample
 from fxcurv.losses import as_loss
 from fxcurv.memory import Chunks, bytes_of, cut, forecast
-from fxcurv.quantities import NAMES, Exact
+from fxcurv.names import NAMES
+from fxcurv.quantities import Exact
 from fxcurv.result import Curvature
 from fxcurv.run import Batch, run
 

@@ -146,3 +146,140 @@ def test_diagonal_agrees_with_backpack(name: str, loss_type: type[nn.Module], re
     for key, p in model.named_parameters():
         assert_close(expected[key], p.diag_ggn_exact)  # type: ignore
         assert_close(result[key], p.diag_ggn_exact)  # type: ignore
+
+
+def extended(name: str, loss: nn.Module, *extensions: Any) -> tuple[nn.Module, Tensor, Tensor, nn.Module]:
+    """A model of `PEER_MODELS` on whose parameters BackPACK has left what the extensions save; and one left alone."""
+    backpack = peer("backpack")
+    model, x, y = peer_data(name, loss)
+    theirs, their_loss = (
+        backpack.extend(peer_data(name, loss)[0]),
+        backpack.extend(type(loss)(reduction=loss.reduction)),
+    )
+    with backpack.backpack(*extensions):
+        their_loss(theirs(x), y).backward()
+    return model, x, y, theirs
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss_type", [nn.CrossEntropyLoss, nn.MSELoss])
+@pytest.mark.parametrize("name", ["mlp", "conv", "norm"])
+def test_the_family_agrees_with_backpack(name: str, loss_type: type[nn.Module], reduction: str) -> None:
+    """First-order extensions, each sample's diagonal, and what the square root is a root of."""
+    peer("backpack")
+    from backpack.extensions import BatchGrad, BatchL2Grad, SqrtGGNExact, SumGradSquared, Variance
+
+    extensions = (BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance())
+    extensions += () if name == "norm" else (SqrtGGNExact(),)
+    model, x, y, theirs = extended(name, loss := loss_type(reduction=reduction), *extensions)
+    asked = ["batch_grad", "batch_l2", "sum_grad_squared", "variance", "sqrt_ggn"]
+    result = fxcurv.compile(model, loss, asked)(x, y)
+    for key, p in theirs.named_parameters():
+        found: Any = p
+        assert_close(result["batch_grad"][key], found.grad_batch)
+        assert_close(result["batch_l2"][key], found.batch_l2)
+        assert_close(result["sum_grad_squared"][key], found.sum_grad_squared)
+        assert_close(result["variance"][key], found.variance)
+        if name != "norm":
+            ours, root = (V.flatten(2).flatten(0, 1) for V in (result["sqrt_ggn"][key], found.sqrt_ggn_exact))
+            assert_close(ours.T @ ours, root.T @ root)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loss_type", [nn.CrossEntropyLoss, nn.MSELoss])
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_diagonals_of_samples_and_of_the_hessian_agree_with_backpack(name: str, loss_type: type[nn.Module]) -> None:
+    peer("backpack")
+    from backpack.extensions import BatchDiagGGNExact, BatchDiagHessian, DiagHessian
+
+    extensions = (BatchDiagGGNExact(), DiagHessian(), BatchDiagHessian())
+    model, x, y, theirs = extended(name, loss := loss_type(reduction="mean"), *extensions)
+    result = fxcurv.compile(model, loss, ["batch_diag_ggn", "diag_hessian", "batch_diag_hessian"])(x, y)
+    for key, p in theirs.named_parameters():
+        found: Any = p
+        assert_close(result["batch_diag_ggn"][key], found.diag_ggn_exact_batch)
+        assert_close(result["diag_hessian"][key], found.diag_h)
+        assert_close(result["batch_diag_hessian"][key], found.diag_h_batch)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("loss_type", PEER_LOSSES)
+@pytest.mark.parametrize(
+    ("name", "approx"),
+    [("mlp", "expand"), ("mlp", "reduce"), ("tokens", "expand"), ("tokens", "reduce"), ("conv", "expand")],
+)
+def test_ekfac_agrees_with_curvlinops(name: str, approx: Any, loss_type: type[nn.Module], joint: bool) -> None:
+    """Of weights: biases by themselves have exact blocks here. Factors of low rank leave a basis open."""
+    loss = loss_type()
+    model, x, y = peer_data(name, loss)
+    operator = peer("curvlinops").EKFACLinearOperator(
+        model,
+        loss,
+        list(model.parameters()),
+        [(x, y)],
+        fisher_type="type-2",
+        kfac_approx=approx,
+        separate_weight_and_bias=not joint,
+        check_deterministic=False,
+    )
+    ours = fxcurv.compile(model, loss, fxcurv.EKFAC(fxcurv.Exact(), approx, joint))(x, y)["ekfac"]
+    check_operator(operator, model, {name: b for name, b in ours.items() if isinstance(b, fxcurv.Eigenbasis)})
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("name", ["mlp", "tokens", "conv"])
+def test_foof_agrees_with_curvlinops(name: str, approx: Any) -> None:
+    loss = nn.MSELoss()
+    model, x, y = peer_data(name, loss)
+    operator = peer("curvlinops").KFACLinearOperator(
+        model,
+        loss,
+        list(model.parameters()),
+        [(x, y)],
+        fisher_type="forward-only",
+        kfac_approx=approx,
+        separate_weight_and_bias=True,
+        check_deterministic=False,
+    )
+    check_operator(operator, model, fxcurv.compile(model, loss, fxcurv.FOOF(approx))(x, y)["foof"])
+
+
+def check_operator(operator: Any, model: nn.Module, blocks: Any) -> None:
+    """An operator on all parameters equals the block-diagonal one of these blocks, on their parameters."""
+    parameters = dict(model.named_parameters())
+    matrix = operator @ torch.eye(operator.shape[1], dtype=torch.float64)
+    start, places = 0, {}
+    for name, p in parameters.items():
+        places[name] = range(start, start := start + p.numel())
+    expected, compared = torch.zeros_like(matrix), torch.zeros_like(matrix)
+    for block in {id(block): block for block in blocks.values()}.values():
+        owners = [torch.tensor(places[name]).view(len(parameters[name]), -1) for name in block.parameters]
+        rows = torch.cat(owners, 1).flatten()
+        expected[rows[:, None], rows] = block.dense()
+        compared[rows] = 1
+    assert_close(expected, matrix * compared * compared.T)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mlp", "tokens", "conv"])
+def test_jacobians_and_empirical_fisher_agree_with_curvlinops(name: str) -> None:
+    curvlinops, loss = peer("curvlinops"), nn.CrossEntropyLoss()
+    model, x, y = peer_data(name, loss)
+    parameters = list(model.parameters())
+    result = fxcurv.compile(model, loss, ["jacobian", fxcurv.GGNBlock(fxcurv.Empirical())])(x, y)
+    J = curvlinops.JacobianLinearOperator(model, parameters, [(x, y)], check_deterministic=False)
+    ours = torch.cat([j.flatten(2).flatten(0, 1) for j in result["jacobian"].values()], 1)
+    assert_close(ours, J @ torch.eye(J.shape[1], dtype=torch.float64))
+    F = curvlinops.EFLinearOperator(model, loss, parameters, [(x, y)], check_deterministic=False)
+    matrix, start = F @ torch.eye(F.shape[1], dtype=torch.float64), 0
+    for block in result["ggn_block"].values():
+        part = slice(start, start := start + block.numel)
+        assert_close(block.dense(), matrix[part, part])

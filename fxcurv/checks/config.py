@@ -21,7 +21,7 @@ from fxcurv.checks.formats import FORMATS
 from fxcurv.checks.policy import Allowance, Demands, FailOn, Level, Require
 from fxcurv.errors import Frame, InputError
 from fxcurv.losses import BY_NAME
-from fxcurv.quantities import NAMES
+from fxcurv.names import NAMES
 
 __all__ = ["Config", "Option", "Settings", "TargetSettings", "load", "options"]
 

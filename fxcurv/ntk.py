@@ -1,0 +1,219 @@
+"""The empirical neural tangent kernel, and what the network linearized in its parameters predicts.
+
+K[n,m,c,d] = Σ_θ ⟨∂f(x_n)_c/∂θ, ∂f(x'_m)_d/∂θ⟩ over the trainable parameters (Jacot et al. 2018). Strategies:
+"jacobian" forms Jacobians and multiplies them; "structured" multiplies what they are made of, Σ_st (x_ns x'_mt)
+(S_ncs S'_mdt) per layer, and forms none (Novak et al. 2022); None takes for each parameter what costs less. "ntvp" is
+products with unit vectors: nothing is compiled, so that it serves any model that autograd can differentiate twice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from fxcurv.api import Compiled
+from fxcurv.capture import Inputs, Output, as_call, selector, without_autocast
+from fxcurv.choice import chosen
+from fxcurv.contractions import Statistic
+from fxcurv.errors import InputError, QuantityError
+from fxcurv.family import OfEach
+from fxcurv.losses import as_loss, unit_columns
+from fxcurv.pairs import Kept, Strategy, kept, kept_of, products
+from fxcurv.quantities import Factor, Identity, Sums, Used
+from fxcurv.run import Gathered, bind, default_columns, pull_back
+
+__all__ = ["NTK", "Linearized", "ntk"]
+
+Kind = Literal["full", "trace", "diagonal"]
+How = Literal["jacobian", "structured", "ntvp"]
+
+
+def ntk(
+    model: nn.Module, x1: Inputs, x2: Inputs | None = None, kind: Kind = "full", strategy: How | None = None
+) -> Tensor:
+    """The kernel of two batches (or of one with itself), by entries c, d of one sample's output, flattened.
+
+    `kind` is "full", `[N, M, C, C]`; "diagonal", K[n,m,c,c], `[N, M, C]`; or "trace", Σ_c K[n,m,c,c], `[N, M]`.
+    `NTK(model)` is compiled once for many batches, and has the summands of each parameter. Raises what `compile` does.
+    """
+    return NTK(model, strategy)(x1, x2, kind)
+
+
+class NTK:
+    """The kernel of a model; its parameters are read when it is called."""
+
+    def __init__(self, model: nn.Module, strategy: How | None = None, output: Output = None) -> None:
+        if strategy is not None and strategy not in get_args(How):
+            _refuse("strategy", strategy, get_args(How))
+        self.model, self.strategy, self.select = model, strategy, selector(output)
+        forced = strategy if strategy in get_args(Strategy) else None
+        self.compiled = Compiled(model, as_loss("mse"), chosen(_OutputColumns(forced)), output)
+
+    def __call__(self, x1: Inputs, x2: Inputs | None = None, kind: Kind = "full") -> Tensor:
+        """The kernel, as in `ntk`."""
+        found = list(self.of_each(x1, x2, kind).values())
+        if not found:
+            raise InputError(
+                "the output depends on no trainable parameter", node="output", remedy="see requires_grad", code="FXC207"
+            )
+        return sum(found[1:], start=found[0])
+
+    def of_each(self, x1: Inputs, x2: Inputs | None = None, kind: Kind = "full") -> dict[str, Tensor]:
+        """Each parameter's summand of the kernel."""
+        if kind not in get_args(Kind):
+            _refuse("kind", kind, get_args(Kind))
+        if self.strategy == "ntvp":
+            return {name: _reduced(K, kind) for name, K in self._by_products(x1, x2).items()}
+        left = self._columns(x1)
+        right = left if x2 is None else self._columns(x2)
+        forced = "structured" if self.strategy == "structured" else "jacobian" if self.strategy else None
+        found: dict[str, Tensor] = {}
+        for name, columns in left.items():
+            K = products(columns, right[name], alike=kind != "full", strategy=forced)
+            full = kind == "full"
+            found[name] = K.permute(1, 3, 0, 2) if full else K.sum(0) if kind == "trace" else K.permute(1, 2, 0)
+        return found
+
+    def _columns(self, inputs: Inputs) -> dict[str, Kept]:
+        """The Jacobians of each parameter, as what is kept of them."""
+        program = self.compiled.prepare(inputs)
+        with torch.no_grad(), without_autocast():
+            bind(program.canonical, self.model)
+            output, saved, found = program.forward(
+                *(t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor))
+            )
+            count, chunk = output[0].numel(), default_columns(program, len(output))
+            gathered = Gathered(program)
+            gathered.add(found)
+            for factor in program.backwards:
+                columns = (unit_columns(output, start, min(start + chunk, count)) for start in range(0, count, chunk))
+                pull_back(program, factor, saved, columns, gathered)
+            gathered.close()
+        sums = gathered.whole
+        return {
+            job.used.name: kept_of({name: sums[key] for name, key in job.sums.items()}) for job in program.plan.jobs
+        }
+
+    # Products with vectors --------------------------------------------------------------------------------------------
+
+    def product(self, v: Tensor, x1: Inputs, x2: Inputs | None = None) -> Tensor:
+        """Σ_md K[n,m,c,d] v[m,d]: `v` and the result have the shapes of the outputs; one vjp and one jvp, no kernel."""
+        return self._product(v, x1, x2, self._trainable())
+
+    def _product(self, v: Tensor, x1: Inputs, x2: Inputs | None, wanted: dict[str, Tensor]) -> Tensor:
+        parameters = list(wanted.values())
+        with torch.enable_grad(), without_autocast(), sdpa_kernel(SDPBackend.MATH):
+            y2 = self._output(x1 if x2 is None else x2)
+            if v.shape != y2.shape:
+                raise InputError(
+                    f"a vector of shape {list(v.shape)} for outputs of shape {list(y2.shape)}",
+                    remedy="give one number for each output entry",
+                    code="FXC411",
+                )
+            u = torch.autograd.grad(y2, parameters, v, allow_unused=True, materialize_grads=True)
+            y1 = self._output(x1)
+            w = torch.zeros_like(y1, requires_grad=True)
+            pulled = torch.autograd.grad(y1, parameters, w, create_graph=True, allow_unused=True)
+            reached = [(g, u_p) for g, u_p in zip(pulled, u, strict=True) if g is not None]
+            if not reached:
+                return torch.zeros_like(y1)
+            gradients, directions = zip(*reached, strict=True)
+            return torch.autograd.grad(gradients, w, directions)[0].detach()  # w ↦ Jᵀw is linear: this is J u
+
+    def _by_products(self, x1: Inputs, x2: Inputs | None) -> dict[str, Tensor]:
+        """Each parameter's summand, `[N, M, C, C]`, column by column."""
+        with torch.no_grad(), without_autocast():
+            y2 = self._output(x1 if x2 is None else x2)
+        units = torch.eye(y2.numel(), dtype=y2.dtype, device=y2.device).view(-1, *y2.shape)
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._trainable().items():
+            K = torch.stack([self._product(e, x1, x2, {name: parameter}).flatten(1) for e in units], -1)
+            found[name] = K.unflatten(-1, (len(y2), -1)).transpose(1, 2)
+        return found
+
+    def outputs(self, inputs: Inputs) -> Tensor:
+        """What the model returns, without a graph."""
+        with torch.no_grad(), without_autocast():
+            return self._output(inputs)
+
+    def _output(self, inputs: Inputs) -> Tensor:
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, as_call(inputs))
+        return self.select(self.model(*args, **kwargs))
+
+    def _trainable(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+@dataclass(frozen=True)
+class _OutputColumns(OfEach):
+    """The kernel of a batch with itself, `[C·N, C·N]`, of which here only what it is made of is used."""
+
+    strategy: Strategy | None = None
+    factor: Factor = field(default=Identity(), init=False)
+    family: str = field(default="ntk", init=False, repr=False)
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        return kept(used, self.strategy)
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+        columns = kept_of(sums)
+        return products(columns, columns).flatten(2).flatten(0, 1)
+
+
+def _reduced(K: Tensor, kind: Kind) -> Tensor:
+    """The kernel of some kind, from the full one."""
+    if kind == "full":
+        return K
+    diagonal = K.diagonal(dim1=2, dim2=3)
+    return diagonal.sum(2) if kind == "trace" else diagonal
+
+
+def _refuse(what: str, given: object, choices: tuple[str, ...]) -> None:
+    raise QuantityError(f"{what}={given!r}", remedy=f"choose one of {', '.join(choices)}", code="FXC409")
+
+
+# Linearized models --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Linearized:
+    """The model linearized at its parameters, trained on ½ Σ_n ‖f(x_n) - y_n‖² by gradient flow (Lee et al. 2019).
+
+    At time t with learning rate η it predicts, with K the kernel of the training inputs,
+    f_t(x) = f_0(x) + K(x, X) (K + jitter)⁻¹ (I - exp(-ηKt)) (y - f_0(X)); at t = ∞ that is kernel (ridge) regression.
+    What K does not see, within rounding, stays as it is.
+    """
+
+    kernel: NTK
+    inputs: Inputs
+    targets: Tensor
+    jitter: float = 0.0
+
+    def __call__(self, x: Inputs, time: float = math.inf, rate: float = 1.0) -> Tensor:
+        """The predictions at x, of the shape of the model's output there."""
+        start, fitted = self.kernel.outputs(x), self.kernel.outputs(self.inputs)
+        if self.targets.shape != fitted.shape:
+            raise InputError(
+                f"targets of shape {list(self.targets.shape)} for outputs of shape {list(fitted.shape)}",
+                remedy="give them in the output's shape",
+                code="FXC407",
+            )
+        values, Q = torch.linalg.eigh(_matrix(self.kernel(self.inputs)))
+        values = values.clamp(min=0)
+        learned = 1.0 if math.isinf(time) else -torch.expm1(-rate * time * values)
+        seen = values > values.max() * len(values) * torch.finfo(values.dtype).eps
+        gain = torch.where(seen, learned / torch.where(seen, values + self.jitter, 1), 0)
+        residual = (self.targets - fitted).flatten()
+        weights = Q @ (gain * (Q.T @ residual.to(Q.dtype)))
+        return start + (_matrix(self.kernel(x, self.inputs)) @ weights).view_as(start).to(start.dtype)
+
+
+def _matrix(K: Tensor) -> Tensor:
+    """`[N, M, C, C]` -> `[N·C, M·C]`."""
+    return K.transpose(1, 2).flatten(2).flatten(0, 1)

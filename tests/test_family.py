@@ -1,0 +1,160 @@
+"""The quantities of fxcurv/family.py against brute force on a part of the samples, compiled and by autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import samples
+import torch
+from samples import Sample
+from test_samples import assert_close
+from torch import Tensor, nn
+
+import fxcurv
+from fxcurv.choice import chosen
+from fxcurv.eager import by_autograd
+from fxcurv.memory import Chunks
+from fxcurv.run import Batch, run
+
+NAMES = (
+    *("linear.vector", "linear.tokens", "linear.rank4", "linear.transposed", "conv1d.everything", "conv2d.plain"),
+    *("conv2d.groups", "conv2d.depthwise", "conv2d.same", "conv3d.plain", "norm.2d", "norm.layer_norm_image"),
+    *("act.gelu", "join.add", "join.mul", "pool2d.max", "cut.cat_same", "param.applied_twice_tokens"),
+    *("param.tied_weight", "param.conv_reused", "param.grouped_reused", "param.siamese", "param.frozen_weight"),
+    *("param.dense_residual", "free.additive", "free.scale", "free.matmul", "free.computed_weight", "free.layer_norm"),
+    *("generic.attention", "attention.causal", "transformer.encoder_pre_norm", "recurrent.gru", "image.windows"),
+)
+ROWS = tuple(row for row in (*samples.SAMPLES, *samples.LOSSES) if row.name in NAMES) + samples.LOSSES
+MODELS = tuple(row for row in samples.MODELS if row.name in ("model.lenet", "model.resnet_basic"))
+FIRST_ORDER = ("batch_grad", "batch_l2", "batch_dot", "sum_grad_squared", "variance")
+SECOND_ORDER = ("batch_diag_ggn", "sqrt_ggn", "ggn_block", "ggn_gram")
+QUANTITIES = (*FIRST_ORDER, *SECOND_ORDER, "jacobian")
+
+
+def ids(rows: tuple[Sample, ...]) -> list[str]:
+    return [row.name for row in rows]
+
+
+def by_hand(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Every quantity of every parameter, from per-sample gradients, Jacobians and loss Hessians."""
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in QUANTITIES}
+    H = reference.loss_hessians(loss, reference.outputs(model, x), y)
+    J, N = reference.jacobians(model, x), len(x)
+    for name, g in reference.batch_grad(model, loss, x, y).items():
+        flat = g.flatten(1)
+        found["batch_grad"][name] = g
+        found["batch_l2"][name] = flat.square().sum(1)
+        found["batch_dot"][name] = flat @ flat.T
+        found["sum_grad_squared"][name] = g.square().sum(0)
+        found["variance"][name] = g.var(0, correction=0) if N > 1 else torch.zeros_like(g[0])
+        found["jacobian"][name] = J[name]
+        found["batch_diag_ggn"][name] = torch.einsum("nc...,ncd,nd...->n...", J[name], H, J[name])
+        columns = J[name].flatten(2)
+        found["ggn_block"][name] = torch.einsum("nci,ncd,ndj->ij", columns, H, columns)
+    return found
+
+
+def check(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor, result: Any) -> None:
+    """Each quantity equals brute force; roots and Gram matrices, which are not unique, by what they are roots of."""
+    expected = by_hand(model, loss, x, y)
+    for quantity, parameters in expected.items():
+        for name, value in parameters.items():
+            if name not in result[quantity]:
+                assert result[quantity].status[name] == "unreached"
+                assert not value.any()
+                continue
+            found = result[quantity][name]
+            dense = found.dense() if isinstance(found, fxcurv.Block) else found
+            assert_close(dense, value, f"{quantity} {name}")
+    for name, root in result["sqrt_ggn"].items():
+        V = root.flatten(2).flatten(0, 1)
+        assert_close(V.T @ V, expected["ggn_block"][name], f"sqrt_ggn {name}")
+        assert_close(result["ggn_gram"][name], V @ V.T, f"ggn_gram {name}")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=ids(ROWS))
+def test_rule(row: Sample) -> None:
+    model, loss = row.build(), row.loss()
+    x, y = samples.inputs(row, 3), samples.targets(row, 3)
+    check(model, loss, x, y, fxcurv.compile(model, loss, QUANTITIES)(x, y))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", MODELS, ids=ids(MODELS))
+def test_model(row: Sample) -> None:
+    test_rule(row)
+
+
+FALLBACK = tuple(row for row in ROWS if row.name in ("conv2d.groups", "param.applied_twice_tokens", "free.additive"))
+
+
+@pytest.mark.parametrize("row", FALLBACK, ids=ids(FALLBACK))
+def test_by_autograd(row: Sample) -> None:
+    """The fallback keeps samples and columns apart in the same order."""
+    model, loss = row.build(), row.loss()
+    x, y = samples.inputs(row, 3), samples.targets(row, 3)
+    result = by_autograd(model, loss, chosen(QUANTITIES), Batch(x, y))
+    check(model, loss, x, y, result)
+    compiled = fxcurv.compile(model, loss, QUANTITIES)(x, y)
+    for quantity in ("sqrt_ggn", "ggn_gram"):
+        for name, value in compiled[quantity].items():
+            assert_close(result[quantity][name], value, f"{quantity} {name}")
+
+
+@pytest.mark.parametrize(("parts", "columns"), [(1, 1), (2, 1), (3, 2), (2, 5)])
+def test_chunks_make_no_difference(parts: int, columns: int) -> None:
+    """Samples and columns are laid side by side, however a batch is cut; a second pass sees the same draws."""
+    row = samples.find("linear.tokens")
+    model, loss, x, y = row.build(), row.loss(), samples.inputs(row, 3), samples.targets(row, 3)
+    quantities = (*QUANTITIES, "sqrt_ggn_mc", "ekfac", fxcurv.EKFAC(fxcurv.Sampled(3)), "diag_hessian", "foof")
+    compiled = fxcurv.compile(model, loss, quantities)
+    whole = compiled(x, y, torch.Generator().manual_seed(0))
+    program, generator = compiled.program, torch.Generator().manual_seed(0)
+    chunks = Chunks(parts, dict.fromkeys(program.backwards, columns))
+    cut = run(program, model, loss, Batch(x, y, generator), chunks)
+    for entry in whole.entries:
+        ours, theirs = cut[entry.quantity][entry.parameter], entry.value
+        if isinstance(theirs, fxcurv.Block):
+            ours, theirs = ours.dense(), theirs.dense()
+        assert theirs is not None
+        assert_close(ours, theirs, f"{entry.quantity} {entry.parameter}")
+    again = torch.Generator().manual_seed(0)
+    compiled(x, y, again)
+    assert torch.equal(generator.get_state(), again.get_state())
+
+
+def test_eigenvalues_of_the_ggn_from_the_gram_matrix() -> None:
+    """Summed over parameters, the Gram matrix has the eigenvalues of the whole GGN."""
+    row = samples.find("join.add")
+    model, loss, x, y = row.build(), row.loss(), samples.inputs(row, 3), samples.targets(row, 3)
+    grams = fxcurv.compile(model, loss, "ggn_gram")(x, y)["ggn_gram"]
+    found = torch.linalg.eigvalsh(sum(grams.values()))
+    expected = torch.linalg.eigvalsh(reference.ggn_matrix(model, loss, x, y))
+    size = min(len(found), len(expected))
+    assert_close(found[-size:], expected[-size:], "eigenvalues")
+
+
+def test_sampled_columns_are_those_of_the_diagonal() -> None:
+    row = samples.find("conv2d.plain")
+    model, x, y = row.build(), samples.inputs(row, 3), samples.targets(row, 3)
+    quantities = ["diag_ggn_mc", "batch_diag_ggn_mc", "sqrt_ggn_mc"]
+    result = fxcurv.compile(model, row.loss(), quantities)(x, y, torch.Generator().manual_seed(0))
+    for name, diagonal in result["diag_ggn_mc"].items():
+        assert_close(result["batch_diag_ggn_mc"][name].sum(0), diagonal, name)
+        assert_close(result["sqrt_ggn_mc"][name].square().sum((0, 1)), diagonal, name)
+
+
+def test_a_large_block_is_kept_as_its_columns() -> None:
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Linear(200, 50).double().eval()
+    x, y = samples.normal((3, 200), torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3])
+    block = fxcurv.compile(model, quantities="ggn_block")(x, y)["ggn_block"]["weight"]
+    diagonal = fxcurv.compile(model, quantities="diag_ggn")(x, y)["diag_ggn"]["weight"]
+    assert block.sizes == {"matrix": (10_000, 10_000)}
+    assert_close(block.diag(), diagonal, "diagonal")
+    v = samples.normal((50, 200), torch.Generator().manual_seed(1))
+    root = fxcurv.compile(model, quantities="sqrt_ggn")(x, y)["sqrt_ggn"]["weight"]
+    weights = torch.einsum("vnoi,oi->vn", root, v)
+    assert_close(block.mv(v), torch.einsum("vnoi,vn->oi", root, weights), "product")
