@@ -25,6 +25,7 @@ from fxcurv.estimates import estimate_diagonal as estimate_diagonal
 from fxcurv.estimates import estimate_trace as estimate_trace
 from fxcurv.estimates import spectral_density as spectral_density
 from fxcurv.family import FOOF as FOOF
+from fxcurv.family import KFRA as KFRA
 from fxcurv.family import BatchDiagGGN as BatchDiagGGN
 from fxcurv.family import BatchDot as BatchDot
 from fxcurv.family import BatchGrad as BatchGrad

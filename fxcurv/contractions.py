@@ -32,6 +32,7 @@ __all__ = [
     "OutputCovariance",
     "Outputs",
     "PerOutput",
+    "Recursive",
     "RotatedDiagonal",
     "SquaredNorms",
     "Statistic",
@@ -54,7 +55,7 @@ CHUNK = 1 << 22
 class Statistic(nn.Module):
     """A sum over samples and columns; `reads` says of what: "x" (once a batch), "S" or "xS" (once a chunk of v).
 
-    One that reads "loss" is in no graph: the loss is differentiated twice for it (fxcurv/hessian.py).
+    One that reads "loss" is in no graph: see fxcurv/hessian.py and fxcurv/kfra.py.
 
     `samples` and `columns` are the axes along which the parts of a batch, and chunks of columns, are laid side by side;
     where they are None, these add.
@@ -404,3 +405,16 @@ class HessianDiagonal(Statistic):
 
     def extra_repr(self) -> str:
         return f"per_sample={self.per_sample}"
+
+
+class Recursive(Statistic):
+    """What KFRA's recursion gives: G `[g,o,o]` ("kronecker"), a "dense" block or its "diagonal"."""
+
+    reads = "loss"
+
+    def __init__(self, kind: Literal["kronecker", "dense", "diagonal"]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def extra_repr(self) -> str:
+        return self.kind

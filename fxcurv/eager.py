@@ -25,8 +25,9 @@ from fxcurv.capture import Inputs, Output, as_call, batch_size, selector, struct
 from fxcurv.choice import Choice
 from fxcurv.contractions import RotatedDiagonal, Statistic, Sum, combined, per_sample
 from fxcurv.ekfac import bases, diagonalized, rotated
-from fxcurv.errors import FxcurvError, InputError
+from fxcurv.errors import FxcurvError, InputError, UnsupportedError
 from fxcurv.hessian import entries_apart, twice
+from fxcurv.kfra import recursive
 from fxcurv.losses import loss_terms, loss_value
 from fxcurv.program import Job, Plan, jobs_for
 from fxcurv.pullback import Rotate
@@ -60,6 +61,12 @@ def by_autograd(
         used = _used(wanted, passes)
         described = {q: _among({p: used[p] for p in names if p in used}) for q, names in choice.of(model).items()}
         jobs = jobs_for(choice.quantities, described, fallback=True)
+        for job, _, _ in recursive(jobs):
+            raise UnsupportedError(
+                f"{job.name} of {job.used.name!r} is a recursion over the nodes of a graph, and autograd has none",
+                remedy="ask for kflr, or leave the parameter out",
+                code="FXC322",
+            )
         sums: dict[str, Sum] = {}
         for one in passes:
             _over_samples(sums, _input_sums(jobs, one))

@@ -7,12 +7,22 @@ gradient of sample n is that of its summand of the mean, ∂(ℓ_n/N)/∂θ, as 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fxcurv.blocks import Block, Dense, Diagonal
-from fxcurv.contractions import Columns, DiagonalPerSample, Gradient, Gram, HessianDiagonal, SquaredNorms, Statistic
+from fxcurv.contractions import (
+    Columns,
+    DiagonalPerSample,
+    Gradient,
+    Gram,
+    HessianDiagonal,
+    Recursive,
+    SquaredNorms,
+    Statistic,
+)
 from fxcurv.contractions import Diagonal as DiagonalOf
 from fxcurv.moments import SecondMoment
 from fxcurv.pairs import kept, kept_of, products
@@ -20,6 +30,7 @@ from fxcurv.quantities import DENSE_LIMIT, KFAC, Exact, Factor, Identity, LossGr
 
 __all__ = [
     "FOOF",
+    "KFRA",
     "BatchDiagGGN",
     "BatchDot",
     "BatchGrad",
@@ -263,6 +274,27 @@ class FOOF(KFAC):
 
     def approximation(self, used: Used) -> str | None:
         return None
+
+
+@dataclass(frozen=True)
+class KFRA(KFAC):
+    """G ⊗ A per weight, A as KFAC's, G by a recursion that averages over the batch (Botev et al. 2017).
+
+    G(f) = Σ_n ∂²loss/∂f_n², G(v) = 1/N Σ_n J_nᵀ G(u) J_n with u the first node that all paths from v to the output
+    pass, J_n = ∂u_n/∂v_n: in sequential networks the next one. A weight has the sum of G over positions s = t, a bias
+    and any other parameter the block of all of G; several uses of a parameter count as independent. For small networks:
+    it holds G, with a side of all entries of one sample. Not by autograd: `fallback` is refused.
+    """
+
+    factor: Factor = field(default=EXACT, init=False)
+    approx: Literal["expand", "reduce"] = field(default="expand", init=False, repr=False)
+    family: str = field(default="kfra", init=False, repr=False)
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        found = super().statistics(used)
+        if "A" in found:
+            return {"A": found["A"], "G": Recursive("kronecker")}
+        return {"matrix": Recursive("dense")} if "matrix" in found else {"diagonal": Recursive("diagonal")}
 
 
 def _tensor(sums: Sums, name: str) -> Tensor:

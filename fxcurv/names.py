@@ -9,6 +9,7 @@ from fxcurv.ekfac import EKFAC
 from fxcurv.errors import QuantityError
 from fxcurv.family import (
     FOOF,
+    KFRA,
     BatchDiagGGN,
     BatchDot,
     BatchGrad,
@@ -36,6 +37,7 @@ NAMES: dict[str, Quantity] = {
     "ekfac_exact": EKFAC(Exact()),
     "ekfac_empirical": EKFAC(Empirical()),
     "foof": FOOF(),
+    "kfra": KFRA(),
     "batch_grad": BatchGrad(),
     "batch_l2": BatchL2(),
     "batch_dot": BatchDot(),
@@ -50,8 +52,13 @@ NAMES: dict[str, Quantity] = {
     "jacobian": Jacobian(),
     "diag_hessian": DiagHessian(),
     "batch_diag_hessian": DiagHessian(per_sample=True),
+    "fisher_diag": DiagGGN(Exact()),
+    "fisher_diag_mc": DiagGGN(Sampled(1)),
+    "empirical_fisher_diag": DiagGGN(Empirical()),
+    "fisher_block": GGNBlock(Exact()),
+    "empirical_fisher_block": GGNBlock(Empirical()),
 }
-"""Every quantity that can be asked for by name."""
+"""Every quantity that can be asked for by name; for the supported losses the Fisher information is the GGN."""
 
 
 def named(quantities: str | Quantity | Iterable[str | Quantity]) -> dict[str, Quantity]:

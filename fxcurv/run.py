@@ -20,9 +20,10 @@ from fxcurv.capture import Inputs, as_call, without_autocast
 from fxcurv.contractions import Sum, combined
 from fxcurv.ekfac import diagonalized
 from fxcurv.hessian import hessian_diagonals
+from fxcurv.kfra import recursive_sums
 from fxcurv.losses import LossTerms, loss_terms, loss_value
 from fxcurv.memory import Chunks
-from fxcurv.program import Program
+from fxcurv.program import Plan, Program
 from fxcurv.quantities import Again, Factor, Quantity
 from fxcurv.result import Curvature, Entries, Entry
 from fxcurv.shapes import resolve
@@ -73,6 +74,7 @@ def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch, chunk
         walk.again([f for f in program.backwards if isinstance(f, Again)], first)
         parameters = dict(model.named_parameters())
         second = hessian_diagonals(program, parameters, inputs, partial(loss_value, loss, target=batch.target))
+        second |= recursive_sums(program, inputs, terms)
         return assembled(program.plan, {**walk.sums.whole, **second}, terms, output, str(loss.reduction))
 
 

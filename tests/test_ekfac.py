@@ -18,12 +18,12 @@ from fxcurv.eager import by_autograd
 from fxcurv.run import Batch
 
 NAMES = (
-    *("linear.vector", "linear.tokens", "linear.rank4", "conv1d.everything", "conv2d.plain", "conv2d.groups"),
+    *("linear.vector", "linear.tokens", "linear.rank4", "conv2d.everything", "conv2d.plain", "conv2d.groups"),
     *("conv2d.depthwise", "conv2d.same", "conv3d.groups", "norm.2d", "join.add", "param.applied_twice_tokens"),
     *("param.tied_weight", "param.grouped_reused", "param.frozen_bias", "free.additive", "generic.attention"),
     *("transformer.encoder_pre_norm", "cross_entropy.ignore_class.mean", "mse.plain.sum", "bce.all_on_tokens.mean"),
 )
-ROWS = tuple(row for row in (*samples.SAMPLES, *samples.LOSSES) if row.name in NAMES)
+ROWS = tuple(map(samples.find, NAMES))
 Approx = Literal["expand", "reduce"]
 
 

@@ -19,14 +19,14 @@ from fxcurv.memory import Chunks
 from fxcurv.run import Batch, run
 
 NAMES = (
-    *("linear.vector", "linear.tokens", "linear.rank4", "linear.transposed", "conv1d.everything", "conv2d.plain"),
+    *("linear.vector", "linear.tokens", "linear.rank4", "linear.transposed", "conv2d.everything", "conv2d.plain"),
     *("conv2d.groups", "conv2d.depthwise", "conv2d.same", "conv3d.plain", "norm.2d", "norm.layer_norm_image"),
     *("act.gelu", "join.add", "join.mul", "pool2d.max", "cut.cat_same", "param.applied_twice_tokens"),
     *("param.tied_weight", "param.conv_reused", "param.grouped_reused", "param.siamese", "param.frozen_weight"),
     *("param.dense_residual", "free.additive", "free.scale", "free.matmul", "free.computed_weight", "free.layer_norm"),
     *("generic.attention", "attention.causal", "transformer.encoder_pre_norm", "recurrent.gru", "image.windows"),
 )
-ROWS = tuple(row for row in (*samples.SAMPLES, *samples.LOSSES) if row.name in NAMES) + samples.LOSSES
+ROWS = (*map(samples.find, NAMES), *samples.LOSSES)
 MODELS = tuple(row for row in samples.MODELS if row.name in ("model.lenet", "model.resnet_basic"))
 FIRST_ORDER = ("batch_grad", "batch_l2", "batch_dot", "sum_grad_squared", "variance")
 SECOND_ORDER = ("batch_diag_ggn", "sqrt_ggn", "ggn_block", "ggn_gram")

@@ -18,7 +18,7 @@ from fxcurv.eager import by_autograd
 from fxcurv.run import Batch
 
 NAMES = (
-    *("linear.vector", "linear.tokens", "linear.rank4", "linear.transposed", "conv1d.everything", "conv2d.plain"),
+    *("linear.vector", "linear.tokens", "linear.rank4", "linear.transposed", "conv2d.everything", "conv2d.plain"),
     *("conv2d.groups", "conv2d.depthwise", "conv2d.same", "norm.2d", "norm.layer_norm_image", "act.gelu"),
     *("act.silu_inplace", "act.relu_inplace", "join.add", "join.mul", "join.gated", "pool2d.max"),
     *("param.applied_twice_tokens", "param.tied_weight", "param.conv_reused", "param.dense_residual"),
@@ -26,7 +26,7 @@ NAMES = (
     *("attention.causal", "transformer.encoder_pre_norm", "cross_entropy.ignore_class.mean", "mse.on_tokens.sum"),
     *("bce.all.mean", "cross_entropy.soft.mean"),
 )
-ROWS = tuple(row for row in (*samples.SAMPLES, *samples.LOSSES) if row.name in NAMES)
+ROWS = tuple(map(samples.find, NAMES))
 QUANTITIES = ("diag_hessian", "batch_diag_hessian")
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import fxcurv
 
 NAMES = (
-    *("linear.vector", "linear.tokens", "conv1d.everything", "conv2d.plain", "conv2d.groups", "conv2d.depthwise"),
+    *("linear.vector", "linear.tokens", "conv2d.everything", "conv2d.plain", "conv2d.groups", "conv2d.depthwise"),
     *("norm.2d", "join.add", "param.applied_twice_tokens", "param.tied_weight", "param.grouped_reused"),
     *("free.additive", "free.scale", "generic.attention", "transformer.encoder_pre_norm", "mse.on_tokens.sum"),
 )
-ROWS = tuple(row for row in (*samples.SAMPLES, *samples.LOSSES) if row.name in NAMES)
+ROWS = tuple(map(samples.find, NAMES))
 STRATEGIES: tuple[Any, ...] = (None, "jacobian", "structured")
 
 
