@@ -179,7 +179,7 @@ def _block(entry: Entry) -> Block | None:
     if entry.status == "unreached":
         return None
     cause = None
-    if entry.factor == "gradient":
+    if isinstance(entry.value, Tensor) and (entry.factor == "gradient" or entry.value.shape != entry.shape):
         cause = f"{entry.quantity} is a vector, not a matrix"
     elif entry.value is None:
         cause = f"{entry.quantity} of {entry.parameter!r} has no value: {entry.status}"

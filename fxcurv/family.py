@@ -29,6 +29,7 @@ from fxcurv.pairs import kept, kept_of, products
 from fxcurv.quantities import DENSE_LIMIT, KFAC, Exact, Factor, Identity, LossGradient, Sums, Used
 
 __all__ = [
+    "APART",
     "FOOF",
     "KFRA",
     "BatchDiagGGN",
@@ -47,6 +48,12 @@ __all__ = [
 
 
 EXACT = Exact()
+
+APART = (
+    *("BatchGrad(", "BatchL2(", "BatchDot(", "BatchDiagGGN(", "SqrtGGN(", "GGNGram(", "Jacobian("),
+    *("DiagHessian(per_sample=True", "SumGradSquared(", "Variance(", "EKFAC(", "KFRA(", "FOOF("),
+)
+"""The definitions that keep samples apart, or are no sums over the terms of the loss: two batches do not add up."""
 
 
 @dataclass(frozen=True)

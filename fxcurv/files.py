@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fxcurv.blocks import Block, Dense, Diagonal, Eigenbasis, Kronecker
 from fxcurv.errors import FxcurvError
+from fxcurv.family import APART
 from fxcurv.fingerprint import Fingerprint
 from fxcurv.moments import SecondMoment
 from fxcurv.patches import Patches
@@ -352,7 +353,7 @@ class _Reader:
             raise at.wrong("is not there")
         value = None if at.value is None else values[at.value]
         fits = (
-            value.shape == shape
+            value.shape == shape or definition.startswith(APART)
             if isinstance(value, Tensor)
             else value is None or fields["parameter"] in value.parameters
         )

@@ -18,16 +18,11 @@ from torch import Tensor
 from fxcurv.blocks import Block, Dense, Diagonal, Kronecker
 from fxcurv.contractions import Sum
 from fxcurv.errors import FxcurvError
+from fxcurv.family import APART
 from fxcurv.files import load
 from fxcurv.result import Curvature, Entries, Entry
 
-__all__ = ["APART", "merge"]
-
-APART = (
-    *("BatchGrad(", "BatchL2(", "BatchDot(", "BatchDiagGGN(", "SqrtGGN(", "GGNGram(", "Jacobian("),
-    *("DiagHessian(per_sample=True", "Variance(", "EKFAC(", "KFRA(", "FOOF("),
-)
-"""The definitions that keep samples apart, or are no sums over them."""
+__all__ = ["merge"]
 
 
 def merge(first: Curvature | str | Path, second: Curvature | str | Path) -> Curvature:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import fxcurv
 from fxcurv.choice import chosen
 from fxcurv.eager import by_autograd
+from fxcurv.family import APART
 from fxcurv.memory import Chunks
 from fxcurv.run import Batch, run
 
@@ -158,3 +160,48 @@ def test_a_large_block_is_kept_as_its_columns() -> None:
     root = fxcurv.compile(model, quantities="sqrt_ggn")(x, y)["sqrt_ggn"]["weight"]
     weights = torch.einsum("vnoi,oi->vn", root, v)
     assert_close(block.mv(v), torch.einsum("vnoi,vn->oi", root, weights), "product")
+
+
+def test_what_keeps_samples_apart_is_not_merged() -> None:
+    """Two batches' results do not add where they are not sums over the samples; no number is made up."""
+    row = samples.find("linear.vector")
+    model, x, y = row.build(), samples.inputs(row, 4), samples.targets(row, 4)
+    apart = {name for name, quantity in fxcurv.NAMES.items() if repr(quantity).startswith(APART)}
+    for name in fxcurv.NAMES:
+        compiled = fxcurv.compile(model, row.loss(), name)
+        first, second = compiled(x[:2], y[:2]), compiled(x[2:], y[2:])
+        if name in apart:
+            with pytest.raises(fxcurv.FxcurvError, match=f"{name} of two batches is not made of {name} of each"):
+                fxcurv.merge(first, second)
+        elif "mc" not in name and not repr(fxcurv.NAMES[name]).startswith("KFAC(factor=Sampled"):
+            whole, merged = compiled(x, y), fxcurv.merge(first, second)
+            for entry in whole.entries:
+                ours, theirs = merged[name][entry.parameter], entry.value
+                if isinstance(theirs, fxcurv.Block):
+                    ours, theirs = ours.dense(), theirs.dense()
+                assert theirs is not None
+                assert_close(ours, theirs, f"{name} {entry.parameter}")
+
+
+@pytest.mark.parametrize("name", fxcurv.NAMES)
+def test_results_are_saved_and_read_back(name: str, tmp_path: Path) -> None:
+    row = samples.find("linear.vector")
+    model, x, y = row.build(), samples.inputs(row, 3), samples.targets(row, 3)
+    result = fxcurv.compile(model, row.loss(), name)(x, y)
+    result.save(tmp_path / "result.safetensors")
+    loaded = fxcurv.load(tmp_path / "result.safetensors", model)
+    for entry in result.entries:
+        theirs = loaded[name].entries[entry.parameter].tensors()
+        for kind, t in entry.tensors().items():
+            assert torch.equal(t, theirs[kind])
+
+
+def test_operators_are_of_blocks_and_diagonals() -> None:
+    row = samples.find("linear.vector")
+    model, x, y = row.build(), samples.inputs(row, 3), samples.targets(row, 3)
+    result = fxcurv.compile(model, row.loss(), ["foof", "ekfac_exact", "ggn_block", "batch_diag_ggn", "ggn_gram"])(x, y)
+    for name in ("foof", "ekfac_exact", "ggn_block"):
+        assert_close(result.operator(name).trace(), sum(block.trace() for block in result[name].values()), name)
+    for name in ("batch_diag_ggn", "ggn_gram"):
+        with pytest.raises(fxcurv.QuantityError, match=f"{name} is a vector, not a matrix"):
+            result.operator(name)

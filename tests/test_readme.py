@@ -214,6 +214,15 @@ def test_the_quantities_are_those_of_the_table() -> None:
     assert named == dict(fxcurv.NAMES)
 
 
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_every_extension_of_the_peers_has_a_row() -> None:
+    listed = {name for there, *_ in table("| there | here | test |") for name in re.findall(r"`([\w.]+)", there)}
+    extensions = pytest.importorskip("backpack.extensions").__all__
+    operators = [name for name in vars(pytest.importorskip("curvlinops")) if name.endswith(("Operator", "Cached"))]
+    assert not {*extensions, *operators} - listed
+
+
 def test_the_vocabulary_is_that_of_the_rules() -> None:
     kinds: defaultdict[str, set[str]] = defaultdict(set)
     for op, rule in rules.RULES.items():
