@@ -78,7 +78,8 @@ def named(quantities: str | Quantity | Iterable[str | Quantity]) -> dict[str, Qu
 def _by_name(name: str) -> Quantity:
     if name in NAMES:
         return NAMES[name]
-    close = difflib.get_close_matches(name, NAMES, n=1)
+    close = difflib.get_close_matches(name, NAMES)
+    close.sort(key=lambda known: sorted(known) != sorted(name))  # first what only has its letters in another order
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise QuantityError(f"no quantity is called {name!r}", remedy=f"{hint}there are {', '.join(NAMES)}", code="FXC409")
 
