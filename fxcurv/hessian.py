@@ -106,7 +106,7 @@ def _of_use(value: Tensor, watched: _Watched, use: Use) -> Tensor:
         seen = InputPositions(op, place)(x) if slot == "weight" else None
         first = positions(z.detach().unsqueeze(0))
         total = first.new_zeros(*first.shape[1:2], *first.shape[3:], 1 if seen is None else seen.shape[-1])
-        _, back = torch.func.vjp(positions, torch.zeros_like(z).unsqueeze(0))  # a permutation, and its inverse
+        back: Any = torch.func.vjp(positions, torch.zeros_like(z).unsqueeze(0))[1]  # a permutation, and its inverse
     for column, E in _columns(first, seen):
         (direction,) = back(E)
         row = _grad(slope, z, direction[0])

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from fxcurv.api import Compiled
+from fxcurv.api import Compiled, Options
 from fxcurv.capture import Inputs, Output, as_call, selector, without_autocast
 from fxcurv.choice import chosen
 from fxcurv.contractions import Statistic
@@ -52,8 +52,8 @@ class NTK:
         if strategy is not None and strategy not in get_args(How):
             _refuse("strategy", strategy, get_args(How))
         self.model, self.strategy, self.select = model, strategy, selector(output)
-        forced = strategy if strategy in get_args(Strategy) else None
-        self.compiled = Compiled(model, as_loss("mse"), chosen(_OutputColumns(forced)), output)
+        forced = None if strategy == "ntvp" else strategy
+        self.compiled = Compiled(model, as_loss("mse"), chosen(_OutputColumns(forced)), Options(output))
 
     def __call__(self, x1: Inputs, x2: Inputs | None = None, kind: Kind = "full") -> Tensor:
         """The kernel, as in `ntk`."""
@@ -119,7 +119,7 @@ class NTK:
             u = torch.autograd.grad(y2, parameters, v, allow_unused=True, materialize_grads=True)
             y1 = self._output(x1)
             w = torch.zeros_like(y1, requires_grad=True)
-            pulled = torch.autograd.grad(y1, parameters, w, create_graph=True, allow_unused=True)
+            pulled: Any = torch.autograd.grad(y1, parameters, w, create_graph=True, allow_unused=True)
             reached = [(g, u_p) for g, u_p in zip(pulled, u, strict=True) if g is not None]
             if not reached:
                 return torch.zeros_like(y1)

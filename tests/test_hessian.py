@@ -13,6 +13,7 @@ from test_samples import assert_close
 from torch import Tensor, nn
 
 import fxcurv
+from fxcurv import hessian
 from fxcurv.choice import chosen
 from fxcurv.eager import by_autograd
 from fxcurv.run import Batch
@@ -73,7 +74,7 @@ def test_a_linear_layer_takes_one_product_per_output(monkeypatch: pytest.MonkeyP
         model = nn.Sequential(nn.Linear(40, 5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
     x, y = samples.normal((4, 40), torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
     taken: list[torch.Size] = []
-    original = fxcurv.hessian._grad  # pyright: ignore[reportPrivateUsage]
+    original = hessian._grad  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr("fxcurv.hessian._grad", lambda s, at, d: (taken.append(d.shape), original(s, at, d))[1])
     check(fxcurv.compile(model, quantities=QUANTITIES)(x, y), model, nn.CrossEntropyLoss(), x, y)
     assert len(taken) == 2 * (5 + 3)

@@ -69,6 +69,17 @@ def test_products_with_vectors(name: str) -> None:
     assert_close(fxcurv.ntk(model, x1, strategy="ntvp"), itself, "one batch", 1e-10)
 
 
+@pytest.mark.parametrize("strategy", ["jacobian", "ntvp"])
+def test_one_of_several_outputs(strategy: Any) -> None:
+    with torch.random.fork_rng(devices=[]):
+        body = nn.Linear(4, 3).double().eval()
+    pair: Any = lambda m, x: (x, m.body(x).tanh())  # noqa: E731
+    both = samples.Model(pair, body=body).eval()
+    alone = samples.Model(lambda m, x: m.body(x).tanh(), body=body).eval()
+    x = samples.normal((3, 4), torch.Generator().manual_seed(0))
+    assert_close(fxcurv.NTK(both, strategy, output=1)(x), fxcurv.ntk(alone, x), "the second output", 1e-10)
+
+
 def test_large_products_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x1, x2 = batches(samples.find("linear.tokens"))
     expected = fxcurv.ntk(model, x1, x2)
