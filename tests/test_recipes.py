@@ -229,10 +229,12 @@ def test_averages_of_eigenbases_are_projections() -> None:
         _average(old, old.as_dense(), 0.5)
 
 
-def steps_to(target: float, model: nn.Module, optimizer: torch.optim.Optimizer, digits: tuple[Tensor, Tensor]) -> int:
-    """Steps on batches of 256 until the loss on all training digits is below the target, looked at every 5."""
-    (x, y), g = (t[:1400] for t in digits), torch.Generator().manual_seed(0)
-    for step in range(400):
+def steps_to(
+    target: float, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, most: int = 120
+) -> int:
+    """Steps on batches of 256 until the loss on all digits is below the target, looked at every 5."""
+    g = torch.Generator().manual_seed(0)
+    for step in range(most):
         if step % 5 == 0:
             with torch.no_grad():
                 if F.cross_entropy(model(x), y) < target:
@@ -241,22 +243,28 @@ def steps_to(target: float, model: nn.Module, optimizer: torch.optim.Optimizer, 
         if isinstance(optimizer, recipes.Preconditioned):
             optimizer.update_curvature(x[chosen], y[chosen], g)
         gradient_step(model, nn.CrossEntropyLoss(), x[chosen], y[chosen], optimizer)
-    return 400
+    return most
 
 
 def test_on_digits_it_takes_fewer_steps_than_gradient_descent(digits: tuple[Tensor, Tensor]) -> None:
-    plain = {}
-    for lr in (0.1, 0.2, 0.5, 1.0):
-        model = seeded(perceptron)
-        plain[lr] = steps_to(0.05, model, torch.optim.SGD(model.parameters(), lr, momentum=0.9), digits)
+    """Of gradient descent with momentum at its best rate; on digits as they are, and with pixels in different units."""
+    x, y = (t[:1400] for t in digits)
+    units = 10 ** (2 * torch.rand(64, generator=torch.Generator().manual_seed(7), dtype=torch.float64) - 1)
     taken = {}
-    for quantity, lr, damping in (("kfac", 0.3, 1e-2), ("diag_ggn", 0.1, 3e-3)):
-        model = seeded(perceptron)
-        compiled = fxcurv.compile(model, quantities=quantity)
-        taken[quantity] = steps_to(0.05, model, recipes.Preconditioned(compiled, lr, damping, every=5), digits)
-    print(plain, taken)
-    assert taken["kfac"] <= 0.5 * min(plain.values())
-    assert taken["diag_ggn"] <= min(plain.values())
+    for data_name, inputs in (("digits", x), ("units", x * units)):
+        for lr in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+            model = seeded(perceptron)
+            steps = steps_to(0.05, model, torch.optim.SGD(model.parameters(), lr, momentum=0.9), inputs, y)
+            taken[data_name, "sgd"] = min(steps, taken.get((data_name, "sgd"), steps))
+        for quantity in ("kfac", "diag_ggn"):
+            model = seeded(perceptron)
+            compiled = fxcurv.compile(model, quantities=quantity)
+            optimizer = recipes.Preconditioned(compiled, 0.3, 1e-2, momentum=0.9, clip=1e-3, every=5)
+            taken[data_name, quantity] = steps_to(0.05, model, optimizer, inputs, y)
+    print(taken)
+    assert taken["digits", "kfac"] <= 0.75 * taken["digits", "sgd"]
+    assert taken["digits", "diag_ggn"] <= 1.25 * taken["digits", "sgd"]
+    assert max(taken["units", "kfac"], taken["units", "diag_ggn"]) <= 0.75 * taken["units", "sgd"]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +292,9 @@ def ridge(problem: Regression, tau: float, noise: float) -> tuple[Tensor, Tensor
     X, outputs = ones_added(problem.x), problem.y.shape[1]
     precision = X.T @ X / noise + tau * torch.eye(4, dtype=torch.float64)
     mean = torch.linalg.solve(precision, X.T @ problem.y / noise)
-    return mean.T.flatten(), torch.kron(torch.eye(outputs, dtype=torch.float64), torch.linalg.inv(precision).contiguous())
+    return mean.T.flatten(), torch.kron(
+        torch.eye(outputs, dtype=torch.float64), torch.linalg.inv(precision).contiguous()
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -349,25 +359,34 @@ CHOICES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_on_digits_it_is_better_calibrated_than_the_network(name: str, digits: tuple[Tensor, Tensor]) -> None:
-    """A network trained on 150 digits until it is too sure of itself; 600 test digits."""
+@pytest.fixture(scope="module")
+def too_sure(digits: tuple[Tensor, Tensor]) -> tuple[nn.Module, Tensor]:
+    """A network that has learnt 1000 digits by heart, of which a fifth have random labels; the labels of all."""
     x, y = digits
-    model = train(seeded(perceptron), x[:150], y[:150], 600, lr=1e-2)
+    g = torch.Generator().manual_seed(5)
+    noisy = torch.where(torch.rand(len(y), generator=g) < 0.2, torch.randint(10, (len(y),), generator=g), y)
+    return train(seeded(perceptron), x[:1000], noisy[:1000], 1500, lr=1e-2), noisy
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_on_digits_it_is_better_calibrated_than_the_network(
+    name: str, digits: tuple[Tensor, Tensor], too_sure: tuple[nn.Module, Tensor]
+) -> None:
+    """597 other digits, as noisy; the prior precision is that of the highest marginal likelihood."""
+    (x, _), (model, y) = digits, too_sure
     compiled = fxcurv.compile(model, quantities=CHOICES[name])
-    laplace = recipes.Laplace(compiled, compiled(x[:150], y[:150], torch.Generator().manual_seed(0))).tuned()
-    test, labels = x[1000:1600], y[1000:1600]
+    laplace = recipes.Laplace(compiled, compiled(x[:1000], y[:1000], torch.Generator().manual_seed(0))).tuned()
+    test, labels = x[1200:], y[1200:]
     with torch.no_grad():
         plain = calibration(model(test).softmax(1), labels)
     probit = laplace.predict(test)
-    drawn = laplace.predict(test, "outputs", 200, torch.Generator().manual_seed(0))
+    drawn = laplace.predict(test, "outputs", 100, torch.Generator().manual_seed(0))
     print(name, laplace.prior_precision, plain, calibration(probit, labels), calibration(drawn, labels))
-    close(probit.sum(1), torch.ones(600, dtype=torch.float64))
-    assert (probit - drawn).abs().mean() < 0.05
-    for p in (probit, drawn):
+    close(probit.sum(1), torch.ones(len(test), dtype=torch.float64))
+    for p, gained in ((probit, 0.3), (drawn, 0.1)):
         nll, ece = calibration(p, labels)
-        assert nll < plain[0]
-        assert ece <= plain[1]
+        assert nll < plain[0] - gained
+        assert ece < 0.8 * plain[1]
 
 
 def test_drawn_weights_and_outputs_agree_where_the_model_is_linear() -> None:
@@ -466,29 +485,30 @@ def test_saliency_is_the_rise_of_a_quadratic_and_the_others_make_up_for_it() -> 
         recipes.masks(scores, 1.5)
 
 
-def test_on_digits_pruning_by_saliency_keeps_more_accuracy(digits: tuple[Tensor, Tensor], trained: nn.Module) -> None:
-    x, y = (t[:1400] for t in digits)
-    test, labels = (t[1400:] for t in digits)
-    every = values(trained)
+def test_on_digits_pruning_by_saliency_keeps_more_accuracy(digits: tuple[Tensor, Tensor]) -> None:
+    """Pixels are 0 … 1, some of them 0 in every digit: their weights are large as they were drawn, and useless."""
+    pixels, y = digits[0] * 0.3760 + 0.3053, digits[1]
+    model = train(seeded(perceptron), pixels[:1400], y[:1400], 1000)
+    every = values(model)
     weights, g = {name: w for name, w in every.items() if w.ndim > 1}, torch.Generator().manual_seed(0)
-    diagonal, blocks = (
-        fxcurv.compile(trained, quantities=q)(x, y, torch.Generator().manual_seed(0)).operator(q)
-        for q in ("diag_ggn", "kflr")
-    )
+    result = fxcurv.compile(model, quantities=["diag_ggn", "kflr"])(pixels[:1400], y[:1400])
     scores = {
-        "saliency": recipes.saliencies(diagonal, weights),
+        "saliency": recipes.saliencies(result.operator("diag_ggn"), weights),
         "magnitude": {name: w.abs() for name, w in weights.items()},
         "random": {name: torch.rand(w.shape, generator=g) for name, w in weights.items()},
     }
-    kept = dict.fromkeys([*scores, "surgeon"], 0.0)
-    for sparsity in (0.6, 0.7, 0.8):
+    right: dict[str, list[float]] = {}
+    for sparsity in (0.5, 0.6, 0.7):
         masks = {method: recipes.masks(score, sparsity) for method, score in scores.items()}
         pruned = {m: {name: w * masks[m][name] for name, w in weights.items()} for m in masks}
-        pruned["surgeon"] = recipes.compensated(blocks, every, masks["saliency"], 1e-3)
+        pruned["surgeon"] = recipes.compensated(result.operator("kflr"), every, masks["saliency"], 1e-3)
         for method, replaced in pruned.items():
-            kept[method] += accuracy(trained, test, labels, replaced) / 3
-    print(accuracy(trained, test, labels), kept)
-    assert kept["surgeon"] > kept["saliency"] > kept["magnitude"] > kept["random"]
+            right.setdefault(method, []).append(accuracy(model, pixels[1400:], y[1400:], replaced))
+    print(accuracy(model, pixels[1400:], y[1400:]), right)
+    for k in (0, 1):
+        assert right["saliency"][k] > right["magnitude"][k] + 0.02
+    assert right["surgeon"][2] > max(right["saliency"][2], right["magnitude"][2]) + 0.03
+    assert min(right["magnitude"]) > max(right["random"])
 
 
 # Averaging --------------------------------------------------------------------------------------------------------
@@ -498,7 +518,9 @@ def test_on_digits_pruning_by_saliency_keeps_more_accuracy(digits: tuple[Tensor,
 def test_the_average_is_the_minimum_of_the_sum_of_quadratics(quantity: Any) -> None:
     problems = [regression(), regression(11)]
     compiled = [fxcurv.compile(p.model, nn.MSELoss(), quantity) for p in problems]
-    operators = [next(iter([r.operator(q) for q in r])) for r in (c(p.x, p.y) for c, p in zip(compiled, problems, strict=True))]
+    operators = [
+        next(iter([r.operator(q) for q in r])) for r in (c(p.x, p.y) for c, p in zip(compiled, problems, strict=True))
+    ]
     flat = [torch.randn(8, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (3, 4)]
     weights = [operators[0].domain.split(w) for w in flat]
     matrices = [B.dense() + 0.01 * torch.eye(8, dtype=torch.float64) for B in operators]
@@ -528,25 +550,32 @@ def test_two_regressions_become_that_of_all_the_data() -> None:
     close(joined(found), best.T.flatten(), 1e-7)
 
 
-@pytest.mark.parametrize("quantity", ["diag_ggn", "kfac"])
-def test_on_digits_it_is_better_than_the_plain_average(
-    quantity: str, digits: tuple[Tensor, Tensor], trained: nn.Module
-) -> None:
-    """One network goes on with the digits 0-4, another with 5-9; the average is tested on all."""
+def turned(x: Tensor) -> Tensor:
+    """Digits by a quarter turn."""
+    return x.view(-1, 8, 8).rot90(1, (1, 2)).flatten(1)
+
+
+def test_on_digits_it_is_better_than_the_plain_average(digits: tuple[Tensor, Tensor]) -> None:
+    """One network goes on with digits, another with digits turned; their average is tested on both."""
     x, y = (t[:1400] for t in digits)
     test, labels = (t[1400:] for t in digits)
-    start = train(seeded(perceptron), x[:300], y[:300], 60)
-    weights, operators = [], []
-    for chosen in (y < 5, y >= 5):
-        model = train(copy.deepcopy(start), x[chosen], y[chosen], 300)
-        compiled = fxcurv.compile(model, quantities=quantity)
-        operators.append(compiled(x[chosen], y[chosen], torch.Generator().manual_seed(0)).operator(quantity))
+    start = train(seeded(lambda: perceptron(64)), x, y, 200)
+    weights, operators = [], {"diag_ggn": [], "kflr": []}
+    for inputs in (x, turned(x)):
+        model = train(copy.deepcopy(start), inputs, y, 100)
+        result = fxcurv.compile(model, quantities=list(operators))(inputs, y)
+        for quantity, found in operators.items():
+            found.append(result.operator(quantity))
         weights.append(values(model))
-    plain = {name: (w + weights[1][name]) / 2 for name, w in weights[0].items()}
-    fisher = recipes.weighted_average(weights, operators, 1e-4)
-    found = [accuracy(start, test, labels, w) for w in (*weights, plain, fisher)]
-    print(quantity, found)
-    assert found[3] > found[2] + 0.02
+    averages = {quantity: recipes.weighted_average(weights, found, 1e-4) for quantity, found in operators.items()}
+    averages["plain"] = {name: (w + weights[1][name]) / 2 for name, w in weights[0].items()}
+    right = {
+        name: (accuracy(start, test, labels, w) + accuracy(start, turned(test), labels, w)) / 2
+        for name, w in averages.items()
+    }
+    print(right)
+    assert right["diag_ggn"] > right["plain"] + 0.05
+    assert right["kflr"] > right["diag_ggn"] + 0.05
 
 
 # Influence --------------------------------------------------------------------------------------------------------
@@ -561,8 +590,8 @@ def ranks(t: Tensor) -> Tensor:
 
 
 def test_influence_on_a_quadratic_is_exact_and_near_to_leaving_out() -> None:
-    problem, damping = regression(), 0.05
-    mean = ridge(problem, damping * 20, 1.0)[0]  # of ½ Σ(f − y)² + ½ 20 δ‖θ‖², N = 20 terms per output
+    problem, damping = regression(60), 0.05
+    mean = ridge(problem, damping * 60, 1.0)[0]  # the mean over 120 entries plus ½ δ‖θ‖², times 60
     weight, bias = mean.view(2, 4).split([3, 1], 1)
     problem.model.load_state_dict({"weight": weight, "bias": bias.flatten()})
     result = problem.compiled(problem.x, problem.y)
@@ -573,12 +602,12 @@ def test_influence_on_a_quadratic_is_exact_and_near_to_leaving_out() -> None:
     J = torch.stack([torch.kron(torch.eye(2, dtype=torch.float64), row) for row in ones_added(problem.x)])
     g = torch.einsum("ncp,nc->np", J, 2 * (torch.einsum("ncp,p->nc", J, mean) - problem.y))
     H = H + damping * torch.eye(8, dtype=torch.float64)
-    close(found, g @ torch.linalg.solve(H, g.T) / 40)
+    close(found, g @ torch.linalg.solve(H, g.T) / 120)
     actual = []
-    for k in range(20):
-        left = torch.arange(20) != k
+    for k in range(60):
+        left = torch.arange(60) != k
         X = ones_added(problem.x[left])
-        solved = torch.linalg.solve(X.T @ X + 1.0 * torch.eye(4, dtype=torch.float64), X.T @ problem.y[left])
+        solved = torch.linalg.solve(X.T @ X + 60 * damping * torch.eye(4, dtype=torch.float64), X.T @ problem.y[left])
         change = (ones_added(problem.x) @ solved - problem.y).square().sum(1)
         actual.append(change - (ones_added(problem.x) @ mean.view(2, 4).T - problem.y).square().sum(1))
     assert correlation(found, torch.stack(actual, 1)) > 0.95
@@ -604,24 +633,37 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, decay: float, total: int) -> nn.
 
 def test_influence_on_digits_tells_what_leaving_out_does(digits: tuple[Tensor, Tensor]) -> None:
     """Softmax regression on 200 digits; 25 of them are left out one by one, and the loss of 50 others is looked at."""
-    x, y, decay = digits[0][:200], digits[1][:200], 1e-2
+    x, y, decay = digits[0][:200], digits[1][:200], 5e-2
     test, labels = (t[1000:1050] for t in digits)
     model = fit(seeded(lambda: nn.Linear(64, 10)), x, y, decay, 200)
-    result = (compiled := fxcurv.compile(model, quantities=EXACT))(x, y)
-    found = recipes.influence(compiled, result, (x[:25], y[:25]), (test, labels), decay)
+    compiled = fxcurv.compile(model, quantities=EXACT)
+    found = recipes.influence(compiled, compiled(x, y), (x[:25], y[:25]), (test, labels), decay)
+    weights = values(model)
+    removed, asked = gradients(compiled, weights, x[:25], y[:25]), gradients(compiled, weights, test, labels)
+    dense = asked @ torch.linalg.solve(ggn(compiled, model, x, decay), removed.T) / 200
     with torch.no_grad():
         before = F.cross_entropy(model(test), labels, reduction="none")
-    actual = []
+    rises = []
     for k in range(25):
         left = torch.arange(200) != k
         other = fit(copy.deepcopy(model), x[left], y[left], decay, 200)
         with torch.no_grad():
-            actual.append(F.cross_entropy(other(test), labels, reduction="none") - before)
-    actual = torch.stack(actual, 1)
-    pearson, spearman = correlation(found, actual), correlation(ranks(found), ranks(actual))
-    own = correlation(found.sum(0), actual.sum(0))
-    print(pearson, spearman, own)
-    assert min(pearson, spearman) > 0.8
+            rises.append(F.cross_entropy(other(test), labels, reduction="none") - before)
+    actual = torch.stack(rises, 1)
+    told = {
+        name: (correlation(f, actual), correlation(ranks(f.sum(0)), ranks(actual.sum(0))))
+        for name, f in (("kfac", found), ("dense", dense))
+    }
+    print(told)
+    assert min(told["dense"]) > 0.95
+    assert min(told["kfac"]) > 0.8
+
+
+def ggn(compiled: fxcurv.Compiled, model: nn.Module, x: Tensor, damping: float) -> Tensor:
+    """The whole damped GGN of the mean cross entropy, `[P, P]`."""
+    J, p = jacobians(compiled, values(model), x), model(x).softmax(1).detach()
+    H = torch.einsum("ncp,ncd,ndq->pq", J, torch.diag_embed(p) - p[:, :, None] * p[:, None, :], J) / len(x)
+    return H + damping * torch.eye(len(H), dtype=torch.float64)
 
 
 def test_influence_through_blocks_is_near_that_of_the_dense_ggn(digits: tuple[Tensor, Tensor]) -> None:
@@ -632,8 +674,7 @@ def test_influence_through_blocks_is_near_that_of_the_dense_ggn(digits: tuple[Te
     J, p = jacobians(compiled, weights, x), model(x).softmax(1).detach()
     g = gradients(compiled, weights, x, y)
     close(g, torch.einsum("ncp,nc->np", J, p - F.one_hot(y, 3)))
-    H = torch.einsum("ncp,ncd,ndq->pq", J, torch.diag_embed(p) - p[:, :, None] * p[:, None, :], J) / 100
-    near = g[50:] @ torch.linalg.solve(H + 0.1 * torch.eye(len(H), dtype=torch.float64), g[:50].T) / 100
+    near = g[50:] @ torch.linalg.solve(ggn(compiled, model, x, 0.1), g[:50].T) / 100
     found = {}
     for name, quantity in {"kfac": EXACT, "diag_ggn": fxcurv.DiagGGN()}.items():
         compiled = fxcurv.compile(model, quantities=quantity)
