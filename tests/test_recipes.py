@@ -119,9 +119,13 @@ def gradient_step(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor, optim
     optimizer.step()
 
 
+def newton(compiled: fxcurv.Compiled) -> recipes.Preconditioned:
+    return recipes.Preconditioned(compiled, 1.0, 0.0, momentum=0.0, clip=math.inf)
+
+
 def test_linear_regression_is_solved_in_one_step() -> None:
     problem = regression()
-    optimizer = recipes.Preconditioned(problem.compiled, lr=1.0, damping=0.0)
+    optimizer = newton(problem.compiled)
     assert optimizer.update_curvature(problem.x, problem.y)
     gradient_step(problem.model, nn.MSELoss(), problem.x, problem.y, optimizer)
     best = torch.linalg.lstsq(ones_added(problem.x), problem.y).solution
@@ -165,7 +169,7 @@ def test_the_state_goes_through_a_file_and_curvature_is_computed_when_due() -> N
     def fresh() -> tuple[nn.Module, recipes.Preconditioned]:
         model = copy.deepcopy(problem.model)
         compiled = fxcurv.compile(model, nn.MSELoss(), EXACT)
-        return model, recipes.Preconditioned(compiled, 0.1, 0.1, momentum=0.5, every=2)
+        return model, recipes.Preconditioned(compiled, 0.1, 0.1, momentum=0.5, clip=math.inf, every=2)
 
     def advance(model: nn.Module, optimizer: recipes.Preconditioned, steps: range) -> list[bool]:
         due = []
@@ -193,7 +197,7 @@ def test_modes_are_restored_and_schedulers_and_closures_work() -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))).train()
     model[2].eval()  # pyright: ignore[reportIndexIssue]
     x, y = regression().x, torch.arange(20) % 2
-    optimizer = recipes.Preconditioned(fxcurv.compile(model), 0.1, 0.01)
+    optimizer = recipes.Preconditioned(fxcurv.compile(model), 0.1)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     optimizer.update_curvature(x, y, torch.Generator().manual_seed(0))
     assert [m.training for m in model.modules()] == [True, True, True, False, True]
@@ -259,7 +263,7 @@ def test_on_digits_it_takes_fewer_steps_than_gradient_descent(digits: tuple[Tens
         for quantity in ("kfac", "diag_ggn"):
             model = seeded(perceptron)
             compiled = fxcurv.compile(model, quantities=quantity)
-            optimizer = recipes.Preconditioned(compiled, 0.3, 1e-2, momentum=0.9, clip=1e-3, every=5)
+            optimizer = recipes.Preconditioned(compiled, every=5)
             taken[data_name, quantity] = steps_to(0.05, model, optimizer, inputs, y)
     print(taken)
     assert taken["digits", "kfac"] <= 0.75 * taken["digits", "sgd"]
@@ -274,6 +278,17 @@ def test_options_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(fxcurv.InputError, match=f"{next(iter(wrong))}=") as caught:
         recipes.Preconditioned(regression().compiled, **wrong)
     assert caught.value.code == "FXC440"
+
+
+def test_a_preconditioner_moves_what_its_quantity_was_asked_of() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2)))
+    model[1].requires_grad_(False)  # pyright: ignore[reportIndexIssue]
+    before, x, y = values(model), regression().x, torch.arange(20) % 2
+    optimizer = recipes.Preconditioned(fxcurv.compile(model, quantities={"*": None, "[01].weight": "kflr"}))
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1]
+    optimizer.update_curvature(x, y)
+    gradient_step(model, nn.CrossEntropyLoss(), x, y, optimizer)
+    assert [name for name, w in values(model).items() if not torch.equal(w, before[name])] == ["0.weight"]
 
 
 def test_a_preconditioner_needs_one_quantity_and_a_batch() -> None:
@@ -404,11 +419,13 @@ def test_drawn_weights_and_outputs_agree_where_the_model_is_linear() -> None:
 def test_wrong_posteriors() -> None:
     problem = regression()
     compiled, both = problem.compiled, fxcurv.compile(problem.model, "mse", ["kfac", "diag_ggn"])
+    pixels = fxcurv.compile(seeded(lambda: nn.Conv1d(1, 2, 1)).float())
     result = compiled(problem.x, problem.y)
     for make in (
         lambda: recipes.Laplace(compiled, result, 0.0),
         lambda: recipes.Laplace(compiled, result, 1.0, math.nan),
         lambda: recipes.Laplace(both, both(problem.x, problem.y)),
+        lambda: recipes.Laplace(pixels, pixels(torch.ones(2, 1, 3), torch.zeros(2, 3, dtype=torch.long))),
         lambda: recipes.Laplace(compiled, result).predict(problem.x, "best"),  # pyright: ignore[reportArgumentType]
         lambda: recipes.influence(both, both(problem.x, problem.y), (problem.x, problem.y), (problem.x, problem.y), 1),
     ):
@@ -460,7 +477,7 @@ def test_on_digits_less_is_forgotten(quantity: str, digits: tuple[Tensor, Tensor
 
 def test_saliency_is_the_rise_of_a_quadratic_and_the_others_make_up_for_it() -> None:
     problem = regression()
-    optimizer = recipes.Preconditioned(problem.compiled, 1.0, 0.0)
+    optimizer = newton(problem.compiled)
     optimizer.update_curvature(problem.x, problem.y)
     gradient_step(problem.model, nn.MSELoss(), problem.x, problem.y, optimizer)  # at the optimum
     operator = problem.compiled(problem.x, problem.y).operator("kfac")
@@ -540,7 +557,7 @@ def test_two_regressions_become_that_of_all_the_data() -> None:
     for at in (slice(0, 8), slice(8, 20)):
         model = copy.deepcopy(whole.model)
         compiled = fxcurv.compile(model, nn.MSELoss(reduction="sum"), EXACT)
-        optimizer = recipes.Preconditioned(compiled, 1.0, 0.0)
+        optimizer = newton(compiled)
         optimizer.update_curvature(whole.x[at], whole.y[at])
         gradient_step(model, nn.MSELoss(reduction="sum"), whole.x[at], whole.y[at], optimizer)
         fitted.append(values(model))

@@ -30,7 +30,8 @@ class Laplace:
     `{"*": None, "head.*": "kfac"}` this is a last-layer approximation, with "diag_ggn" a diagonal one. The prior is
     N(0, I/τ), τ = `prior_precision`. The mean squared error is that of a Gaussian of variance `noise`: it enters as
     1/(2·noise) of its sum. (MacKay 1992, A practical Bayesian framework; Ritter et al. 2018; Daxberger et al. 2021.)
-    Raises an InputError (FXC440) for a result of several quantities and for variances that are not above 0.
+    Raises an InputError (FXC440) for a result of several quantities, for outputs `[N, C, d…]` of cross entropy, and for
+    a precision or noise that is not above 0.
     """
 
     def __init__(self, compiled: Compiled, result: Curvature, prior_precision: float = 1.0, noise: float = 1.0) -> None:
@@ -41,6 +42,12 @@ class Laplace:
         for name, value in (("prior_precision", prior_precision), ("noise", noise)):
             if not 0 < value < math.inf:
                 raise InputError(f"{name}={value!r}", remedy="give a finite number above 0", code="FXC440")
+        if isinstance(compiled.loss, nn.CrossEntropyLoss) and result.output.ndim != 2:
+            raise InputError(
+                f"classes at several positions, {list(result.output.shape)}",
+                remedy="give a classifier of samples, [N, C]",
+                code="FXC440",
+            )
         self.compiled, self.result = compiled, result
         self.prior_precision, self.noise = float(prior_precision), float(noise)
         self.gaussian = isinstance(compiled.loss, nn.MSELoss)
@@ -74,7 +81,8 @@ class Laplace:
         J = jacobians(self.compiled, self.mean, inputs).to(self.curvature.dtype)
         spread = self.covariance.mm(J.flatten(0, 1).T).T.view_as(J)
         with torch.no_grad():
-            return outputs(self.compiled, self.mean, inputs).flatten(1), torch.einsum("ncp,ndp->ncd", spread, J)
+            f = outputs(self.compiled, self.mean, inputs).flatten(1)
+        return f.to(J.dtype), torch.einsum("ncp,ndp->ncd", spread, J)
 
     def predict(
         self,
@@ -135,7 +143,8 @@ class Laplace:
         """
         fit = -self._scale * float(self.result.loss)
         if self.gaussian:
-            fit -= self.result.output.numel() / 2 * math.log(2 * math.pi * self.noise)
+            entries = self.terms if self.result.reduction == "mean" else self.result.output.numel()
+            fit -= entries / 2 * math.log(2 * math.pi * self.noise)
         tau, count = self.prior_precision, len(self._eigenvalues)
         volume = count * math.log(tau) - float((self._eigenvalues + tau).log().sum())
         return fit - tau * self._squares / 2 + volume / 2

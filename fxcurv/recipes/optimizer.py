@@ -32,13 +32,14 @@ class Options(TypedDict, total=False):
     method: Damping
 
 
-DEFAULTS = Options(momentum=0.0, weight_decay=0.0, decay=0.95, every=1, clip=math.inf, method="exact")
+DEFAULTS = Options(momentum=0.9, weight_decay=0.0, decay=0.95, every=1, clip=1e-3, method="exact")
 BELOW_ONE = ("momentum", "decay")
 
 
 class Preconditioned(torch.optim.Optimizer):
-    """v ← μ v + ν (B̄ + δI)⁻¹ ∇L, θ ← (1 − lr·λ) θ − lr·v, over the parameters that the curvature B is of.
+    """v ← μ v + ν (B̄ + δI)⁻¹ ∇L, θ ← (1 − lr·λ) θ − lr·v, for the parameters that the curvature B was asked of.
 
+    Others are left to another optimizer; those without a gradient stay where they are.
     `compiled` computes one quantity, such as "kfac" (Martens & Grosse 2015) or "diag_ggn", of the loss L as its
     reduction scales it. The caller says on which data, before the gradient is taken or after:
 
@@ -52,11 +53,12 @@ class Preconditioned(torch.optim.Optimizer):
     - `every`: of so many calls of `update_curvature` one computes;
     - `clip`: ν = min(1, √(clip / (lr² ∇Lᵀ(B̄ + δI)⁻¹∇L))), a bound on the change of the loss's model (Ba et al. 2017).
 
-    All may be changed in `param_groups[0]`, by a scheduler for one. Raises an InputError (FXC440) for values out of
-    range, a QuantityError (FXC440) where `compiled` has several quantities.
+    The defaults (0.3, 0.01, μ = 0.9, λ = 0, 0.95, every = 1, clip = 0.001, "exact") serve small networks; a Newton step
+    is lr = 1, momentum = 0, clip = inf. All may be changed in `param_groups[0]`, by a scheduler for one. Raises an
+    InputError (FXC440) for values out of range, a QuantityError (FXC440) where `compiled` has several quantities.
     """
 
-    def __init__(self, compiled: Compiled, lr: float = 1.0, damping: float = 1e-3, **options: Unpack[Options]) -> None:
+    def __init__(self, compiled: Compiled, lr: float = 0.3, damping: float = 1e-2, **options: Unpack[Options]) -> None:
         if len(compiled.choice.quantities) != 1:
             raise QuantityError(
                 f"a preconditioner of {', '.join(compiled.choice.quantities)}",
@@ -69,7 +71,8 @@ class Preconditioned(torch.optim.Optimizer):
         self.curvature: BlockDiagonal | None = None
         self.calls = self.updates = 0
         self._inverse: tuple[object, BlockDiagonal] | None = None
-        super().__init__([p for p in compiled.model.parameters() if p.requires_grad], defaults)
+        named = compiled.choice.of(compiled.model)[self.quantity]
+        super().__init__([p for n, p in compiled.model.named_parameters() if n in named and p.requires_grad], defaults)
 
     def update_curvature(self, x: Inputs, y: Tensor, generator: torch.Generator | None = None) -> bool:
         """Take the curvature at a batch into the average; whether it was due.
