@@ -18,6 +18,7 @@ from torch.func import functional_call, hessian
 import fxcurv
 from fxcurv import data, recipes
 from fxcurv.operators import Space
+from fxcurv.quantities import Sums, Used
 from fxcurv.recipes.optimizer import _average
 from fxcurv.recipes.samples import gradients, jacobians
 from fxcurv.recipes.solver import conjugate_gradients
@@ -299,6 +300,43 @@ def test_a_preconditioner_needs_one_quantity_and_a_batch() -> None:
         recipes.Preconditioned(fxcurv.compile(model, "mse", "kfac")).step()
 
 
+# Any block ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InEigenbasis(fxcurv.KFAC):
+    """The same blocks as KFAC, as `Eigenbasis`."""
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> fxcurv.Block:
+        block = super().finish(used, sums, samples)
+        return block.eigenbasis if isinstance(block, fxcurv.Kronecker | fxcurv.Dense) else block
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_blocks_of_any_form_serve(joint: bool) -> None:
+    x, y = regression().x, torch.arange(20) % 2
+    ended, spreads, influences = [], [], []
+    for quantity in (fxcurv.KFAC(fxcurv.Exact(), joint=joint), InEigenbasis(fxcurv.Exact(), joint=joint)):
+        model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+        compiled = fxcurv.compile(model, quantities=quantity)
+        optimizer = recipes.Preconditioned(compiled, every=2, decay=0.0)
+        for k in range(4):
+            if k == 2:  # goes on from a file
+                file = io.BytesIO()
+                torch.save(optimizer.state_dict(), file)
+                file.seek(0)
+                optimizer = recipes.Preconditioned(compiled)
+                optimizer.load_state_dict(torch.load(file, weights_only=True))
+            optimizer.update_curvature(x, y)
+            gradient_step(model, nn.CrossEntropyLoss(), x, y, optimizer)
+        result = compiled(x, y)
+        ended.append(Space({n: p.shape for n, p in model.named_parameters()}).flat(values(model)))
+        spreads.append(recipes.Laplace(compiled, result).marginals(x)[1])
+        influences.append(recipes.influence(compiled, result, (x, y), (x, y), 0.1))
+    for first, second in (ended, spreads, influences):
+        close(second, first)
+
+
 # Laplace ----------------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +513,15 @@ def test_on_digits_less_is_forgotten(quantity: str, digits: tuple[Tensor, Tensor
 # Pruning ----------------------------------------------------------------------------------------------------------
 
 
+def test_masks_remove_the_lowest_scores_of_all_tensors_together() -> None:
+    scores = {"a": torch.tensor([[0.1, 5.0], [3.0, 0.2]]), "b": torch.tensor([0.3, 4.0])}
+    half = recipes.masks(scores, 0.5)
+    assert half["a"].tolist() == [[False, True], [True, False]]
+    assert half["b"].tolist() == [False, True]
+    assert all(mask.all() for mask in recipes.masks(scores, 0.0).values())
+    assert not any(mask.any() for mask in recipes.masks(scores, 1.0).values())
+
+
 def test_saliency_is_the_rise_of_a_quadratic_and_the_others_make_up_for_it() -> None:
     problem = regression()
     optimizer = newton(problem.compiled)
@@ -544,6 +591,10 @@ def test_the_average_is_the_minimum_of_the_sum_of_quadratics(quantity: Any) -> N
     expected = torch.linalg.solve(matrices[0] + matrices[1], sum(M @ w for M, w in zip(matrices, flat, strict=True)))
     found = recipes.weighted_average(weights, operators, 0.01)
     close(operators[0].domain.flat(found), expected, 1e-8)
+    whole = [fxcurv.ggn_operator(p.model, "mse", [(p.x, p.y)]) for p in problems]
+    matrices = [B.dense() + 0.01 * torch.eye(8, dtype=torch.float64) for B in whole]
+    expected = torch.linalg.solve(matrices[0] + matrices[1], sum(M @ w for M, w in zip(matrices, flat, strict=True)))
+    close(operators[0].domain.flat(recipes.weighted_average(weights, whole, 0.01)), expected, 1e-8)
     same = recipes.weighted_average([weights[0]] * 2, operators)
     close(operators[0].domain.flat(same), flat[0], 1e-8)
     with pytest.raises(fxcurv.InputError, match="give one for each"):

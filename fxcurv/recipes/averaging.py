@@ -17,7 +17,7 @@ __all__ = ["weighted_average"]
 
 def weighted_average(
     weights: Sequence[Mapping[str, Tensor]],
-    curvatures: Sequence[BlockDiagonal],
+    curvatures: Sequence[LinearOperator],
     damping: float = 1e-6,
     steps: int = 500,
 ) -> dict[str, Tensor]:
@@ -25,8 +25,9 @@ def weighted_average(
 
     With diagonals this is Fisher-weighted averaging (Matena & Raffel 2022, eq. 5); multiply a B to weight its model.
     Large δ gives the plain average. The sum is solved block by block where its blocks have a form, as diagonals and
-    dense ones do, otherwise by at most `steps` of conjugate gradients from the plain average on. Raises an InputError
-    (FXC440) unless there is a curvature for every model.
+    dense ones do, otherwise by at most `steps` of conjugate gradients from the plain average on, also for operators
+    without blocks such as `fxcurv.ggn_operator`. Raises an InputError (FXC440) unless there is a curvature for every
+    model.
     """
     if not weights or len(weights) != len(curvatures):
         raise InputError(

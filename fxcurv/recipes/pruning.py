@@ -10,6 +10,7 @@ from torch import Tensor
 from fxcurv.blockdiagonal import BlockDiagonal
 from fxcurv.errors import InputError
 from fxcurv.linalg import damping_of
+from fxcurv.operators import LinearOperator
 from fxcurv.recipes.solver import conjugate_gradients
 
 __all__ = ["compensated", "masks", "saliencies"]
@@ -38,12 +39,13 @@ def masks(scores: Weights, sparsity: float) -> dict[str, Tensor]:
 
 
 def compensated(
-    curvature: BlockDiagonal, weights: Weights, kept: Weights, damping: float = 1e-4, steps: int = 200
+    curvature: LinearOperator, weights: Weights, kept: Weights, damping: float = 1e-4, steps: int = 200
 ) -> dict[str, Tensor]:
     """The weights without those of which `kept` is False, and the others moved to where the quadratic is least.
 
     The move d minimises ½ dᵀ(B + δI)d with d = −w where w goes (Hassibi & Stork 1993, Optimal brain surgeon, eq. 5, for
-    many weights at once), by conjugate gradients. `weights` are all parameters of B; those without a mask stay free.
+    many weights at once), by conjugate gradients, so that
+    B may be any operator. `weights` are all its parameters; those without a mask stay free.
     """
     space, damping = curvature.domain, damping_of(damping)
     w = space.flat({name: p.detach() for name, p in weights.items()}).to(curvature.dtype)
