@@ -84,8 +84,9 @@ class Preconditioned(torch.optim.Optimizer):
         self.calls += 1
         if due:
             modes = {module: module.training for module in self.compiled.model.modules()}
+            self.compiled.model.eval()
             try:
-                new = self.compiled.model.eval() and self.compiled(x, y, generator).operator(self.quantity)
+                new = self.compiled(x, y, generator).operator(self.quantity)
             finally:
                 for module, training in modes.items():
                     module.training = training
