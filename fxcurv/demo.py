@@ -26,6 +26,7 @@ import fxcurv
 from fxcurv import data, plots
 from fxcurv.blocks import Kronecker
 from fxcurv.errors import FxcurvError
+from fxcurv.recipes.pruning import masks
 
 __all__ = ["CheckedEntry", "DataCurvature", "DemoError", "DemoReport", "DigitNet", "Pruning", "Row", "run"]
 
@@ -383,8 +384,8 @@ def _pruned(model: nn.Module, digits: _Digits, diagonal: Mapping[str, Tensor], s
     }
 
     def accuracy(method: str, sparsity: float) -> float:
-        masks = [_mask(score, sparsity) for score in scores[method]]
-        kept = [{name: w * mask[name] for name, w in weights.items()} for mask in masks]
+        found = [masks(score, sparsity) for score in scores[method]]
+        kept = [{name: w * mask[name] for name, w in weights.items()} for mask in found]
         return sum(_accuracy(model, digits, replaced) for replaced in kept) / len(kept)
 
     kept = {method: tuple(accuracy(method, s) for s in SPARSITIES) for method in scores}
@@ -402,7 +403,7 @@ def _pruned_in_steps(model: nn.Module, digits: _Digits, diagonal: Mapping[str, T
     x, y = digits.train[:PRUNING_DIGITS], digits.train_labels[:PRUNING_DIGITS]
     for sparsity in tqdm(SPARSITIES[1:], desc="pruning", file=sys.stderr, disable=None, leave=False):
         # a weight that is gone has the saliency 0, the lowest there is, and stays gone
-        mask = _mask(_saliency(weights, diagonal), sparsity)
+        mask = masks(_saliency(weights, diagonal), sparsity)
         for name, w in weights.items():
             w.mul_(mask[name])
         accuracies.append(_accuracy(sparse, digits))
@@ -422,15 +423,6 @@ def _saliency(weights: Mapping[str, Tensor], diagonal: Mapping[str, Tensor]) -> 
 
 def _noise(weights: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     return {name: torch.rand(w.shape, generator=generator) for name, w in weights.items()}
-
-
-def _mask(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    """0 for the share `sparsity` of lowest score over all layers together, else 1."""
-    flat = torch.cat([score.flatten() for score in scores.values()])
-    mask = torch.ones_like(flat)
-    mask[flat.argsort(stable=True)[: round(sparsity * len(flat))]] = 0
-    parts = mask.split([score.numel() for score in scores.values()])
-    return {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 
 # What it writes ------------------------------------------------------------------------------------------------------

@@ -204,15 +204,6 @@ def test_the_digits_are_split_without_overlap() -> None:
     assert not torch.equal(split.test_labels, demo._digits(4).test_labels)
 
 
-def test_a_mask_removes_the_lowest_scores_of_all_layers_together() -> None:
-    scores = {"a": torch.tensor([[0.1, 5.0], [3.0, 0.2]]), "b": torch.tensor([0.3, 4.0])}
-    half = demo._mask(scores, 0.5)
-    assert half["a"].tolist() == [[0, 1], [1, 0]]
-    assert half["b"].tolist() == [0, 1]
-    assert all(mask.all() for mask in demo._mask(scores, 0.0).values())
-    assert not any(mask.any() for mask in demo._mask(scores, 1.0).values())
-
-
 def test_saliency_predicts_the_loss_of_a_quadratic() -> None:
     """½·h·w² is exactly what removing w costs at the minimum of ½·h·(w' − w)²."""
     weights = {"a": torch.tensor([2.0, -1.0])}

@@ -471,6 +471,14 @@ _TABLE = (
         "is zero, and so is its gradient. Often it is a layer that forward no longer calls.",
         "remove it, freeze it, or use it",
     ),
+    _error(
+        "FXC440",
+        "a recipe used wrongly",
+        "misconfigured",
+        "A recipe of fxcurv.recipes was given a number out of its range, or a result or operator of another kind than "
+        "it takes.",
+        "give what the error describes",
+    ),
     # Cost -------------------------------------------------------------------------------------------------------------
     _error(
         "FXC501",

@@ -1,0 +1,48 @@
+"""Averaging: one model out of several, each weighted by its curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fxcurv.blockdiagonal import BlockDiagonal
+from fxcurv.errors import InputError
+from fxcurv.linalg import damping_of
+from fxcurv.operators import LinearOperator
+from fxcurv.recipes.solver import conjugate_gradients
+
+__all__ = ["weighted_average"]
+
+
+def weighted_average(
+    weights: Sequence[Mapping[str, Tensor]],
+    curvatures: Sequence[LinearOperator],
+    damping: float = 1e-6,
+    steps: int = 500,
+) -> dict[str, Tensor]:
+    """θ = (Σ_m (B_m + δI))⁻¹ Σ_m (B_m + δI) θ_m, the minimum of Σ_m ½ (θ − θ_m)ᵀ(B_m + δI)(θ − θ_m).
+
+    With diagonals this is Fisher-weighted averaging (Matena & Raffel 2022, eq. 5); multiply a B to weight its model.
+    Large δ gives the plain average. The sum is solved block by block where its blocks have a form, as diagonals and
+    dense ones do, otherwise by at most `steps` of conjugate gradients from the plain average on, also for operators
+    without blocks such as `fxcurv.ggn_operator`. Raises an InputError (FXC440) unless there is a curvature for every
+    model.
+    """
+    if not weights or len(weights) != len(curvatures):
+        raise InputError(
+            f"{len(weights)} models and {len(curvatures)} curvatures", remedy="give one for each", code="FXC440"
+        )
+    space, dtype, damping = curvatures[0].domain, curvatures[0].dtype, damping_of(damping)
+    flat = [space.flat({name: w[name].detach() for name in space.shapes}).to(dtype) for w in weights]
+    total: LinearOperator = curvatures[0]
+    for B in curvatures[1:]:
+        total = total + B
+    right = sum((B.mv(w) + damping * w for B, w in zip(curvatures, flat, strict=True)), flat[0] * 0)
+    shift = damping * len(flat)
+    if isinstance(total, BlockDiagonal):
+        solved = total.solve(right, shift)
+    else:
+        plain = sum(flat, flat[0] * 0) / len(flat)
+        solved = conjugate_gradients(lambda v: total.mv(v) + shift * v, right, plain, steps)
+    return {name: part.to(weights[0][name].dtype) for name, part in space.split(solved).items()}

@@ -1,0 +1,34 @@
+"""Influence: what a training sample did to the loss of another one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fxcurv.api import Compiled
+from fxcurv.capture import Inputs
+from fxcurv.errors import InputError
+from fxcurv.recipes.samples import gradients, weights_of
+from fxcurv.result import Curvature
+
+__all__ = ["influence"]
+
+Data = tuple[Inputs, Tensor]
+
+
+def influence(compiled: Compiled, result: Curvature, train: Data, test: Data, damping: float) -> Tensor:
+    """By how much the loss of each test sample rises when a training sample is left out, `[tests, trains]`.
+
+    ∇ℓ_tᵀ (D (B + δI))⁻¹ ∇ℓ_i, to first order in the sample's weight (Koh & Liang 2017, eq. 2; with Kronecker factors
+    Grosse et al. 2023). `result` is that of `compiled` at all the training data, of one quantity, B; D is what "mean"
+    divides by, 1 for "sum"; δ is the weight decay with which the network was trained, or more. `train` and `test` are
+    inputs and targets, of which per-sample gradients `[N, P]` are formed: give batches of a size for which these fit.
+    Only parameters that the quantity was asked of may move. Raises an InputError (FXC440) for several quantities.
+    """
+    if len(result) != 1 or result.divisor is None:
+        raise InputError(f"an influence by {', '.join(result)}", remedy="give a result of one quantity", code="FXC440")
+    (quantity,) = result
+    curvature = result.operator(quantity)
+    weights = weights_of(compiled, curvature.domain.shapes)
+    removed, asked = (gradients(compiled, weights, x, y).to(curvature.dtype) for x, y in (train, test))
+    moved = curvature.inverse(damping).mm(removed.T) / float(result.divisor)
+    return asked @ moved

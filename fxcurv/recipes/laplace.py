@@ -1,0 +1,162 @@
+"""Laplace: a Gaussian posterior over the weights, from the curvature of the loss at its minimum."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.api import Compiled
+from fxcurv.blockdiagonal import BlockDiagonal
+from fxcurv.capture import Inputs
+from fxcurv.errors import InputError
+from fxcurv.operators import checked_count
+from fxcurv.recipes.samples import jacobians, outputs, weights_of
+from fxcurv.result import Curvature
+
+__all__ = ["Laplace"]
+
+Predictive = Literal["probit", "outputs", "weights"]
+
+
+class Laplace:
+    """N(θ̂, (H + τI)⁻¹): θ̂ the parameters as they are, H the curvature of the negative log likelihood of the data.
+
+    `result` is what `compiled` returned at the training data, of several batches `fxcurv.merge` of theirs; H is its one
+    quantity times what "mean" divided by. Only parameters that the quantity was asked of are random: with
+    `{"*": None, "head.*": "kfac"}` this is a last-layer approximation, with "diag_ggn" a diagonal one. The prior is
+    N(0, I/τ), τ = `prior_precision`. The mean squared error is that of a Gaussian of variance `noise`: it enters as
+    1/(2·noise) of its sum. (MacKay 1992, A practical Bayesian framework; Ritter et al. 2018; Daxberger et al. 2021.)
+    Raises an InputError (FXC440) for a result of several quantities, for outputs `[N, C, d…]` of cross entropy, and for
+    a precision or noise that is not above 0.
+    """
+
+    def __init__(self, compiled: Compiled, result: Curvature, prior_precision: float = 1.0, noise: float = 1.0) -> None:
+        if len(result) != 1 or result.divisor is None:
+            raise InputError(
+                f"a posterior of {', '.join(result)}", remedy="give a result of one quantity", code="FXC440"
+            )
+        for name, value in (("prior_precision", prior_precision), ("noise", noise)):
+            if not 0 < value < math.inf:
+                raise InputError(f"{name}={value!r}", remedy="give a finite number above 0", code="FXC440")
+        if isinstance(compiled.loss, nn.CrossEntropyLoss) and result.output.ndim != 2:
+            raise InputError(
+                f"classes at several positions, {list(result.output.shape)}",
+                remedy="give a classifier of samples, [N, C]",
+                code="FXC440",
+            )
+        self.compiled, self.result = compiled, result
+        self.prior_precision, self.noise = float(prior_precision), float(noise)
+        self.gaussian = isinstance(compiled.loss, nn.MSELoss)
+        self.terms = float(result.divisor)
+        (quantity,) = result
+        self.curvature: BlockDiagonal = result.operator(quantity) * self._scale
+        self.mean = weights_of(compiled, self.curvature.domain.shapes)
+
+    @property
+    def _scale(self) -> float:
+        """From the loss as it is reduced to the negative log likelihood of the data."""
+        return self.terms / (2 * self.noise) if self.gaussian else self.terms
+
+    @cached_property
+    def covariance(self) -> BlockDiagonal:
+        """(H + τI)⁻¹."""
+        return self.curvature.inverse(self.prior_precision)
+
+    def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """A draw of the random parameters, for `torch.func.functional_call`."""
+        drawn = self.curvature.sample(generator, self.prior_precision)
+        return {name: mean + drawn[name].to(mean) for name, mean in self.mean.items()}
+
+    # Predictions ------------------------------------------------------------------------------------------------------
+
+    def marginals(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Mean `[N, C]` and covariance `[N, C, C]` of the outputs, linearised in the weights: f(θ̂), J (H + τI)⁻¹ Jᵀ.
+
+        J is `[N, C, P]`: give batches of a size for which that fits. Noise of a regression's targets comes on top.
+        """
+        J = jacobians(self.compiled, self.mean, inputs).to(self.curvature.dtype)
+        spread = self.covariance.mm(J.flatten(0, 1).T).T.view_as(J)
+        with torch.no_grad():
+            f = outputs(self.compiled, self.mean, inputs).flatten(1)
+        return f.to(J.dtype), torch.einsum("ncp,ndp->ncd", spread, J)
+
+    def predict(
+        self,
+        inputs: Inputs,
+        method: Predictive = "probit",
+        samples: int = 100,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Predictive probabilities `[N, C]` of a classifier, a regression's mean; E softmax(f), or sigmoid for BCE.
+
+        - `probit`: f linearised, softmax(f_c / √(1 + π σ_c²/8)) (MacKay 1992, The evidence framework applied to
+          classification networks, eq. 10, by class);
+        - `outputs`: f linearised, the mean over `samples` of N(f, J Σ Jᵀ);
+        - `weights`: the mean over `samples` of the network itself with drawn weights.
+        """
+        if method not in get_args(Predictive):
+            raise InputError(f"method={method!r}", remedy=f"choose one of {get_args(Predictive)}", code="FXC440")
+        checked_count("samples", samples)
+        if method == "weights":
+            with torch.no_grad():
+                drawn = (outputs(self.compiled, self.sample(generator), inputs).flatten(1) for _ in range(samples))
+                return torch.stack([self._link(f) for f in drawn]).mean(0)
+        mean, covariance = self.marginals(inputs)
+        if self.gaussian:
+            return mean
+        if method == "probit":
+            return self._link(mean / (1 + math.pi / 8 * covariance.diagonal(dim1=1, dim2=2)).sqrt())
+        values, vectors = torch.linalg.eigh(covariance)
+        noise = torch.randn(samples, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        draws = mean + torch.einsum("ncd,snd->snc", vectors * values.clamp(min=0).sqrt().unsqueeze(1), noise)
+        return self._link(draws).mean(0)
+
+    def _link(self, f: Tensor) -> Tensor:
+        if self.gaussian:
+            return f
+        return f.softmax(-1) if isinstance(self.compiled.loss, nn.CrossEntropyLoss) else f.sigmoid()
+
+    # Evidence ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _eigenvalues(self) -> Tensor:
+        """Of H, `[P]`."""
+        return self.curvature.eigvalsh().clamp(min=0)
+
+    @property
+    def _squares(self) -> float:
+        """‖θ̂‖² of the random parameters."""
+        return sum(float(w.square().sum()) for w in self.mean.values())
+
+    def effective_parameters(self) -> float:
+        """γ = Σ λ/(λ + τ), the number of parameters that the data determine."""
+        return float((self._eigenvalues / (self._eigenvalues + self.prior_precision)).sum())
+
+    def log_marginal_likelihood(self) -> float:
+        """log p(D) ≈ log p(D|θ̂) − ½ τ‖θ̂‖² + ½ P log τ − ½ log det(H + τI) (MacKay 1992).
+
+        Exact for a linear model with Gaussian noise whose θ̂ is the maximum of the posterior.
+        """
+        fit = -self._scale * float(self.result.loss)
+        if self.gaussian:
+            entries = self.terms if self.result.reduction == "mean" else self.result.output.numel()
+            fit -= entries / 2 * math.log(2 * math.pi * self.noise)
+        tau, count = self.prior_precision, len(self._eigenvalues)
+        volume = count * math.log(tau) - float((self._eigenvalues + tau).log().sum())
+        return fit - tau * self._squares / 2 + volume / 2
+
+    def tuned(self, steps: int = 1000) -> Laplace:
+        """The same with the prior precision at which the marginal likelihood, θ̂ held fixed, has its maximum.
+
+        It is where τ = γ(τ)/‖θ̂‖², and is found by iterating this (MacKay 1992), from the τ that there is.
+        """
+        tau, squares, values = self.prior_precision, max(self._squares, 1e-30), self._eigenvalues
+        for _ in range(steps):
+            last, tau = tau, max(float((values / (values + tau)).sum()) / squares, 1e-30)
+            if abs(tau - last) <= 1e-12 * tau:
+                break
+        return Laplace(self.compiled, self.result, tau, self.noise)

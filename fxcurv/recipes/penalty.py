@@ -1,0 +1,28 @@
+"""Penalty: the quadratic that holds what a task taught, elastic weight consolidation with any block."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fxcurv.blockdiagonal import BlockDiagonal
+
+__all__ = ["Penalty"]
+
+
+class Penalty:
+    """½ strength · (θ − θ*)ᵀ B (θ − θ*), to be added to the loss of the next task.
+
+    θ* are the model's parameters when this is made, B the curvature of the task that ends, `result.operator(…)`: with
+    "diag_ggn" this is elastic weight consolidation (Kirkpatrick et al. 2017, eq. 3), with "kfac" the Kronecker-factored
+    one (Ritter et al. 2018). Of several tasks, penalties add. A head for each task is left out of B by a pattern.
+    """
+
+    def __init__(self, model: nn.Module, curvature: BlockDiagonal, strength: float = 1.0) -> None:
+        self.curvature, self.strength = curvature, strength
+        self.anchor = {name: model.get_parameter(name).detach().clone() for name in curvature.domain.shapes}
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """The penalty of the parameters that the model has now, a scalar that can be differentiated."""
+        moved = {name: model.get_parameter(name) - start for name, start in self.anchor.items()}
+        flat = self.curvature.domain.flat(moved).to(self.curvature.dtype)
+        return self.strength / 2 * flat.dot(self.curvature.mv(flat))
