@@ -1,4 +1,4 @@
-"""What a model is recognised by: the names, shapes and types of its parameters, not their values; and digests of values."""
+"""What a model is recognised by: the names, shapes and types of its parameters, not values; and digests of values."""
 
 from __future__ import annotations
 
