@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import os
 import pickle
 import sys
 import time
@@ -36,7 +37,7 @@ from fxcurv.merging import Value, values_changed, values_of
 from fxcurv.moments import formed
 from fxcurv.result import Curvature
 
-__all__ = ["BUCKET_BYTES", "Processes", "check_parameters", "shard"]
+__all__ = ["BUCKET_BYTES", "Processes", "check_parameters", "joined", "shard"]
 
 BUCKET_BYTES = 1 << 26
 """How much is added up in one collective."""
@@ -44,6 +45,24 @@ BUCKET_BYTES = 1 << 26
 _POLL = 0.05  # seconds between two looks into the store
 _LAST_WORDS = 5.0  # seconds for which the process that holds the store waits until others have read its error
 _calls = itertools.count()
+
+
+@contextmanager
+def joined() -> Generator[tuple[int, int]]:
+    """Within, the processes that torchrun started are a group (gloo, NCCL for GPUs); gives rank and size: (0, 1) alone.
+
+    A group that is already there is used and stays.
+    """
+    if _several():
+        yield dist.get_rank(), dist.get_world_size()
+    elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1
+    else:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            yield dist.get_rank(), dist.get_world_size()
+        finally:
+            dist.destroy_process_group()
 
 
 def shard(dataset: Any) -> Any:

@@ -3,17 +3,17 @@
     python tools/kill_resume.py [--trials 50] [--batches 60] [--seed 0] [--report FILE]
 
 A trial runs an accumulation with a checkpoint after every batch in a process of its own, kills it after a random time,
-one to six times over, and then lets a new interpreter finish it. Its result must equal that of a run that nobody
+one to six times over, and then lets one finish. Its result must equal that of a run that nobody
 disturbed, bit by bit. Exits with 1 where one does not.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -31,15 +31,21 @@ from fxcurv.merging import values_of
 QUANTITIES = ["kfac", "diag_ggn_mc", "kflr"]
 
 
-def accumulate(path: Path | None, batches: int) -> fxcurv.Curvature:
-    """A shuffled data set, sampled factors, factors that are kept as vectors at first."""
+@functools.cache
+def compiled() -> fxcurv.Compiled:
+    """A small network, compiled for its quantities."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 20), nn.Tanh(), nn.Linear(20, 5))
-    data = TensorDataset(torch.randn(batches * 3, 1, 8, 8), torch.randint(5, (batches * 3,)))
-    loader = DataLoader(data, batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(1))
-    compiled = fxcurv.compile(model.eval(), quantities=QUANTITIES)
+    return fxcurv.compile(model.eval(), quantities=QUANTITIES, example_inputs=torch.zeros(3, 1, 8, 8))
+
+
+def accumulate(path: Path | None, batches: int) -> fxcurv.Curvature:
+    """A shuffled data set, sampled factors, factors that are kept as vectors at first."""
+    data = torch.Generator().manual_seed(0)
+    x, y = torch.randn(batches * 3, 1, 8, 8, generator=data), torch.randint(5, (batches * 3,), generator=data)
+    loader = DataLoader(TensorDataset(x, y), batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
-    return compiled.accumulate(loader, generator=generator, checkpoint=path, every=1, until_rel_error=1e-9)
+    return compiled().accumulate(loader, generator=generator, checkpoint=path, every=1, until_rel_error=1e-9)
 
 
 def bits(result: fxcurv.Curvature) -> str:
@@ -48,26 +54,23 @@ def bits(result: fxcurv.Curvature) -> str:
     return digest((result.samples, result.divisor, result.loss, tensors))
 
 
-def killed_after(seconds: float, path: Path, batches: int) -> None:
-    """Run in a copy of this process, which has compiled already, and kill it."""
-    child = os.fork()
-    if not child:
-        try:
-            accumulate(path, batches)
-        finally:
-            os._exit(0)
+def killed_after(seconds: float, command: list[str]) -> None:
+    """Start a run, and kill it so long after it began to read batches."""
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    child.stdout.readline()  # it has compiled
     time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)  # still there, if only as a zombie
-    os.waitpid(child, 0)
+    child.kill()
+    child.communicate()
 
 
 def trial(path: Path, batches: int, longest: float) -> tuple[list[int], str]:
-    """Kill and resume; then a new interpreter resumes. How many samples were saved at each kill, and the final bits."""
+    """Kill and resume, then let a run end. How many samples were saved at each kill, and the final bits."""
     held: list[int] = []
-    for _ in range(random.randint(1, 6)):
-        killed_after(random.uniform(0, longest), path, batches)
-        held.append(fxcurv.load(path).samples if path.exists() else 0)  # never a file that cannot be read
     command = [sys.executable, os.path.abspath(__file__), "--batches", str(batches), "--run", str(path)]
+    for _ in range(random.randint(1, 6)):
+        killed_after(random.uniform(0, longest), command)
+        held.append(fxcurv.load(path).samples if path.exists() else 0)  # never a file that cannot be read
     return held, subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
 
 
@@ -81,6 +84,8 @@ def main() -> int:
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
+        compiled()
+        print("compiled", flush=True)
         print(bits(accumulate(arguments.run, arguments.batches)))
         return 0
     random.seed(arguments.seed)
@@ -89,6 +94,7 @@ def main() -> int:
         began = time.monotonic()
         accumulate(Path(folder) / "checkpoint.safetensors", arguments.batches)
         longest = time.monotonic() - began
+    longest *= 0.7  # most kills then hit a run that is not yet at its end
     kills = unfinished = identical = left = 0
     for k in range(arguments.trials):
         with tempfile.TemporaryDirectory() as folder:
