@@ -207,7 +207,7 @@ def _run(accumulator: Accumulator, loader: Iterable[Any], processes: Processes) 
     batches = _with_bar(loader, settings, processes)
     checkpoint = None if settings.checkpoint is None else Checkpoint.of(accumulator, loader, processes)
     if checkpoint is not None:
-        accumulator.state = checkpoint.resumed(batches)
+        accumulator.state = checkpoint.resumed(batches, processes.beat)
     written = accumulator.state
     try:
         while not settled(accumulator) and (batch := next(batches, batches)) is not batches:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,8 +96,11 @@ class Checkpoint:
         save(state.total, self.path, json.dumps(held, allow_nan=False))
         return state
 
-    def resumed(self, batches: Iterator[Any]) -> State:
-        """The state in the file, with the generator set to it and the batches that it holds taken off; else none."""
+    def resumed(self, batches: Iterator[Any], beat: Callable[[int], None]) -> State:
+        """The state in the file, with the generator set to it and the batches that it holds taken off; else none.
+
+        `beat` is called with the number of batches that were taken off, at each.
+        """
         if not self.path.exists():
             return State()
         state = self._read()
@@ -107,6 +110,7 @@ class Checkpoint:
             if batch is batches:
                 raise self._foreign(f"it holds {state.batches} batches, and there are {k}")
             found = digest(batch, found)
+            beat(k + 1)
         if found != state.digest:
             raise self._foreign("the loader gives other batches, or in another order")
         assert state.generator is not None
