@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import passes
+from fxcurv.accumulation import Accumulator, Settings, Split, accumulate
 from fxcurv.backend import Backend, built
 from fxcurv.capture import Inputs, Output, as_call, batch_size, device_of
 from fxcurv.choice import Asked, Choice, chosen
@@ -139,6 +142,60 @@ class Compiled:
         twin = replace(batch, generator=generator.clone_state())
         result = run(program, self.model, self.loss, replace(batch, generator=generator), chunks)
         return result.updated(self._by_autograd(twin, self.choice.only(refusals))).explained(refusals)
+
+    def accumulate(
+        self,
+        loader: Iterable[Any],
+        *,
+        split: Split | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        max_batches: int | None = None,
+        until_rel_error: float | None = None,
+        min_batches: int = 8,
+        checkpoint: str | Path | None = None,
+        every: int = 10,
+        progress: bool = True,
+        timeout: float = 600.0,
+    ) -> Curvature:
+        """The curvature over all batches of a loader, as if they were one: the divisor of `mean` is that of them all.
+
+        - `loader`: batches `(input, …, target)`, or dicts with the target under one of `fxcurv.accumulation.TARGETS`;
+          `split` is a function that makes (inputs, target) of any other. They are moved to the model's device. Memory
+          does not grow with their number; the result has no outputs, `[N, 0]`.
+        - `generator`: of sampled columns, on the model's device; the same state gives the same bits.
+        - `dtype`: float32 or float64, in which results are added; by default that of the results.
+        - `max_batches`: stop there. `until_rel_error`: stop when every trace is that sure, by its relative standard
+          error over batches (`fxcurv.spread.Spread.rel_error`), after at least `min_batches`.
+        - `checkpoint`: a file, written `every` so many batches and when interrupted, from which the same call continues
+          to the same bits (fxcurv/checkpoints.py); one of another call is refused (FXC427) and left as it is.
+        - `progress`: a bar on stderr, where that is a terminal.
+        - With torch.distributed initialised, every process gives its share of the data, the last may be empty, and gets
+          the result over all (fxcurv/distributed.py). One that ends or gives no sign for `timeout` seconds ends all
+          (FXC428).
+        """
+        given = {name: value for name, value in locals().items() if name not in ("self", "loader")}
+        return accumulate(self, loader, Settings(**given))
+
+    def accumulator(
+        self,
+        *,
+        split: Split | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        decay: float | None = None,
+    ) -> Accumulator:
+        """An object to which batches are added one by one, as in an optimizer: `update(batch)`, `result`, `reset()`.
+
+        With `decay` its result is the exponential moving average over batches, else the curvature over all of them.
+        """
+        return Accumulator(self, Settings(split, generator, dtype), decay)
+
+    def summed(self) -> Compiled:
+        """The same for the sum of the loss terms."""
+        loss = copy.copy(self.loss)
+        loss.reduction = "sum"  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+        return Compiled(self.model, loss, self.choice, self.options)
 
     def chunks(self, inputs: Inputs) -> Chunks:
         """How many samples and columns of a batch are processed at once: within the budget, remembered for its size."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import fxcurv
 from fxcurv import data, targets
 from fxcurv.checks.command import add_check, add_explain, add_rules
+from fxcurv.distributed import joined
 from fxcurv.errors import FxcurvError, InputError
 from fxcurv.examples import example, like, shape_of_one
 from fxcurv.losses import BY_NAME, as_loss
@@ -67,7 +68,14 @@ def _compute(arguments: argparse.Namespace) -> int:
     compiled = fxcurv.compile(model, loss, _names(arguments.quantities), memory_budget=arguments.memory_budget)
     inputs, generator = batch.inputs.to(held), torch.Generator(held.device).manual_seed(arguments.seed)
     y = _targets(model, loss, inputs, batch.targets, generator)
-    result = compiled(inputs, y, generator, progress=True)
+    with joined() as (rank, size):
+        if size == 1:
+            result = compiled(inputs, y, generator, progress=True)
+        else:  # every process computes a share, and the first one speaks
+            share = [(inputs[rank::size], y[rank::size])] if rank < len(y) else []
+            result = compiled.accumulate(share, generator=generator.manual_seed(arguments.seed + rank))
+    if rank:
+        return 0
     print(f"{target.name}: {batch.description}\n{result}")
     if arguments.save:
         result.save(arguments.save)

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from fxcurv.blocks import Block, Dense, Diagonal, Eigenbasis, Kronecker
 from fxcurv.errors import FxcurvError
 from fxcurv.family import APART
-from fxcurv.fingerprint import Fingerprint
+from fxcurv.fingerprint import Fingerprint, digest
 from fxcurv.moments import SecondMoment
 from fxcurv.patches import Patches
 from fxcurv.result import Curvature, Entries, Entry
 
-__all__ = ["SCHEMA", "load", "save"]
+__all__ = ["SCHEMA", "load", "read", "save"]
 
 SCHEMA = 2
 """The version of the manifest; 1 had none, and could not be read back."""
@@ -58,8 +58,11 @@ FORMS: dict[str, Form] = {
 # Writing ----------------------------------------------------------------------------------------------------------
 
 
-def save(result: Curvature, path: Path) -> None:
-    """Write a result, to a temporary file that then takes the place of `path`."""
+def save(result: Curvature, path: Path, progress: str = "") -> None:
+    """Write a result, to a temporary file that then takes the place of `path`; a checkpoint has `progress` beside it.
+
+    A checkpoint also has a checksum of all that it holds.
+    """
     safetensors = _safetensors()
     if not path.parent.is_dir():
         raise FxcurvError(f"there is no folder {path.parent}", remedy="create it first", code="FXC007")
@@ -72,9 +75,13 @@ def save(result: Curvature, path: Path) -> None:
         "loss": repr(result.loss.item()),
         "manifest": json.dumps(manifest, ensure_ascii=False, allow_nan=False),
     }
+    tensors = writer.unshared()
+    if progress:
+        metadata |= {"progress": progress}
+        metadata |= {"checksum": _checksum(metadata, tensors)}
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        safetensors.torch.save_file(writer.unshared(), str(temporary), metadata=metadata)
+        safetensors.torch.save_file(tensors, str(temporary), metadata=metadata)
         _synchronize(temporary)
         os.replace(temporary, path)
     finally:
@@ -91,6 +98,12 @@ def _safetensors() -> Any:
             "files of results need the safetensors package", remedy='pip install "fxcurv[save]"', code="FXC006"
         ) from None
     return importlib.import_module("safetensors")
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2 of the texts and tensors of a file, as hexadecimal digits."""
+    texts = {key: text for key, text in metadata.items() if key != "checksum"}
+    return digest((sorted(texts.items()), dict(sorted(tensors.items()))))
 
 
 def _synchronize(path: Path) -> None:
@@ -193,9 +206,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> Curvature:
     for a file that is none of fxcurv, of another schema, truncated or inconsistent (FXC423), and for another model
     (FXC424).
     """
-    path = Path(path)
+    return read(Path(path), model)[0]
+
+
+def read(path: Path, model: nn.Module | None = None) -> tuple[Curvature, str]:
+    """The result in a file, as `load` gives it, and the progress in a checkpoint, of which the checksum is checked."""
     safetensors = _safetensors()
-    manifest = _Node(_manifest(path), path)
+    metadata = _metadata(path)
+    manifest = _Node(_json(path, metadata.get("manifest")), path)
     recorded = manifest["model"]
     fingerprint = None if recorded.value is None else _fingerprint(recorded)
     difference = model is not None and (
@@ -210,11 +228,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> Curvature:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
         raise _broken(path, f"it is truncated or inconsistent ({error})") from None
-    return _Reader(manifest, tensors, fingerprint).result()
+    progress = metadata.get("progress", "")
+    if progress and metadata.get("checksum") != _checksum(metadata, tensors):
+        raise _broken(path, "it is damaged: its checksum is that of other contents")
+    return _Reader(manifest, tensors, fingerprint).result(), progress
 
 
-def _manifest(path: Path) -> Any:
-    """The manifest of a file of this schema, out of its header, which is read only as far as the file goes."""
+def _metadata(path: Path) -> dict[str, str]:
+    """What a file of this schema says of itself, out of its header, which is read only as far as the file goes."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -231,7 +252,7 @@ def _manifest(path: Path) -> Any:
     if int(version) != SCHEMA:
         age, remedy = ("older", "compute and save it anew") if int(version) < SCHEMA else ("newer", "update fxcurv")
         raise FxcurvError(f"{path} is of the {age} schema {version}, not {SCHEMA}", remedy=remedy, code="FXC423")
-    return _json(path, metadata.get("manifest"))
+    return metadata
 
 
 def _json(path: Path, text: Any) -> Any:
@@ -330,7 +351,7 @@ class _Reader:
         }
         divisor = None if m["divisor"].value is None else m["divisor"].of(float)
         loss, output, samples = self.tensors["loss"], self.tensors["output"], m["samples"].of(int)
-        if loss.ndim or output.ndim == 0 or len(output) != samples or (divisor is not None and divisor <= 0):
+        if loss.ndim or output.ndim == 0 or len(output) != samples or (divisor is not None and divisor < 0):
             raise m.wrong("has another loss, output, number of samples or divisor than a result has")
         return Curvature(quantities, loss, output, samples, m["reduction"].of(str), divisor, self.model)
 

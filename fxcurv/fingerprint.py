@@ -1,4 +1,4 @@
-"""What a model is recognised by: the names, shapes and types of its parameters, not their values."""
+"""What a model is recognised by: the names, shapes and types of its parameters, not values; and digests of values."""
 
 from __future__ import annotations
 
@@ -6,10 +6,29 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-__all__ = ["Fingerprint"]
+__all__ = ["Fingerprint", "digest"]
+
+
+def digest(value: Any, before: str = "") -> str:
+    """BLAKE2 of a pytree, of which tensors count with type, shape and every byte, all else as repr shows it.
+
+    `before` is a digest that this one continues, so that a chain stands for a sequence in its order.
+    """
+    leaves, structure = pytree.tree_flatten(value)
+    found = hashlib.blake2b(f"{before} {structure}".encode(), digest_size=16)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            found.update(repr(leaf).encode())
+            continue
+        found.update(f"{leaf.dtype} {list(leaf.shape)}".encode())
+        found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ mean over samples (and positions, for expand) and is weighted with their numbers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from fxcurv.family import APART
 from fxcurv.files import load
 from fxcurv.result import Curvature, Entries, Entry
 
-__all__ = ["merge"]
+__all__ = ["blended", "merge", "values_changed", "values_of"]
+
+Value = Tensor | Block
 
 
 def merge(first: Curvature | str | Path, second: Curvature | str | Path) -> Curvature:
@@ -35,7 +37,23 @@ def merge(first: Curvature | str | Path, second: Curvature | str | Path) -> Curv
     """
     a, b = (x if isinstance(x, Curvature) else load(x) for x in (first, second))
     _check_alike(a, b)
-    weights, values = _weights(a, b), dict[tuple[int, int], Tensor | Block]()
+    divisor = sum(map(float, (a.divisor or 0, b.divisor or 0))) if a.reduction == "mean" else 1.0
+    weights = _weights(a, b)
+    return replace(_combined(a, b, _Merge(weights)), divisor=divisor)
+
+
+def blended(a: Curvature, b: Curvature, share: float) -> Curvature:
+    """Both as they are weighted with 1 - share and share, whatever the numbers of their samples.
+
+    The outcome is no sum over a batch: neither divisor nor averaged inputs are known, and it does not merge.
+    """
+    _check_alike(a, b)
+    return replace(_combined(a, b, _Merge((1 - share, share), counted=False)), divisor=None)
+
+
+def _combined(a: Curvature, b: Curvature, merge: _Merge) -> Curvature:
+    """The values, losses, outputs and samples of both."""
+    values = dict[tuple[int, int], Value]()
 
     def merged(mine: Entry, its: Entry) -> Entry:
         status = _status(mine, its)
@@ -43,17 +61,31 @@ def merge(first: Curvature | str | Path, second: Curvature | str | Path) -> Curv
             return mine
         key = id(mine.value), id(its.value)  # a block that several parameters share stays one
         if key not in values:
-            values[key] = _Merge(weights, _name(mine)).value(mine.value, its.value, status)
+            values[key] = replace(merge, name=_name(mine)).value(mine.value, its.value, status)
         return replace(mine, status=status, value=values[key], reason=mine.reason or its.reason)
 
     quantities = {
         name: Entries(map(merged, entries.entries.values(), b.quantities[name].entries.values()))
         for name, entries in a.quantities.items()
     }
-    divisor = sum(map(float, (a.divisor or 0, b.divisor or 0))) if a.reduction == "mean" else 1.0
-    loss = a.loss * weights[0] + b.loss.to(a.loss.device) * weights[1]
-    samples = a.samples + b.samples
-    return replace(a, quantities=quantities, loss=loss, output=_stacked(a, b), samples=samples, divisor=divisor)
+    first, second = merge.weights
+    loss = a.loss * first + b.loss.to(a.loss.device) * second
+    return replace(a, quantities=quantities, loss=loss, output=_stacked(a, b), samples=a.samples + b.samples)
+
+
+def values_of(result: Curvature) -> list[Value]:
+    """The values of a result in the order of its entries, those that parameters share once."""
+    return list({id(e.value): e.value for e in result.entries if e.value is not None}.values())
+
+
+def values_changed(result: Curvature, changed: Sequence[Value]) -> Curvature:
+    """With other values in the places of `values_of(result)`."""
+    new = dict(zip(map(id, values_of(result)), changed, strict=True))
+    quantities = {
+        name: Entries(e if e.value is None else replace(e, value=new[id(e.value)]) for e in entries.entries.values())
+        for name, entries in result.quantities.items()
+    }
+    return replace(result, quantities=quantities)
 
 
 def _check_alike(a: Curvature, b: Curvature) -> None:
@@ -83,6 +115,8 @@ def _weights(a: Curvature, b: Curvature) -> tuple[float, float]:
     if a.divisor is None or b.divisor is None:
         raise _unfit("one of the results does not know what its mean divides by")
     first, second = float(a.divisor), float(b.divisor)
+    if not first + second:  # neither has a term that counts
+        return 1.0, 1.0
     return first / (first + second), second / (first + second)
 
 
@@ -102,12 +136,13 @@ def _stacked(a: Curvature, b: Curvature) -> Tensor:
 
 @dataclass(frozen=True)
 class _Merge:
-    """Of the values of one entry."""
+    """Of the values of one entry; `counted`: A by the inputs that it averages, else by `weights`."""
 
     weights: tuple[float, float]
-    name: str
+    name: str = ""
+    counted: bool = True
 
-    def value(self, mine: Tensor | Block, its: Tensor | Block, status: str) -> Tensor | Block:
+    def value(self, mine: Value, its: Value, status: str) -> Value:
         """The value of the union."""
         if isinstance(mine, Tensor) and isinstance(its, Tensor):
             return self._sum(mine, its.to(mine.device))
@@ -127,11 +162,11 @@ class _Merge:
                 return {"values": self._sum(mine.values, its.values)}
             case Dense(), Dense():
                 return {"moment": self._sum(mine.moment, its.moment)}
-            case Kronecker(), Kronecker() if mine.averaged and its.averaged:
-                count = mine.averaged + its.averaged
-                shares = replace(self, weights=(mine.averaged / count, its.averaged / count))
+            case Kronecker(), Kronecker() if not self.counted or (mine.averaged and its.averaged):
+                count = mine.averaged + its.averaged if self.counted else 0
+                shares = (mine.averaged / count, its.averaged / count) if self.counted else self.weights
                 return {
-                    "input_moment": shares._sum(mine.input_moment, its.input_moment),
+                    "input_moment": replace(self, weights=shares)._sum(mine.input_moment, its.input_moment),
                     "output_moment": self._sum(mine.output_moment, its.output_moment),
                     "averaged": count,
                 }

@@ -25,6 +25,7 @@ MEDIAN_LINES = 8  # over all functions of a folder
 PARAMETERS = 5  # besides self, cls, tensors, *args and **kwargs
 MANY_PARAMETERS = {  # public verbs: each option a keyword of its own
     "fxcurv/api.py:compile",
+    "fxcurv/api.py:Compiled.accumulate",
     "fxcurv/checks/levels.py:check",
     "fxcurv/products.py:fisher_operator",
     "fxcurv/testing.py:assert_compatible",

@@ -462,6 +462,29 @@ _TABLE = (
         "parameters, eigenvalues a square one, estimates at least one vector.",
         "ask what the error describes",
     ),
+    _error(
+        "FXC427",
+        "a checkpoint of another accumulation",
+        "misconfigured",
+        "A checkpoint continues the call that wrote it: the same model at the same values, loss, quantities, options, "
+        "generator and batches in the same order.",
+        "repeat that call, or choose another path",
+    ),
+    _error(
+        "FXC428",
+        "a process of the group failed",
+        "misconfigured",
+        "A process raised an error, ended, or gave no sign of life for longer than the timeout, so that there is no "
+        "result over all of them.",
+        "look at the error of the process that is named; give a longer timeout= if a batch takes that long",
+    ),
+    _error(
+        "FXC429",
+        "parameters that are distributed",
+        "not-yet",
+        "A parameter is a DTensor, of which every process holds a part. Graphs here compute with whole parameters.",
+        "give a model whose parameters are whole, such as one that is replicated",
+    ),
     Code(
         "FXC430",
         "the output does not depend on it",

@@ -1,0 +1,247 @@
+"""accumulate: batch after batch into one result, as if a whole data set were one batch, with or without checkpoints.
+
+The result so far is merged with that of every batch (fxcurv/merging.py), so that memory does not grow with the number
+of batches; outputs are dropped. Everything that a further batch depends on is one `State`, which changes whole: it is
+what a checkpoint holds, and what is left when an accumulation is interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from fxcurv.blocks import Block
+from fxcurv.capture import Inputs
+from fxcurv.checkpoints import Checkpoint, State
+from fxcurv.distributed import Processes, check_parameters
+from fxcurv.errors import InputError, QuantityError
+from fxcurv.merging import blended, merge, values_changed, values_of
+from fxcurv.moments import SecondMoment
+from fxcurv.result import Curvature
+from fxcurv.run import fresh_generator
+
+if TYPE_CHECKING:
+    from fxcurv.api import Compiled
+
+__all__ = ["TARGETS", "Accumulator", "Settings", "Split", "accumulate", "split_batch"]
+
+Split = Callable[[Any], tuple[Inputs, Tensor]]
+
+TARGETS = ("labels", "label", "targets", "target")
+"""The names under which a batch that is a dict holds its target."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a data set is accumulated; see `Compiled.accumulate`."""
+
+    split: Split | None = None
+    generator: torch.Generator | None = None
+    dtype: torch.dtype | None = None
+    max_batches: int | None = None
+    until_rel_error: float | None = None
+    min_batches: int = 8
+    checkpoint: str | Path | None = None
+    every: int = 10
+    progress: bool = True
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        wrong = [
+            name
+            for name, least in (("max_batches", 1), ("min_batches", 2), ("every", 1), ("timeout", 0))
+            if (value := getattr(self, name)) is not None and not value >= least
+        ]
+        wrong += ["until_rel_error"] * (self.until_rel_error is not None and not self.until_rel_error > 0)
+        for name in wrong:
+            raise QuantityError(
+                f"{name}={getattr(self, name)!r}", remedy="give a positive number, min_batches ≥ 2", code="FXC409"
+            )
+
+
+# Batches ----------------------------------------------------------------------------------------------------------
+
+
+def split_batch(batch: Any) -> tuple[Inputs, Tensor]:
+    """(inputs, target) of a batch: (input, …, target), or a dict with the target under one of `TARGETS`."""
+    if isinstance(batch, Mapping):
+        named = [name for name in TARGETS if name in batch]
+        if len(named) == 1:
+            return {key: value for key, value in batch.items() if key != named[0]}, batch[named[0]]
+    elif isinstance(batch, tuple | list) and len(batch) >= 2 and isinstance(batch[-1], Tensor):
+        *inputs, target = batch
+        only = inputs[0]
+        if len(inputs) > 1:
+            return tuple(inputs), target
+        return tuple(only) if isinstance(only, list) else only, target
+    raise InputError(
+        f"a batch is a {type(batch).__name__} without inputs and a target",
+        remedy=f"give (input, …, target), a dict with one of {', '.join(TARGETS)}, or split=, a function that returns "
+        "inputs and target",
+        code="FXC110",
+    )
+
+
+def _at(batch: Any, device: torch.device) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
+def _no_term_counts(loss: nn.Module, target: Tensor) -> bool:
+    """Whether `mean` would divide by zero: all class indices are ignored or weigh nothing."""
+    if not isinstance(loss, nn.CrossEntropyLoss) or loss.reduction != "mean" or target.is_floating_point():
+        return False
+    counted = target[target != loss.ignore_index]
+    if loss.weight is None or not bool(((counted >= 0) & (counted < len(loss.weight))).all()):
+        return counted.numel() == 0
+    return not bool(loss.weight.to(counted.device)[counted].any())
+
+
+# One batch more ---------------------------------------------------------------------------------------------------
+
+
+class Accumulator:
+    """Adds batches to a result, or with `decay` averages over them exponentially.
+
+    With `decay`, every batch counts `decay` times as much as the one after it, whatever its size, and the weights sum
+    to 1 from the first batch on. `state` is all that a further batch depends on, besides the model.
+    """
+
+    def __init__(self, compiled: Compiled, settings: Settings, decay: float | None = None) -> None:
+        if decay is not None and not 0 <= decay < 1:
+            raise QuantityError(f"decay={decay!r}", remedy="give a number of at least 0 and below 1", code="FXC409")
+        if settings.dtype not in (None, torch.float32, torch.float64):
+            raise QuantityError(
+                f"dtype={settings.dtype}", remedy="accumulate in torch.float32 or torch.float64", code="FXC409"
+            )
+        check_parameters(compiled.model)
+        self.compiled, self.settings, self.decay = compiled, settings, decay
+        self.device = next(compiled.model.parameters()).device
+        self.generator = settings.generator or fresh_generator(self.device)
+        self.state = State()
+
+    def update(self, batch: Any) -> None:
+        """Add a batch, of which inputs and target are told apart as `accumulate` does, and moved to the model."""
+        self.state = self.after(batch)
+
+    def after(self, batch: Any) -> State:
+        """The state with a batch more; the object itself stays as it is, but for its generator."""
+        inputs, target = (_at(part, self.device) for part in (self.settings.split or split_batch)(batch))
+        result, state = self._of(inputs, target), self.state
+        weight = 1 + (self.decay or 0) * state.weight
+        total = state.total
+        if total is None:
+            total = result if self.decay is None else replace(result, divisor=None)
+        else:
+            total = merge(total, result) if self.decay is None else blended(total, result, 1 / weight)
+        spread = state.spread if self.settings.until_rel_error is None else state.spread.with_batch(result)
+        return replace(state, total=total, batches=state.batches + 1, spread=spread, weight=weight)
+
+    def reset(self) -> None:
+        """Forget all batches; the generator goes on."""
+        self.state = State()
+
+    @property
+    def result(self) -> Curvature:
+        """The curvature over all batches so far."""
+        if self.state.total is None:
+            raise InputError("there was no batch", remedy="give at least one", code="FXC110")
+        if self.state.total.divisor == 0:
+            raise InputError("every target is ignored", remedy="give at least one that counts", code="FXC407")
+        return self.state.total
+
+    def _of(self, inputs: Inputs, target: Tensor) -> Curvature:
+        """The result of a batch, in memory of its own and of the type in which it is added; without the output."""
+        if _no_term_counts(self.compiled.loss, target):
+            found = _mean_of_none(self.compiled.summed()(inputs, target, self.generator))
+        else:
+            found = self.compiled(inputs, target, self.generator)
+        return owned(found, self.settings.dtype)
+
+
+def owned(result: Curvature, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Curvature:
+    """The same values, contiguous and in memory of their own, in a type and place; outputs are left empty, `[N, 0]`."""
+
+    def own(held: Tensor | SecondMoment) -> Any:
+        if isinstance(held, SecondMoment):
+            return replace(held, kept=tuple(own(t) for t in held.kept))
+        moved = held.detach().to(dtype=dtype or held.dtype, device=device or held.device)
+        return moved.clone(memory_format=torch.contiguous_format)
+
+    changed = [v._changed(own) if isinstance(v, Block) else own(v) for v in values_of(result)]
+    divisor = result.divisor if result.divisor is None else float(result.divisor)
+    output = result.output.new_empty(result.samples, 0)
+    return replace(values_changed(result, changed), loss=own(result.loss), output=output, divisor=divisor)
+
+
+def _mean_of_none(result: Curvature) -> Curvature:
+    """A sum in which no term counts, as the mean that it also is."""
+    values = [replace(v, reduction="mean") if isinstance(v, Block) else v for v in values_of(result)]
+    labelled = values_changed(result, values)._mapped(lambda e: replace(e, reduction="mean"))
+    return replace(labelled, reduction="mean", divisor=0.0)
+
+
+# All batches ------------------------------------------------------------------------------------------------------
+
+
+def accumulate(compiled: Compiled, loader: Iterable[Any], settings: Settings) -> Curvature:
+    """The curvature over all batches of a loader, of all processes; see `Compiled.accumulate`."""
+    processes = Processes.of_group(settings.timeout)
+    with processes.telling_errors():
+        accumulator = Accumulator(compiled, settings)
+        _run(accumulator, loader, processes)
+        accumulator.state = replace(accumulator.state, total=processes.total(accumulator.state.total, compiled.model))
+    return accumulator.result
+
+
+def _run(accumulator: Accumulator, loader: Iterable[Any], processes: Processes) -> None:
+    """Add the batches of this process, from where its checkpoint stands."""
+    settings = accumulator.settings
+    batches = _with_bar(loader, settings, processes)
+    checkpoint = None if settings.checkpoint is None else Checkpoint.of(accumulator, loader, processes)
+    if checkpoint is not None:
+        accumulator.state = checkpoint.resumed(batches, processes.beat)
+    written = accumulator.state
+    try:
+        while not settled(accumulator) and (batch := next(batches, batches)) is not batches:
+            state = accumulator.after(batch)
+            if checkpoint is not None:
+                state = checkpoint.marked(state, batch)
+            accumulator.state = state  # all of it at once, so that an interruption finds a state between two batches
+            processes.beat(state.batches)
+            if checkpoint is not None and state.batches % settings.every == 0:
+                written = checkpoint.write(state)
+    except BaseException as error:
+        if checkpoint is not None and (state := accumulator.state).batches:
+            if state is not written:
+                checkpoint.write(state)
+            error.add_note(f"{state.batches} batches are in {checkpoint.path}: the same call continues from there")
+        raise
+    if checkpoint is not None and accumulator.state is not written:
+        checkpoint.write(accumulator.state)
+
+
+def settled(accumulator: Accumulator) -> bool:
+    """Whether the estimates are as sure as was asked for."""
+    settings, spread = accumulator.settings, accumulator.state.spread
+    bound = settings.until_rel_error
+    return bound is not None and accumulator.state.batches >= settings.min_batches and spread.rel_error() <= bound
+
+
+def _with_bar(loader: Iterable[Any], settings: Settings, processes: Processes) -> Iterator[Any]:
+    """The batches, with a bar on the first process's terminal."""
+    try:
+        length = len(loader)  # pyright: ignore[reportArgumentType]
+    except TypeError:  # a stream
+        length = None
+    most = settings.max_batches
+    total = most if length is None else min(length, most or length)
+    quiet = None if settings.progress and processes.rank == 0 else True
+    return iter(tqdm(islice(loader, most), "batches", total, disable=quiet, unit="batch"))

@@ -1,0 +1,157 @@
+"""Checkpoints: the state of an accumulation as a file, from which the same call continues to the same bits.
+
+A checkpoint is a file of the result so far (fxcurv/files.py), with what else a further batch depends on: the number of
+batches, a digest of these in their order, the generator's state and the sums of the stopping rule. Beside these stands
+what the accumulation was asked for. Whatever differs is refused, and the file stays as it is. The loader must give the
+same batches in the same order again: those that are in the checkpoint are read once more, without computing anything,
+and compared with the digest.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.errors import FxcurvError
+from fxcurv.files import read, save
+from fxcurv.fingerprint import digest
+from fxcurv.result import Curvature
+from fxcurv.spread import Spread
+
+if TYPE_CHECKING:
+    from fxcurv.accumulation import Accumulator
+    from fxcurv.distributed import Processes
+
+__all__ = ["Checkpoint", "State", "values_digest"]
+
+
+@dataclass(frozen=True)
+class State:
+    """The result over so many batches, and what else a further one depends on; `weight` is theirs in an average."""
+
+    total: Curvature | None = None
+    batches: int = 0
+    spread: Spread = field(default_factory=Spread)
+    digest: str = ""
+    generator: Tensor | None = None
+    weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file for the states of one accumulation; `asked` is what it must have been asked for."""
+
+    path: Path
+    accumulator: Accumulator
+    asked: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, accumulator: Accumulator, loader: Iterable[Any], processes: Processes) -> Checkpoint:
+        """The checkpoint that an accumulation asks for; each process has a file of its own."""
+        compiled, settings = accumulator.compiled, accumulator.settings
+        path, size = Path(settings.checkpoint or ""), processes.size
+        if size > 1:
+            path = path.with_name(f"{path.name}.{processes.rank}-of-{size}")
+        if not path.parent.is_dir():
+            raise FxcurvError(f"there is no folder {path.parent}", remedy="create it first", code="FXC007")
+        options, given = compiled.options, settings.generator
+        asked = {
+            "loss": _described(compiled.loss),
+            "quantities": {name: repr(quantity) for name, quantity in compiled.choice.quantities.items()},
+            "parameters": digest({name: list(names) for name, names in compiled.choice.of(compiled.model).items()}),
+            "values of the model": values_digest(compiled.model),
+            "output": str(options.output) if isinstance(options.output, str | int) else "",
+            "options": [options.on_unsupported, options.backend, options.memory_budget],
+            "dtype": str(settings.dtype),
+            "until_rel_error": settings.until_rel_error,
+            "number of batches": len(loader) if hasattr(loader, "__len__") else None,  # pyright: ignore[reportArgumentType]
+            "generator": None if given is None else digest(given.get_state()),
+            "process": [processes.rank, size],
+        }
+        return cls(path, accumulator, json.loads(json.dumps(asked)))
+
+    def marked(self, state: State, batch: Any) -> State:
+        """The state after a batch, with the digest of all batches so far and the generator as it is now."""
+        found = digest(batch, self.accumulator.state.digest)
+        return replace(state, digest=found, generator=self.accumulator.generator.get_state())
+
+    def write(self, state: State) -> State:
+        """Let the file hold this state instead, whole or not at all."""
+        assert state.total is not None
+        assert state.generator is not None
+        held = {
+            "asked": self.asked,
+            "batches": state.batches,
+            "digest": state.digest,
+            "generator": base64.b64encode(bytes(state.generator.tolist())).decode(),
+            "spread": asdict(state.spread),
+        }
+        save(state.total, self.path, json.dumps(held, allow_nan=False))
+        return state
+
+    def resumed(self, batches: Iterator[Any], beat: Callable[[int], None]) -> State:
+        """The state in the file, with the generator set to it and the batches that it holds taken off; else none.
+
+        `beat` is called with the number of batches that were taken off, at each.
+        """
+        if not self.path.exists():
+            return State()
+        state = self._read()
+        found = ""
+        for k in range(state.batches):
+            batch = next(batches, batches)
+            if batch is batches:
+                raise self._foreign(f"it holds {state.batches} batches, and there are {k}")
+            found = digest(batch, found)
+            beat(k + 1)
+        if found != state.digest:
+            raise self._foreign("the loader gives other batches, or in another order")
+        assert state.generator is not None
+        self.accumulator.generator.set_state(state.generator)
+        return state
+
+    def _read(self) -> State:
+        from fxcurv.accumulation import owned
+
+        accumulator = self.accumulator
+        total, progress = read(self.path, accumulator.compiled.model)
+        if not progress:
+            raise self._foreign("it is a result, and no checkpoint")
+        held = json.loads(progress)
+        for name, value in self.asked.items():
+            if held["asked"].get(name) != value:
+                raise self._foreign(f"{name}: {held['asked'].get(name)} there, {value} here")
+        spread = held["spread"]
+        state = torch.frombuffer(bytearray(base64.b64decode(held["generator"])), dtype=torch.uint8)
+        return State(
+            total=owned(total, device=accumulator.device),
+            batches=held["batches"],
+            spread=Spread(spread["batches"], tuple(spread["weights"]), tuple(map(tuple, spread["sums"]))),
+            digest=held["digest"],
+            generator=state,
+        )
+
+    def _foreign(self, cause: str) -> FxcurvError:
+        return FxcurvError(
+            f"{self.path} is the checkpoint of another accumulation: {cause}",
+            remedy="repeat that call, or choose another path; the file is as it was",
+            code="FXC427",
+        )
+
+
+def values_digest(model: nn.Module) -> str:
+    """A digest of the values of all parameters and buffers."""
+    return digest({**dict(model.named_parameters()), **dict(model.named_buffers())})
+
+
+def _described(loss: nn.Module) -> str:
+    """A loss with its settings and weights."""
+    plain = {k: v for k, v in vars(loss).items() if isinstance(v, int | float | str) and k != "training"}
+    return f"{type(loss).__name__} {plain} {digest(dict(loss.named_buffers()))}"

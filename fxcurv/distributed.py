@@ -1,0 +1,345 @@
+"""Several processes: each accumulates its share of the data; then sums and counts are added up once, for all of them.
+
+Before anything is added, every process says through the group's key-value store that it is done, and what it holds;
+meanwhile it sets a key after every batch, and one if it fails. So nobody enters a collective that another one will not
+reach: an error ends all processes at their next batch, or where they wait, and a process that ended without a word is
+missed after a timeout. Values are weighted by divisors and counts before they are added: they travel in buckets,
+symmetric matrices as triangles.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.utils.data import Subset
+
+from fxcurv.blocks import Block, Dense, Kronecker
+from fxcurv.checkpoints import values_digest
+from fxcurv.errors import FxcurvError, UnsupportedError
+from fxcurv.fingerprint import digest
+from fxcurv.merging import Value, values_changed, values_of
+from fxcurv.moments import formed
+from fxcurv.result import Curvature
+
+__all__ = ["BUCKET_BYTES", "Processes", "check_parameters", "joined", "shard"]
+
+BUCKET_BYTES = 1 << 26
+"""How much is added up in one collective."""
+
+_POLL = 0.05  # seconds between two looks into the store
+_LAST_WORDS = 5.0  # seconds for which the process that holds the store waits until others have read its error
+_calls = itertools.count()
+
+
+@contextmanager
+def joined() -> Generator[tuple[int, int]]:
+    """Within, the processes that torchrun started are a group (gloo, NCCL for GPUs); gives rank and size: (0, 1) alone.
+
+    A group that is already there is used and stays.
+    """
+    if _several():
+        yield dist.get_rank(), dist.get_world_size()
+    elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1
+    else:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            yield dist.get_rank(), dist.get_world_size()
+        finally:
+            dist.destroy_process_group()
+
+
+def shard(dataset: Any) -> Any:
+    """This process's share of a data set: every sample belongs to one process, whatever their numbers; all of it alone.
+
+    `torch.utils.data.DistributedSampler` repeats samples to make shares equal, which would count them twice.
+    """
+    if not _several():
+        return dataset
+    return Subset(dataset, range(dist.get_rank(), len(dataset), dist.get_world_size()))
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def check_parameters(model: nn.Module) -> None:
+    """An error where parameters are spread over processes."""
+    module: Any = sys.modules.get("torch.distributed.tensor")  # without which there are none
+    for name, p in model.named_parameters():
+        if module is not None and isinstance(p, module.DTensor):
+            raise UnsupportedError(
+                f"parameter {name!r} is a DTensor, spread over processes",
+                remedy="accumulate with whole parameters, one copy per process",
+                code="FXC429",
+            )
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of one accumulation, as one of them sees it."""
+
+    rank: int
+    size: int
+    timeout: float
+    store: Any = None
+
+    @classmethod
+    def alone(cls) -> Processes:
+        """A single process."""
+        return cls(0, 1, 0.0)
+
+    @classmethod
+    def of_group(cls, timeout: float) -> Processes:
+        """Those of the default group of torch.distributed, or a single one."""
+        if not _several():
+            return cls.alone()
+        store = PrefixStore(f"fxcurv/{next(_calls)}", distributed_c10d._get_default_store())
+        return cls(dist.get_rank(), dist.get_world_size(), timeout, store)
+
+    # Signs of life ------------------------------------------------------------------------------------------------
+
+    def beat(self, batches: int) -> None:
+        """Say that so many batches are done, and look whether another process failed."""
+        if self.size > 1:
+            with self._reading():
+                self.store.set(f"beat/{self.rank}", str(batches))
+                self._look()
+
+    @contextmanager
+    def telling_errors(self) -> Generator[None]:
+        """Tell the other processes what is raised here."""
+        try:
+            yield
+        except BaseException as error:
+            if self.size > 1 and not (isinstance(error, FxcurvError) and error.code == "FXC428"):
+                self._tell(error)
+            raise
+
+    def _tell(self, error: BaseException) -> None:
+        try:
+            self.store.set("error", f"process {self.rank} raised {type(error).__name__}: {error}")
+            end = time.monotonic() + (min(_LAST_WORDS, self.timeout) if self.rank == 0 else 0)
+            others = [f"read/{rank}" for rank in range(1, self.size)]
+            while time.monotonic() < end and not self.store.check(others):
+                time.sleep(_POLL)
+        except RuntimeError:  # the store is gone, and with it the process that held it
+            return
+
+    def _look(self) -> None:
+        """Raise what another process told."""
+        if self.store.check(["error"]):
+            told = self.store.get("error").decode()
+            self.store.set(f"read/{self.rank}", "")
+            raise _failed(told)
+
+    @contextmanager
+    def _reading(self) -> Generator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # DistStoreError, DistNetworkError
+            raise _failed(f"the process that holds the group's store does not answer ({error})") from error
+
+    def _all(self, mine: str) -> list[str]:
+        """What every process says when it is done, as soon as all are; the only place to wait for others."""
+        with self._reading():
+            self.store.set(f"done/{self.rank}", mine)
+            for rank in range(self.size):
+                self._await(rank)
+            found = [self.store.get(f"done/{rank}").decode() for rank in range(self.size)]
+            self.store.set(f"read/{self.rank}", "")
+            return found
+
+    def _await(self, rank: int) -> None:
+        """Until a process is done; an error where it gives no sign for too long."""
+        last, since = b"", time.monotonic()
+        while not self.store.check([f"done/{rank}"]):
+            self._look()
+            beat = self.store.get(f"beat/{rank}") if self.store.check([f"beat/{rank}"]) else b""
+            if beat != last:
+                last, since = beat, time.monotonic()
+            if time.monotonic() - since > self.timeout:
+                done = beat.decode() or "0"
+                raise _failed(f"process {rank} gave no sign for {self.timeout:g} s, after {done} batches")
+            time.sleep(_POLL)
+
+    # Sums ---------------------------------------------------------------------------------------------------------
+
+    def total(self, mine: Curvature | None, model: nn.Module) -> Curvature | None:
+        """The result over the batches of all processes, the same for each; None if there are no batches."""
+        if self.size == 1:
+            return mine
+        told = [json.loads(text) for text in self._all(json.dumps(self._summary(mine, model)))]
+        filled = [k for k, t in enumerate(told) if t["samples"]]
+        if not filled:
+            return None
+        for name, k in itertools.product(("model", "kind"), filled):
+            if told[k][name] != told[filled[0]][name]:
+                raise FxcurvError(
+                    f"processes {filled[0]} and {k} have results of different things: their {name} differs",
+                    remedy="give every process the same model, at the same values, loss and quantities",
+                    code="FXC425",
+                )
+        template = self._template(mine, filled[0], model)
+        divisor, samples = (sum(told[k][name] for k in filled) for name in ("divisor", "samples"))
+        counts = [sum(found) for found in zip(*(told[k]["counts"] for k in filled), strict=True)]
+        share, shares = 0.0, [0.0] * len(counts)
+        if mine is not None:
+            own = told[self.rank]
+            share = own["divisor"] / (divisor or 1.0) if mine.reduction == "mean" else 1.0
+            shares = [c / n if n else 0.0 for c, n in zip(own["counts"], counts, strict=True)]
+        values = _added(values_of(template), (share, shares), counts, self._sum)
+        (loss,) = self._sum([template.loss.reshape(1) * share])
+        return replace(
+            values_changed(template, values),
+            loss=loss.reshape(()),
+            samples=samples,
+            output=template.output.new_empty(samples, 0),
+            divisor=divisor if template.reduction == "mean" else 1.0,
+        )
+
+    def _summary(self, mine: Curvature | None, model: nn.Module) -> dict[str, Any]:
+        """What the others need to know: numbers, and digests of what must be the same."""
+        if mine is None:
+            return {"samples": 0, "divisor": 0.0, "counts": []}
+        values = values_of(mine)
+        rows = [(e.parameter, e.status, e.form(), e.definition, e.reduction) for e in mine.entries]
+        if any(isinstance(v, Kronecker) and not v.averaged for v in values):
+            raise FxcurvError(
+                "a block does not know how many inputs its A averages", remedy="compute it anew", code="FXC425"
+            )
+        return {
+            "samples": mine.samples,
+            "divisor": float(mine.divisor or 0),
+            "reduction": mine.reduction,
+            "counts": [v.averaged if isinstance(v, Kronecker) else 0 for v in values],
+            "model": values_digest(model),
+            "kind": digest((rows, [str(v.dtype) for v in values])),
+        }
+
+    def _template(self, mine: Curvature | None, first: int, model: nn.Module) -> Curvature:
+        """The own result; without one, zeros like that of the first process that has one, which tells their shapes."""
+        place = next(model.parameters()).device
+        key = "template"
+        with self._reading():
+            if self.rank == first and mine is not None:
+                shapes = _on(mine, lambda t: torch.empty_like(t, device="meta"))
+                self.store.set(key, base64.b64encode(pickle.dumps(shapes)).decode())
+            if mine is not None:
+                return mine
+            self.store.wait([key], timedelta(seconds=self.timeout))
+            shapes = pickle.loads(base64.b64decode(self.store.get(key)))
+        return _on(shapes, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=place))
+
+    def _sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums of flat tensors of one type over all processes."""
+        flat = torch.cat(list(tensors))
+        try:
+            dist.all_reduce(flat, async_op=True).wait(timedelta(seconds=self.timeout))  # pyright: ignore[reportOptionalMemberAccess]
+        except RuntimeError as error:
+            raise _failed(f"a process ended while sums were added ({error})") from error
+        return list(flat.split([len(t) for t in tensors]))
+
+
+def _failed(cause: str) -> FxcurvError:
+    return FxcurvError(cause, remedy="look at the errors of that process", code="FXC428")
+
+
+def _on(result: Curvature, change: Callable[[Tensor], Tensor]) -> Curvature:
+    """The result with changed tensors, moments being formed."""
+    values = [v._changed(lambda t: change(formed(t))) if isinstance(v, Block) else change(v) for v in values_of(result)]
+    return replace(values_changed(result, values), loss=change(result.loss), output=change(result.output))
+
+
+# What travels -----------------------------------------------------------------------------------------------------
+
+
+def _added(
+    values: Sequence[Value],
+    shares: tuple[float, Sequence[float]],
+    counts: Sequence[int],
+    add: Callable[[Sequence[Tensor]], list[Tensor]],
+) -> list[Value]:
+    """The values over all processes: each A by a share of its own, all else by the first, added bucket by bucket."""
+    sums = itertools.chain.from_iterable(add(bucket) for bucket in _buckets(_packed(values, *shares)))
+
+    def whole(value: Value, count: int) -> Value:
+        if isinstance(value, Tensor):
+            return next(sums).view(value.shape)
+        changed = value._changed(lambda held: _unpacked(next(sums), formed(held), _symmetric(value)))
+        return replace(changed, averaged=count) if isinstance(changed, Kronecker) else changed
+
+    return [whole(value, count) for value, count in zip(values, counts, strict=True)]
+
+
+def _packed(values: Sequence[Value], share: float, shares: Sequence[float]) -> Iterator[Tensor]:
+    """Every tensor of the values, weighted and flat, in the order in which blocks change them."""
+    for value, own in zip(values, shares, strict=True):
+        if isinstance(value, Tensor):
+            yield value.flatten() * share
+            continue
+        held: list[Tensor] = []
+
+        def keep(moment: Any, held: list[Tensor] = held) -> Any:
+            held.append(formed(moment))
+            return moment
+
+        value._changed(keep)
+        weights = (own, share) if isinstance(value, Kronecker) else (share,)
+        for tensor, weight in zip(held, weights, strict=True):
+            yield (_triangle(tensor) if _symmetric(value) else tensor.flatten()) * weight
+
+
+def _symmetric(value: Value) -> bool:
+    return isinstance(value, Dense | Kronecker)
+
+
+def _lower(like: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.tril_indices(like.shape[-1], like.shape[-1], device=like.device)
+    return rows, columns
+
+
+def _triangle(matrices: Tensor) -> Tensor:
+    rows, columns = _lower(matrices)
+    return matrices[..., rows, columns].flatten()
+
+
+def _unpacked(flat: Tensor, like: Tensor, symmetric: bool) -> Tensor:
+    if not symmetric:
+        return flat.view(like.shape)
+    rows, columns = _lower(like)
+    triangles = flat.view(*like.shape[:-2], len(rows))
+    whole = torch.empty_like(like)
+    whole[..., rows, columns] = triangles
+    whole[..., columns, rows] = triangles
+    return whole
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of one type, of at most `BUCKET_BYTES` together unless one alone is larger."""
+    bucket: list[Tensor] = []
+    size = 0
+    for t in tensors:
+        if bucket and (bucket[0].dtype != t.dtype or size + t.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(t)
+        size += t.nbytes
+    if bucket:
+        yield bucket
