@@ -9,7 +9,7 @@ import pytest
 import reference
 import samples
 import torch
-from test_samples import assert_close, check_against_oracle
+from comparison import assert_close, check_against_oracle
 from torch import Tensor, nn
 
 import fxcurv
