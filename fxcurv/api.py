@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 import passes
@@ -239,7 +239,7 @@ def _check_model(model: nn.Module) -> None:
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise InputError(f"the model is {kind}, not a torch.nn.Module", remedy="give an instance of one", code="FXC110")
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedTensorMixin):
+        if is_lazy(parameter):
             remedy = "call the model on a batch first"
             raise InputError(f"the parameter {name!r} has no shape yet", remedy=remedy, code="FXC110")
 

@@ -343,7 +343,7 @@ def written(case: Case) -> Writer:
         before, w.changed = len(w.lines), False
         KINDS[kind](w, random.Random(choice))
         if w.changed and math.prod(w.shape) > 400:
-            w.then("x.mean(-1)" if len(w.shape) > 1 else "x[:, :8]", w.shape[:-1] if len(w.shape) > 1 else (8,))
+            w.then(*(("x.mean(-1)", w.shape[:-1]) if w.shape[1:] else ("x[:, :8]", (8,))))
         if len(w.lines) > before:
             w.keep()
     r, several = random.Random(case.seed), w.shape[1:] != ()

@@ -29,6 +29,12 @@ N, CLASSES = 4, 3
 class Net(nn.Module):
     """A residual network with a grouped convolution, a BatchNorm and a layer that is used twice."""
 
+    stem: nn.Module
+    norm: nn.Module
+    conv: nn.Module
+    mix: nn.Module
+    head: nn.Module
+
     def __init__(self, order: tuple[str, ...] = ("stem", "norm", "conv", "mix", "head")) -> None:
         super().__init__()
         make: dict[str, Callable[[], nn.Module]] = {
