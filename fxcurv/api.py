@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 import passes
@@ -109,6 +110,7 @@ class Compiled:
         choice: Choice,
         options: Options | None = None,
     ) -> None:
+        _check_model(model)
         if not any(p.requires_grad for p in model.parameters()):
             raise QuantityError(
                 "the model has no trainable parameters", remedy="set requires_grad_(True) on some", code="FXC408"
@@ -127,6 +129,7 @@ class Compiled:
         Sampled factors are reproducible with a `generator`, on the output's device; `progress` shows a bar over the
         columns on a terminal, where they are many.
         """
+        _check_generator(generator)
         batch = Batch(inputs, target, generator, progress)
         try:
             program = self.prepare(inputs)
@@ -288,6 +291,22 @@ class Compiled:
 # What a call needs ------------------------------------------------------------------------------------------------
 
 
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InputError(f"the model is {kind}, not a torch.nn.Module", remedy="give an instance of one", code="FXC110")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            remedy = "call the model on a batch first"
+            raise InputError(f"the parameter {name!r} has no shape yet", remedy=remedy, code="FXC110")
+
+
+def _check_generator(generator: object) -> None:
+    if not isinstance(generator, torch.Generator | None):
+        remedy = "give a torch.Generator, such as torch.Generator().manual_seed(0)"
+        raise InputError(f"the generator is a {type(generator).__name__}", remedy=remedy, code="FXC110")
+
+
 def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
     if not isinstance(inputs, Tensor | tuple | dict):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
@@ -301,6 +320,8 @@ def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
     for t in pytree.tree_leaves(as_call(inputs)):
         if not isinstance(t, Tensor) or parameter is None:
             continue
+        if t.layout != torch.strided:
+            raise InputError("the input is sparse", remedy="convert it: x.to_dense()", code="FXC110")
         if t.device != parameter.device:
             raise InputError(
                 f"the input is on {t.device}, the model on {parameter.device}",

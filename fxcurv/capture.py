@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,7 @@ from torch.utils import _pytree as pytree
 from fxcurv.errors import CaptureError, FxcurvError, InputError, raised_at
 
 __all__ = [
+    "TRACING",
     "Captured",
     "Inputs",
     "Output",
@@ -42,6 +44,10 @@ Output = str | int | Callable[[Any], Tensor] | None
 
 TRACED_BATCH = 3
 """Tracing sees three samples: export takes 0 and 1 for constants, and two would hide a broadcast against a pair."""
+
+
+TRACING = threading.RLock()
+"""Held by the thread that traces: torch.export and fx exchange functions of the whole process."""
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,10 @@ def chosen(quantities: Asked) -> Choice:
         names = named(quantities)
         return Choice(names, {"*": tuple(names)})
     given = cast("Mapping[Pattern, OfOne | Iterable[OfOne] | None]", quantities)
+    for pattern in given:
+        if not isinstance(pattern, str | type):  # pyright: ignore[reportUnnecessaryIsInstance]
+            remedy = "write '*.bias', as in a shell, or a type such as nn.Linear"
+            raise QuantityError(f"{pattern!r} is no pattern of parameters", remedy=remedy, code="FXC409")
     by_pattern = {pattern: _listed(asked) for pattern, asked in given.items()}
     names = named([item for items in by_pattern.values() for item in items])
     return Choice(names, {p: tuple(_name(item, names) for item in items) for p, items in by_pattern.items()})

@@ -12,7 +12,9 @@ import importlib
 import json
 import math
 import os
+import re
 import secrets
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -234,6 +236,9 @@ def read(path: Path, model: nn.Module | None = None) -> tuple[Curvature, str]:
     return _Reader(manifest, tensors, fingerprint).result(), progress
 
 
+_VERSION = re.compile("[0-9]{1,9}")
+
+
 def _metadata(path: Path) -> dict[str, str]:
     """What a file of this schema says of itself, out of its header, which is read only as far as the file goes."""
     try:
@@ -247,7 +252,7 @@ def _metadata(path: Path) -> dict[str, str]:
         raise _broken(path, f"it cannot be read ({error.strerror})") from None
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     name, _, version = str(metadata.get("format")).partition(" ") if isinstance(metadata, dict) else ("", "", "")
-    if not isinstance(metadata, dict) or name != "fxcurv" or not version.isdigit():
+    if not isinstance(metadata, dict) or name != "fxcurv" or not _VERSION.fullmatch(version):
         raise _broken(path, "it holds no result of fxcurv")
     if int(version) != SCHEMA:
         age, remedy = ("older", "compute and save it anew") if int(version) < SCHEMA else ("newer", "update fxcurv")
@@ -259,17 +264,19 @@ def _json(path: Path, text: Any) -> Any:
     """Strict JSON, in which no key comes twice and no number is NaN or infinite."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
-        if twice is not None:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise _broken(path, f"the key {twice!r} is there twice")
-        return dict(pairs)
+        return found
 
-    def finite(constant: str) -> Any:
-        raise ValueError(constant)
+    def finite(number: str) -> float:
+        if math.isfinite(value := float(number)):
+            return value
+        raise ValueError(number)
 
     try:
-        return json.loads(text, object_pairs_hook=once, parse_constant=finite)
+        return json.loads(text, object_pairs_hook=once, parse_constant=finite, parse_float=finite)
     except (ValueError, TypeError, RecursionError):
         raise _broken(path, "its JSON is malformed") from None
 
@@ -345,15 +352,23 @@ class _Reader:
         m = self.manifest
         self._check_tensors(m["tensors"])
         values = [self._value(node) for node in m["values"].each()]
-        quantities = {
-            name: Entries(self._entry(name, node, values) for node in entries.each())
-            for name, entries in m["quantities"].items()
-        }
+        quantities = {name: self._entries(name, entries, values) for name, entries in m["quantities"].items()}
         divisor = None if m["divisor"].value is None else m["divisor"].of(float)
         loss, output, samples = self.tensors["loss"], self.tensors["output"], m["samples"].of(int)
         if loss.ndim or output.ndim == 0 or len(output) != samples or (divisor is not None and divisor < 0):
             raise m.wrong("has another loss, output, number of samples or divisor than a result has")
-        return Curvature(quantities, loss, output, samples, m["reduction"].of(str), divisor, self.model)
+        reduction = m["reduction"].of(str)
+        if reduction not in ("mean", "sum"):
+            raise m["reduction"].wrong("is neither mean nor sum")
+        return Curvature(quantities, loss, output, samples, reduction, divisor, self.model)
+
+    def _entries(self, quantity: str, node: _Node, values: list[Tensor | Block]) -> Entries:
+        """The entries of a quantity, each of another parameter."""
+        listed = node.each()
+        entries = Entries(self._entry(quantity, item, values) for item in listed)
+        if len(entries.entries) < len(listed):
+            raise node.wrong("has a parameter twice")
+        return entries
 
     def _check_tensors(self, listed: _Node) -> None:
         """The tensors of the file are those of the manifest, of the same type and shape."""
@@ -395,6 +410,8 @@ class _Reader:
             raise node.wrong(f"has tensors that do not fit a {name} block on {list(shape)}")
         labels = {label: node[label].of(str) for label in ("status", "reduction")}
         numbers = {label: node[label].of(kind) for label, kind in form.numbers.items()}
+        if numbers.get("averaged", 0) < 0:
+            raise node["averaged"].wrong("is negative")
         return make(shape, parameters=node["parameters"].texts(), **labels, **numbers, **held)
 
     def _tensor(self, node: _Node) -> Tensor:

@@ -65,7 +65,10 @@ class CovarianceOfPatches(Statistic):
 
 
 class PooledPatches(Statistic):
-    """`InputCovariance(pooled=True)` of one convolution, from its input: sums over windows, no patches."""
+    """`InputCovariance(pooled=True)` of one convolution, from its input: sums over windows, no patches.
+
+    It applies where every sample is one input of the convolution, and not several, as the frames of a film are.
+    """
 
     reads = "x"
 

@@ -314,6 +314,9 @@ def as_loss(loss: object) -> nn.Module:
         raise LossError(f"the loss {type(loss).__name__} is not supported", remedy=_REMEDY, code="FXC406")
     if loss.reduction not in ("mean", "sum"):
         raise LossError(f"the loss has reduction {loss.reduction!r}", remedy=_REMEDY, code="FXC406")
+    smoothing = getattr(loss, "label_smoothing", 0.0)
+    if not 0 <= smoothing <= 1:
+        raise LossError(f"label_smoothing={smoothing}", remedy="smooth by 0 to 1", code="FXC406")
     return loss
 
 
@@ -334,6 +337,10 @@ def loss_terms(loss: nn.Module, output: Tensor, target: Tensor) -> LossTerms:
             remedy="move them to one device",
             code="FXC407",
         )
+    if target.layout != torch.strided:
+        raise InputError("the target is sparse", remedy="convert it: y.to_dense()", code="FXC407")
+    if not output.is_floating_point():
+        raise LossError(f"the output is of type {output.dtype}", remedy="give a real one", code="FXC406")
     output = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
     kind = next(kind for kind in _TERMS if isinstance(loss, kind))
     if target.is_floating_point():
@@ -520,6 +527,11 @@ def _mse(loss: nn.MSELoss, output: Tensor, target: Tensor) -> tuple[LossTerms, l
     return ScalarTerms(*_value_and_gradient(loss, output, target), omega, divisor, output.new_full((), 2), noise), []
 
 
+def _broadcasts(shape: torch.Size, full: torch.Size) -> bool:
+    sizes = zip(reversed(shape), reversed(full), strict=False)
+    return len(shape) <= len(full) and all(size in (1, whole) for size, whole in sizes)
+
+
 def _bce_with_logits(loss: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor) -> tuple[LossTerms, list[Check]]:
     if not target.is_floating_point() or target.shape != output.shape:
         raise InputError(
@@ -530,6 +542,13 @@ def _bce_with_logits(loss: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor)
     divisor = float(output.numel()) if loss.reduction == "mean" else 1.0
     omega = torch.full_like(output, 1 / divisor)
     pos_weight, weight = _as(loss.pos_weight, output), _as(loss.weight, output)
+    for name, factor in (("pos_weight", pos_weight), ("weight", weight)):
+        if factor is not None and not _broadcasts(factor.shape, output.shape):
+            raise LossError(
+                f"a {name} of shape {list(factor.shape)} for an output of shape {list(output.shape)}",
+                remedy="give one that broadcasts to the output",
+                code="FXC406",
+            )
     omega = omega if pos_weight is None else omega * (1 + (pos_weight - 1) * target)
     omega = omega if weight is None else omega * weight
     p = output.sigmoid()

@@ -85,7 +85,7 @@ def _by_name(name: str) -> Quantity:
 
 
 def _family_of(quantity: Quantity) -> str:
-    if not hasattr(quantity, "statistics"):
+    if isinstance(quantity, type) or not hasattr(quantity, "statistics"):
         raise QuantityError(
             f"{quantity!r} is no quantity",
             remedy=f"give a name ({', '.join(NAMES)}) or an object such as fxcurv.KFAC()",

@@ -150,6 +150,16 @@ def _at_least(least: int, factor: object, **counts: object) -> None:
 Factor = Exact | Sampled | Stratified | Rademacher | Empirical | LossGradient | Identity | Again
 
 
+def _is_factor(quantity: KFAC | DiagGGN) -> None:
+    """Refuse a quantity of something else than a factor."""
+    if not isinstance(quantity.factor, Factor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise QuantityError(
+            f"{quantity.factor!r} is no factor",
+            remedy="give one such as fxcurv.Exact() or fxcurv.Sampled(1)",
+            code="FXC409",
+        )
+
+
 def most_columns(factor: Factor, outputs: int) -> int:
     """How many columns a factor has at most, for so many output entries per sample."""
     match factor:
@@ -260,6 +270,9 @@ class DiagGGN:
     factor: Factor = Exact()
     family: str = field(default="diag_ggn", init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        _is_factor(self)
+
     def owner(self, used: Used) -> str:
         return used.name
 
@@ -289,6 +302,7 @@ class KFAC:
     family: str = field(default="kfac", init=False, repr=False)
 
     def __post_init__(self) -> None:
+        _is_factor(self)
         if self.approx not in ("expand", "reduce"):
             raise QuantityError(
                 f"{type(self).__name__}(approx={self.approx!r})", remedy="choose 'expand' or 'reduce'", code="FXC409"

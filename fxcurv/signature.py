@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxcurv import quantities
-from fxcurv.capture import Inputs, Output, as_call
+from fxcurv.capture import TRACING, Inputs, Output, as_call
 from fxcurv.choice import Choice
 from fxcurv.program import Program
 
@@ -30,12 +30,16 @@ _PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[object, Program]] = weakref
 
 
 def kept_program(model: nn.Module, key: object, make: Callable[[], Program]) -> Program:
-    """The program of this very model under a key, made if it is new; forgotten with the model."""
-    programs, key = _PROGRAMS.setdefault(model, {}), (_Same(model), key)
-    programs[key] = programs.pop(key) if key in programs else make()  # the latest used is the last
-    while len(programs) > PROGRAMS_KEPT:
-        del programs[next(iter(programs))]
-    return programs[key]
+    """The program of this very model under a key, made if it is new; forgotten with the model.
+
+    Programs are made by one thread at a time: torch cannot trace in several.
+    """
+    with TRACING:
+        programs, key = _PROGRAMS.setdefault(model, {}), (_Same(model), key)
+        programs[key] = programs.pop(key) if key in programs else make()  # the latest used is the last
+        while len(programs) > PROGRAMS_KEPT:
+            del programs[next(iter(programs))]
+        return programs[key]
 
 
 def question(choice: Choice, output: Output, *options: object) -> object:

@@ -173,7 +173,7 @@ def _literals(query: str) -> dict[str, Any]:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as unhashable keys, or deep nesting
         return text
 
 
@@ -242,10 +242,12 @@ def _suggestion(name: str, known: Iterable[str]) -> str | None:
 
 
 def _without_download(kwargs: dict[str, Any]) -> str | None:
-    """Take `weights` and `pretrained` out of `kwargs`, and refuse what would make the library download."""
+    """Take `weights` and `pretrained` out of `kwargs`; refuse what makes the library download, or read a pickle."""
     for key in ("pretrained", "weights_backbone"):
         if value := kwargs.pop(key, None):
             raise TargetError(f"{key}={value} would download weights", remedy=_WEIGHTS, code="FXC005")
+    if path := kwargs.pop("checkpoint_path", None):
+        raise TargetError(f"checkpoint_path={path} would be read by the library", remedy=_WEIGHTS, code="FXC005")
     weights: Any = kwargs.pop("weights", None)
     if weights is None or (isinstance(weights, str) and (weights in PACKAGED or Path(weights).is_file())):
         return weights

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import fx, nn
 
 from fxcurv.capture import Inputs, Output, batch_size, capture, device_of
@@ -51,7 +52,9 @@ def canonicalize(
 ) -> dict[str, fx.GraphModule]:
     """The stages up to the canonical graph; unless `strict`, it may have nodes that are refused."""
     stages = lowered(model, inputs, output)
-    canonical = verify(locate(stages.pop("folded"), device_of(inputs), strict), "canonical")
+    device = device_of(inputs)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # ops that draw are tried, too
+        canonical = verify(locate(stages.pop("folded"), device, strict), "canonical")
     return {**stages, "canonical": canonical}
 
 

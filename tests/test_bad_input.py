@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -85,9 +86,9 @@ def train(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return model
 
 
-def exploding() -> nn.Module:
+def exploding(value: float = float("inf")) -> nn.Module:
     model = small()
-    model[5].bias.data.fill_(float("inf"))  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue, reportCallIssue]
+    model[5].bias.data.fill_(value)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue, reportCallIssue]
     return model
 
 
@@ -98,6 +99,16 @@ def frozen() -> nn.Module:
 class Smooth(nn.CrossEntropyLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return super().forward(2 * input, target)
+
+
+def smoothed(label_smoothing: float) -> nn.Module:
+    loss = nn.CrossEntropyLoss()
+    loss.label_smoothing = label_smoothing
+    return loss
+
+
+ODD: tuple[Any, ...] = (None, nn.Linear, lambda x: x)
+"""What is given in the place of a model."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,100 @@ CASES = (
     Case("quantity_kind", "5 is no quantity", quantities=[5]),
     Case("no_parameters", "no trainable parameters; set requires_grad_", frozen),
     Case("no_parameters_at_all", "no trainable parameters", nn.Identity),
+    Case("loss_none", "the loss NoneType is not supported; use nn.CrossEntropyLoss", loss=None),
+    Case("loss_class", "the loss type is not supported; use nn.CrossEntropyLoss", loss=nn.CrossEntropyLoss),
+    Case("loss_function", "the loss function is not supported; use", loss=lambda output, target: output.sum()),
+    Case("loss_bce", "the loss BCELoss is not supported; use", loss=nn.BCELoss()),
+    Case("loss_smoothing", "label_smoothing=2.0; smooth by 0 to 1", loss=smoothed(2.0)),
+    Case("loss_zero_weights", "the loss is not finite; check that some", loss=nn.CrossEntropyLoss(torch.zeros(2))),
+    Case(
+        "bce_weight_shape",
+        r"a weight of shape \[3\] for an output of shape \[2, 2\]; give one that broadcasts to the output",
+        y=torch.zeros(2, 2),
+        loss=nn.BCEWithLogitsLoss(torch.ones(3)),
+    ),
+    Case(
+        "bce_pos_weight_shape",
+        r"a pos_weight of shape \[3, 2, 2\] for an output of shape \[2, 2\]",
+        y=torch.zeros(2, 2),
+        loss=nn.BCEWithLogitsLoss(pos_weight=torch.ones(3, 2, 2)),
+    ),
+    Case(
+        "bce_negative_weight",
+        "a term of the loss has a negative weight; its Hessian has no real square root: use weights ≥ 0",
+        y=torch.zeros(2, 2),
+        loss=nn.BCEWithLogitsLoss(-torch.ones(2)),
+    ),
+    Case("bce_dtype", r"a target of type torch.int64 of shape \[2\]", loss="bce_with_logits"),
+    Case("bce_nan", "the target holds NaN or infinity", y=torch.full((2, 2), float("nan")), loss="bce_with_logits"),
+    Case("mse_inf", "the target holds NaN or infinity", y=torch.full((2, 2), float("inf")), loss="mse"),
+    Case("mse_complex", "a target of type torch.complex64", y=torch.zeros(2, 2, dtype=torch.complex64), loss="mse"),
+    Case("mse_list", "the target is a list, not a tensor; call it as curv", y=[[0.0, 0.0]] * 2, loss="mse"),
+    Case("mse_count", r"of shape \[3, 2\] for an output of shape \[2, 2\]", y=torch.zeros(3, 2), loss="mse"),
+    Case("mse_sparse", "the target is sparse; convert it: y.to_dense()", y=torch.zeros(2, 2).to_sparse(), loss="mse"),
+    Case("mse_device", "the target is on meta, the output on cpu; move them", y=X[:, 0, 0, :2].to("meta"), loss="mse"),
+    Case("target_device", "the target is on meta, the output on cpu; move them to one device", y=Y.to("meta")),
+    Case("target_bool", "class indices of type torch.bool; give torch.int64 indices, or probabilities", y=Y > 0),
+    Case("target_number", "the target is a int, not a tensor", y=1),
+    Case("target_array", "the target is a ndarray, not a tensor", y=Y.numpy()),
+    Case("target_text", "the target is a str, not a tensor", y="cat"),
+    Case("target_scalar", r"class indices of shape \[\] for an output of shape \[2, 2\]", y=torch.tensor(1)),
+    Case(
+        "target_one_hot", r"indices of shape \[2, 2\].*; give indices of shape \[2\]", y=torch.eye(2, dtype=torch.int64)
+    ),
+    Case("target_float_indices", r"class probabilities of shape \[2\] for an output", y=Y.float()),
+    Case("target_classes", r"class probabilities of shape \[2, 3\] for an output", y=torch.full((2, 3), 1 / 3)),
+    Case("target_empty", r"class indices of shape \[0\] for an output", y=Y[:0]),
+    Case("target_huge", "class index 4611686018427387904 for 2 classes", y=torch.tensor([0, 2**62])),
+    Case("input_array", "the input is a ndarray; give a tensor, a tuple", x=X.numpy()),
+    Case("input_text", "the input is a str; give a tensor", x="x"),
+    Case("input_missing", "the input is a NoneType; give a tensor", x=None),
+    Case("input_set", "the input is a set; give a tensor", x={1, 2}),
+    Case("input_empty_dict", "no input tensor was given", x={}),
+    Case("input_keyword", "cannot be traced .*missing a required argument: 'input'", x={"nope": X}),
+    Case("input_too_many", "cannot be traced .*too many positional arguments", x=(X, X)),
+    Case("input_sparse", r"the input is sparse; convert it: x.to_dense\(\)", x=X.to_sparse()),
+    Case("input_complex", r"of type torch.complex64.*convert it: x.float\(\)", x=X.to(torch.complex64)),
+    Case("input_bool", r"the input is of type torch.bool.*convert it: x.float\(\)", x=X > 0),
+    Case("input_half", "of type torch.float16, the model of torch.float32; convert it", x=X.half()),
+    Case("input_no_batch", r"expected 4D input \(got 3D input\); give inputs of the shape", x=X[0]),
+    Case("input_small", "Kernel size can't be greater than actual input size; give inputs", x=X[..., :2, :2]),
+    Case("input_no_pixels", "cannot be traced: .*Kernel size can't be greater", x=X[:, :, :0]),
+    Case("model_none", "the model is a NoneType, not a torch.nn.Module; give an instance of one", lambda: ODD[0]),
+    Case("model_class", "the model is the class Linear, not a torch.nn.Module; give an instance", lambda: ODD[1]),
+    Case("model_function", "the model is a function, not a torch.nn.Module", lambda: ODD[2]),
+    Case(
+        "model_lazy",
+        "the parameter '1.weight' has no shape yet; call the model on a batch first",
+        lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(2)).eval(),
+    ),
+    Case("parameters_nan", "node output: the model's output holds NaN or infinity", lambda: exploding(float("nan"))),
+    Case("output_none", "returns a NoneType, not a tensor", lambda: Returns(lambda y: None)),
+    Case("output_complex", "the output is of type torch.complex64; give a real one", lambda: Returns(lambda y: y + 0j)),
+    Case("output_cut", "the batch axis is cut; keep every sample", lambda: Returns(lambda y: y[:1])),
+    Case("output_sum", "samples of the batch mix here", lambda: Returns(Tensor.sum)),
+    Case("output_sorted", "samples of the batch mix here", lambda: Returns(lambda y: y.sort(0)[0])),
+    Case("output_shifted", "samples of the batch mix here", lambda: Returns(lambda y: y.roll(1, 0))),
+    Case("output_random", "samples of the batch mix here", lambda: Returns(lambda y: y + torch.randn_like(y))),
+    Case("output_array", r"numpy\(\) is not supported", lambda: Returns(lambda y: y.detach().numpy())),
+    Case("forward_raises", "cannot be traced at .*ZeroDivisionError", lambda: Returns(lambda y: 1 / 0)),
+    Case("quantity_missing", "None is no quantity; give a name", quantities=None),
+    Case("quantity_class", "<class 'fxcurv.quantities.KFAC'> is no quantity; give a name", quantities=fxcurv.KFAC),
+    Case("quantity_factor", r"Exact\(\) is no quantity; give a name", quantities=fxcurv.Exact()),
+    Case(
+        "quantity_of_classes",
+        "draws classes, and this loss has none; use Exact",
+        y=X[:, 0, 0, :2],
+        loss="mse",
+        quantities=fxcurv.DiagGGN(fxcurv.Stratified(1, 1)),
+    ),
+    Case("pattern_matchless", r"no parameter of the model matches 'nope\*'", quantities={"nope*": "kfac"}),
+    Case(
+        "pattern_incomplete", "no pattern of quantities= matches the parameter '1.weight'", quantities={"0.*": "kfac"}
+    ),
+    Case("pattern_type", "no parameter of the model matches 'LSTM'", quantities={nn.LSTM: "kfac", "*": "kfac"}),
+    Case("pattern_number", "3 is no pattern of parameters; write", quantities={3: "kfac"}),
+    Case("pattern_nothing", "no quantity was asked for", quantities={"*": None}),
 )
 
 
@@ -197,24 +302,65 @@ def same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
     assert isinstance(tensors, dict)
     assert isinstance(tensors_after, dict)
     equal = all(
-        t[:2] == u[:2] and torch.equal(t[2], u[2]) and t[3:] == u[3:]
+        t[:2] == u[:2] and torch.allclose(t[2], u[2], 0, 0, equal_nan=True) and t[3:] == u[3:]
         for t, u in zip(tensors.values(), tensors_after.values(), strict=True)
     )
     return equal and list(tensors) == list(tensors_after) and modes == modes_after
 
 
-@pytest.mark.filterwarnings("ignore:.*target size:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*target size:UserWarning", "ignore:Lazy modules:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_refused_with_a_reason(case: Case) -> None:
+    """Nothing of the model, the input and the random state changes, and a second call says the same."""
     model = case.model()
-    x = copy.deepcopy(case.x)
-    before, values = snapshot(model), copy.deepcopy(x)
-    with pytest.raises(fxcurv.FxcurvError, match=f"(?s){case.message}") as caught:
-        fxcurv.compile(model, case.loss, case.quantities)(x, case.y)  # pyright: ignore[reportArgumentType]
-    assert caught.value.remedy, "every error says what to do"
-    assert same(before, snapshot(model))
-    if isinstance(x, Tensor) and isinstance(values, Tensor) and x.device.type == "cpu":
+    watched = isinstance(model, nn.Module) and case.name != "model_lazy"
+    x, state = copy.deepcopy(case.x), torch.get_rng_state()
+    before, values = snapshot(model) if watched else (), copy.deepcopy(x)
+    messages: list[str] = []
+    compiled: fxcurv.Compiled | None = None
+    for _ in range(2):
+        with pytest.raises(fxcurv.FxcurvError, match=f"(?s){case.message}") as caught:  # noqa: PT012
+            compiled = compiled or fxcurv.compile(model, case.loss, case.quantities)  # pyright: ignore[reportArgumentType]
+            compiled(x, case.y)  # pyright: ignore[reportArgumentType]
+        assert caught.value.remedy, "every error says what to do"
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert not watched or same(before, snapshot(model))
+    assert torch.equal(state, torch.get_rng_state())
+    if isinstance(x, Tensor) and isinstance(values, Tensor) and x.device.type == "cpu" and x.layout == torch.strided:
         assert torch.equal(x.nan_to_num(), values.nan_to_num())
+    if compiled is not None and case.model is small and case.loss == "cross_entropy" and case.quantities == "kfac":
+        assert len(compiled(X, Y)["kfac"]) == 6, "it can be used again"
+
+
+def test_there_are_many_cases() -> None:
+    assert len(CASES) >= 80
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fxcurv.Sampled(0), r"Sampled\(k=0\); k is a whole number of columns, at least 1"),
+        (lambda: fxcurv.Sampled(1.5), r"Sampled\(k=1.5\); k is a whole number"),  # pyright: ignore[reportArgumentType]
+        (lambda: fxcurv.Rademacher(-1), r"Rademacher\(k=-1\); k is a whole number"),
+        (lambda: fxcurv.Stratified(-1, 1), r"Stratified\(top=-1, k=1\); top is a whole number of columns, at least 0"),
+        (lambda: fxcurv.KFAC(approx="foo"), "choose 'expand' or 'reduce'"),  # pyright: ignore[reportArgumentType]
+        (lambda: fxcurv.KFAC(3), "3 is no factor; give one such as"),  # pyright: ignore[reportArgumentType]
+        (lambda: fxcurv.DiagGGN("exact"), "'exact' is no factor; give one"),  # pyright: ignore[reportArgumentType]
+        (lambda: fxcurv.compile(small(), memory_budget=0), "memory_budget=0; give bytes"),
+        (lambda: fxcurv.compile(small(), backend="jit"), "backend='jit'; choose one of eager, inductor"),  # pyright: ignore[reportArgumentType]
+        (lambda: fxcurv.compile(small(), on_unsupported="no"), "choose one of error, skip, fallback"),  # pyright: ignore[reportArgumentType]
+        (lambda: fxcurv.compile(small(), output="x")(X, Y), "nothing that output='x' names; choose one with output="),
+        (lambda: fxcurv.compile(small(), output=lambda _: 3)(X, Y), "returns a int, not a tensor"),  # pyright: ignore[reportArgumentType]
+        (lambda: fxcurv.compile(small())(X, Y, generator=3), "the generator is a int; give a torch.Generator"),  # pyright: ignore[reportArgumentType]
+        (lambda: fxcurv.compile(small(), memory_budget=1000)(X, Y), "one column needs at least .*; allow"),
+    ],
+)
+def test_options_are_refused_with_a_reason(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(fxcurv.FxcurvError, match=message):
+        make()
 
 
 def test_a_compiled_object_can_be_used_after_an_error() -> None:

@@ -13,7 +13,7 @@ import devices
 import pytest
 import samples
 import torch
-from test_samples import QUANTITIES, assert_close
+from comparison import QUANTITIES, assert_close
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,83 +1,60 @@
-"""Models that nobody wrote: random layers, residual adds, gates and concatenations, against the oracle."""
+"""Models that nobody wrote, against the oracle: tests/generated.py, of which tools/stress.py tries many more."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
+import generated
 import pytest
-import samples
-import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from test_samples import check_against_oracle
-from torch import Tensor, nn
-from torch.nn import functional as F
+from generated import Case
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "relu_inplace": lambda x: F.relu(x * 1, inplace=True),
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "hardswish": F.hardswish,
-    "softmax": lambda x: x.softmax(1),
-}
-
-
-class Generated(nn.Module):
-    """A feature map that each step transforms, adds to, multiplies or joins with an earlier one, then a classifier."""
-
-    def __init__(self, steps: list[tuple[str, int]], channels: int) -> None:
-        super().__init__()
-        self.steps, self.layers = steps, nn.ModuleList()
-        width, widths = channels, [channels]
-        for kind, choice in steps:
-            layer: nn.Module = nn.Identity()
-            if kind == "conv":
-                kernel, groups, dilation = (1, 3)[choice % 2], (1, 2)[choice // 2 % 2], (1, 2)[choice // 4 % 2]
-                layer = nn.Conv2d(
-                    width,
-                    4,
-                    kernel,
-                    padding=dilation * (kernel // 2),
-                    groups=groups,
-                    dilation=dilation,
-                    bias=choice % 3 > 0,
-                )
-                width = 4
-            elif kind == "norm":
-                layer = nn.BatchNorm2d(width)
-            elif kind == "project":
-                layer = nn.Conv2d(widths[choice % len(widths)], width, 1)
-            elif kind == "cat":
-                width += widths[choice % len(widths)]
-            self.layers.append(layer)
-            widths.append(width)
-        self.head = nn.Linear(width, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = [x]
-        for (kind, choice), layer in zip(self.steps, self.layers, strict=True):
-            earlier = maps[choice % len(maps)]
-            if kind == "act":
-                x = ACTIVATIONS[sorted(ACTIVATIONS)[choice % len(ACTIVATIONS)]](x)
-            elif kind == "project":
-                x = x + layer(earlier)
-            elif kind == "gate":
-                x = x * earlier.mean((1, 2, 3), keepdim=True)
-            elif kind == "cat":
-                x = torch.cat([earlier, x], 1)
-            else:
-                x = layer(x)
-            maps.append(x)
-        return self.head(x.mean((2, 3)))
-
-
-STEP = st.tuples(st.sampled_from(["conv", "norm", "act", "project", "gate", "cat"]), st.integers(0, 11))
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(STEP, min_size=1, max_size=7), batch=st.integers(1, 3))
-def test_generated_models(steps: list[tuple[str, int]], batch: int) -> None:
-    build = lambda: samples.seeded(lambda: Generated(steps, 2), str(steps))  # noqa: E731
-    check_against_oracle(samples.Sample(f"generated {steps}", build, (2, 4, 3)), batch)
+@pytest.mark.parametrize("start", range(0, 24, 8))
+def test_generated_models(start: int) -> None:
+    for seed in range(start, start + 8):
+        case = generated.draw(seed)
+        try:
+            kind = generated.check(case)
+        except Exception as error:
+            raise AssertionError(f"{error}\n{generated.script(case)}") from error
+        assert kind == "right", f"{kind}\n{generated.script(case)}"
+
+
+def test_steps_of_every_kind_are_models() -> None:
+    """Each kind of step finds a shape at which it does something."""
+    silent = {
+        kind
+        for kind in generated.KINDS
+        if not any(_does_something(kind, choice, shape) for shape in generated.SHAPES for choice in range(9))
+    }
+    assert not silent
+
+
+def _does_something(kind: str, choice: int, shape: tuple[int, ...]) -> bool:
+    before = (("linear", choice), ("activation", choice))
+    with_it, without = (generated.written(Case(steps, shape)).lines for steps in ((*before, (kind, choice)), before))
+    return len(with_it) > len(without)
+
+
+def test_a_failing_case_is_made_smaller() -> None:
+    case = replace(
+        generated.draw(3), steps=tuple((kind, 5) for kind in ("linear", "activation", "free", "flip", "gate"))
+    )
+    small = generated.smaller(case, lambda c: any(kind == "free" for kind, _ in c.steps))
+    assert small.steps == (("free", 5),)
+    assert (small.dtype, small.forced, small.parts, small.batch) == ("float64", None, 0, 2)
+
+
+def test_the_script_of_a_case_stands_alone(tmp_path: Path) -> None:
+    file = tmp_path / "case.py"
+    file.write_text(generated.script(Case((("linear", 1), ("activation", 2)), (3,))))
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, file], env=os.environ | paths, capture_output=True, text=True, check=True)
+    assert ran.stdout == "right\n"

@@ -10,7 +10,7 @@ import pytest
 import reference
 import samples
 import torch
-from test_samples import TOLERANCE, assert_close
+from comparison import TOLERANCE, assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree

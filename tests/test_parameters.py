@@ -9,7 +9,7 @@ import pytest
 import reference
 import samples
 import torch
-from test_samples import assert_close
+from comparison import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm

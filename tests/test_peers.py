@@ -10,7 +10,7 @@ import pytest
 import reference
 import samples
 import torch
-from test_samples import TOLERANCE
+from comparison import TOLERANCE
 from torch import Tensor, nn
 
 import fxcurv

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_samples import check_against_oracle
+from comparison import check_against_oracle
 from torch import nn
 
 import fxcurv

@@ -9,7 +9,7 @@ import pytest
 import reference
 import samples
 import torch
-from test_samples import assert_close, check_against_oracle
+from comparison import assert_close, check_against_oracle
 from torch import Tensor, nn
 
 import fxcurv
@@ -329,3 +329,20 @@ class Transposed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2)
+
+
+class Frames(nn.Module):
+    """A convolution over frames that are folded into the batch axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 3, 3, padding=1), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, frames = x.shape[:2]
+        y = self.conv(x.flatten(0, 1)).tanh().mean((2, 3))
+        return self.head(y.view(n, frames * 3))
+
+
+def test_the_frames_of_a_sample_are_pooled_together() -> None:
+    check_against_oracle(samples.sample("frames", Frames, (2, 2, 4, 3)), batch=3)

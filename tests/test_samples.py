@@ -4,74 +4,19 @@ from __future__ import annotations
 
 import devices
 import pytest
-import reference
 import samples
 import torch
+from comparison import assert_close, check_against_oracle
 from samples import Sample
-from torch import Tensor, nn
+from torch import nn
 
 import fxcurv
 from fxcurv import ops, rules
-from fxcurv.result import Entries
 from fxcurv.spec import module_of
-
-QUANTITIES = {
-    "grad": fxcurv.Grad(),
-    "diag_ggn": fxcurv.DiagGGN(),
-    "expand": fxcurv.KFAC(fxcurv.Exact()),
-    "reduce": fxcurv.KFAC(fxcurv.Empirical(), approx="reduce", joint=True),
-}
-TOLERANCE = 1e-9
-
-
-def assert_close(ours: Tensor, theirs: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
-    """Equal to `tolerance` relative to the largest entry."""
-    assert ours.shape == theirs.shape, f"{what}: shape {list(ours.shape)}, not {list(theirs.shape)}"
-    scale = float(theirs.abs().max()) if theirs.numel() else 0.0
-    error = float((ours - theirs).abs().max()) if theirs.numel() else 0.0
-    assert error <= tolerance * max(scale, 1e-3), f"{what}: off by {error:.3g}, entries up to {scale:.3g}"
 
 
 def names(group: tuple[Sample, ...]) -> list[str]:
     return [sample.name for sample in group]
-
-
-def check_against_oracle(sample: Sample, batch: int = 2) -> fxcurv.Compiled:
-    """Gradient, diagonal, Kronecker factors of both kinds and dense blocks of every parameter equal the oracle's."""
-    model, loss = sample.build(), sample.loss()
-    x, y = samples.inputs(sample, batch), samples.targets(sample, batch)
-    compiled = fxcurv.compile(model, loss, list(QUANTITIES.values()))
-    result = dict(zip(QUANTITIES, compiled(x, y).values(), strict=True))
-    output = reference.outputs(model, x)
-    exact, empirical = reference.exact_columns(loss, output, y), reference.empirical_columns(loss, output, y)
-    expected = {"grad": reference.grad(model, loss, x, y), "diag_ggn": reference.diag_ggn(model, loss, x, y)}
-    for quantity, values in expected.items():
-        for name, value in values.items():
-            if name in result[quantity]:
-                assert_close(result[quantity][name], value, f"{quantity} {name}")
-            else:
-                assert result[quantity].status[name] == "unreached"
-                assert not value.any(), f"{quantity} {name} is not unreached"
-    check_blocks(result["expand"], model, x, exact, "expand", joint=False)
-    check_blocks(result["reduce"], model, x, empirical, "reduce", joint=True)
-    return compiled
-
-
-def check_blocks(result: Entries, model: nn.Module, x: Tensor, columns: Tensor, approx: str, joint: bool) -> None:
-    factors = reference.kfac(model, x, columns, approx=approx, joint=joint)  # pyright: ignore[reportArgumentType]
-    for name, block in result.items():
-        if isinstance(block, fxcurv.Kronecker):
-            owner = block.parameters[0]
-            A, G = factors[owner]
-            assert_close(block.A, A, f"A of {owner}")
-            assert_close(block.G, G, f"G of {owner}")
-        else:
-            assert isinstance(block, fxcurv.Dense)
-            assert_close(block.matrix, reference.dense_block(model, x, columns, name), f"block of {name}")
-    matrices = {
-        name for name, block in result.items() if isinstance(block, fxcurv.Kronecker) and block.parameters[0] == name
-    }
-    assert matrices == set(factors)
 
 
 REACHED: set[type[nn.Module]] = set()
