@@ -33,7 +33,7 @@ from fxcurv.blocks import Block, Dense, Kronecker
 from fxcurv.checkpoints import values_digest
 from fxcurv.errors import FxcurvError, UnsupportedError
 from fxcurv.fingerprint import digest
-from fxcurv.merging import Value, values_changed, values_of
+from fxcurv.merging import Value, check_adds, values_changed, values_of
 from fxcurv.moments import formed
 from fxcurv.result import Curvature
 
@@ -218,6 +218,7 @@ class Processes:
         """What the others need to know: numbers, and digests of what must be the same."""
         if mine is None:
             return {"samples": 0, "divisor": 0.0, "counts": []}
+        check_adds(mine)
         values = values_of(mine)
         rows = [(e.parameter, e.status, e.form(), e.definition, e.reduction) for e in mine.entries]
         if any(isinstance(v, Kronecker) and not v.averaged for v in values):

@@ -22,7 +22,7 @@ from fxcurv.family import APART
 from fxcurv.files import load
 from fxcurv.result import Curvature, Entries, Entry
 
-__all__ = ["blended", "merge", "values_changed", "values_of"]
+__all__ = ["blended", "check_adds", "merge", "values_changed", "values_of"]
 
 Value = Tensor | Block
 
@@ -88,11 +88,19 @@ def values_changed(result: Curvature, changed: Sequence[Value]) -> Curvature:
     return replace(result, quantities=quantities)
 
 
+def check_adds(result: Curvature) -> None:
+    """An error where a quantity does not add over batches."""
+    for e in result.entries:
+        if e.definition.startswith(APART):
+            raise _unfit(f"{e.quantity} of two batches is not made of {e.quantity} of each")
+
+
 def _check_alike(a: Curvature, b: Curvature) -> None:
     """An error where the results are not of the same things."""
     difference = a.model.difference(b.model) if a.model and b.model else "one of them does not know its model"
     if difference:
         raise _unfit(f"the results are of different models: {difference}")
+    check_adds(a)
     if a.reduction != b.reduction:
         raise _unfit(f"the losses have the reductions {a.reduction!r} and {b.reduction!r}")
     if list(a) != list(b):
@@ -102,8 +110,6 @@ def _check_alike(a: Curvature, b: Curvature) -> None:
         if list(ours) != list(theirs):
             raise _unfit(f"{name} is of other parameters")
         for mine, its in zip(ours.values(), theirs.values(), strict=True):
-            if mine.definition.startswith(APART):
-                raise _unfit(f"{name} of two batches is not made of {name} of each")
             if mine.definition != its.definition:
                 raise _unfit(f"{name} is {mine.definition} and {its.definition}")
 

@@ -67,6 +67,10 @@ if case == "equal":
         compiled.accumulate([])
     except fxcurv.InputError as error:
         print("refused:", error)
+    try:
+        fxcurv.compile(plain.model, quantities="foof").accumulate([(x.float(), y) for x, y in mine[:1]])
+    except fxcurv.FxcurvError as error:
+        print("refused:", error)
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
     bias = distribute_tensor(compiled.model.fc.bias.detach(), init_device_mesh("cpu", (2,)))
@@ -133,6 +137,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert "refused: there was no batch" in out
         assert "refused: parameter 'fc.bias' is a DTensor, spread over processes" in out
         assert "FXC429" in out
+        assert "foof of two batches is not made of foof of each" in out
         bits |= {line for line in out.splitlines() if line.startswith("bits")}
     assert len(bits) == 1, "both get the same bits"
     assert len(list(tmp_path.glob("weighted*-of-2"))) == 4  # of the six shards two are empty
