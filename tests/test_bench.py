@@ -7,6 +7,8 @@ import importlib.util
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -75,15 +77,24 @@ PROBLEMS = {
 }
 
 
+def in_a_process(call: str) -> None:
+    """A call of this file in a process of its own: the tool forks, which autograd's threads of other tests forbid."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", f"import test_bench; test_bench.{call}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def run_tool(path: str) -> None:
+    vars(tool).update(PROBLEMS=PROBLEMS, ROWS=ROWS)
+    assert tool.main(["--repeats", "4", "--memory", "64", "--output", path]) == 0
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of one run of the tool."""
-    path, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tool, "PROBLEMS", PROBLEMS)
-        patch.setattr(tool, "ROWS", ROWS)
-        assert tool.main(["--repeats", "4", "--memory", "64", "--output", str(path)]) == 0
-    torch.set_num_threads(threads)
+    path = tmp_path_factory.mktemp("bench")
+    in_a_process(f"run_tool({str(path)!r})")
     return path
 
 
@@ -200,13 +211,16 @@ def test_the_facts_name_the_versions() -> None:
 
 
 def test_scaling_writes_its_points_and_slopes(tmp_path: Path) -> None:
+    in_a_process(f"check_scaling({str(tmp_path)!r})")
+
+
+def check_scaling(path: str) -> None:
     net = scaling.Net("small", scaling.mlp, (), scaling.Size(N=4, V=1, depth=1, width=3))
-    with torch.random.fork_rng(devices=[]):
-        found = [p for axis in ("N", "V") for p in measure.apart(scaling.points, net, axis, (1, 2), 1)]
+    found = [p for axis in ("N", "V") for p in measure.apart(scaling.points, net, axis, (1, 2), 1)]
     assert [(p.axis, p.value) for p in found if p.row == "fxcurv kfac"] == [("N", 1), ("N", 2), ("V", 1), ("V", 2)]
     assert {p.row for p in found if p.axis == "V"} == {"fxcurv kfac", "fxcurv diag_ggn"}
     assert scaling.crossing(net, found).startswith("small: N 1, 2; V 1, 2; ")
-    points, page = scaling.write(tmp_path, ["the command", "a fact"], found)
+    points, page = scaling.write(Path(path), ["the command", "a fact"], found)
     assert points.read_text(encoding="utf-8").startswith("# the command\n# a fact\nnet,axis,value,row,ms\nsmall,N,1,")
     assert "| net   | row" in page.read_text(encoding="utf-8")
 
