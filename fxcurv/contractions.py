@@ -120,6 +120,12 @@ def _entries_cost(xs: Xs, Ss: Ss) -> Cost:
     return Cost(cost.flops, cost.bytes, 6 * len(xs), cost.temporary)
 
 
+def _chunked_cost(xs: Xs, Ss: Ss) -> Cost:
+    """`per_sample` in chunks, each of which is there twice."""
+    rows, side = entries_of(xs, Ss)
+    return _entries_cost(xs, Ss) + Cost(temporary=2 * Ss[0].element_size() * min(CHUNK, rows * side))
+
+
 def _chunks(xs: Xs, Ss: Ss) -> Iterator[tuple[slice, list[Tensor | None], list[Tensor]]]:
     """The uses cut along n and v, and which n they are, so that a cut's per-sample entries stay within `CHUNK`."""
     v, n = Ss[0].shape[:2]
@@ -205,9 +211,7 @@ class Diagonal(PerOutput):
         return total
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
-        x, S = xs[0], Ss[0]
-        entries = S[..., 0, :, :].numel() * (1 if x is None else x.shape[-1])
-        return _entries_cost(xs, Ss) + Cost(temporary=2 * S.element_size() * min(CHUNK, entries))
+        return _chunked_cost(xs, Ss)
 
 
 class RotatedDiagonal(Diagonal):
@@ -347,8 +351,7 @@ class DiagonalPerSample(Statistic):
         return total
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
-        rows, side = entries_of(xs, Ss)
-        return _entries_cost(xs, Ss) + Cost(temporary=2 * Ss[0].element_size() * min(CHUNK, rows * side))
+        return _chunked_cost(xs, Ss)
 
 
 class SquaredNorms(Statistic):
@@ -364,8 +367,7 @@ class SquaredNorms(Statistic):
         return total
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
-        rows, side = entries_of(xs, Ss)
-        return _entries_cost(xs, Ss) + Cost(temporary=2 * Ss[0].element_size() * min(CHUNK, rows * side))
+        return _chunked_cost(xs, Ss)
 
 
 class Inputs(Statistic):

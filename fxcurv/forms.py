@@ -39,14 +39,21 @@ CACHE = 1 << 18
 # Of the inputs ----------------------------------------------------------------------------------------------------
 
 
-class CovarianceOfPatches(Statistic):
-    """`InputCovariance` of one convolution, from its input `z[n,c,…]`: by correlations where that is cheaper."""
+class _OfPatches(Statistic):
+    """A sum over the patches of one convolution, with `ones` of the constant 1 behind them too."""
 
     reads = "x"
 
     def __init__(self, patches: Patches, ones: bool = False) -> None:
         super().__init__()
         self.patches, self.ones = patches, ones
+
+    def extra_repr(self) -> str:
+        return f"{self.patches}, ones={self.ones}"
+
+
+class CovarianceOfPatches(_OfPatches):
+    """`InputCovariance` of one convolution, from its input `z[n,c,…]`: by correlations where that is cheaper."""
 
     def forward(self, zs: Sequence[Tensor]) -> Tensor:
         (z,) = map(widened, zs)
@@ -60,21 +67,12 @@ class CovarianceOfPatches(Statistic):
     def cost(self, zs: Sequence[Tensor]) -> Cost:
         return self.patches.cost(zs[0])
 
-    def extra_repr(self) -> str:
-        return f"{self.patches}, ones={self.ones}"
 
-
-class PooledPatches(Statistic):
+class PooledPatches(_OfPatches):
     """`InputCovariance(pooled=True)` of one convolution, from its input: sums over windows, no patches.
 
     It applies where every sample is one input of the convolution, and not several, as the frames of a film are.
     """
-
-    reads = "x"
-
-    def __init__(self, patches: Patches, ones: bool = False) -> None:
-        super().__init__()
-        self.patches, self.ones = patches, ones
 
     def forward(self, zs: Sequence[Tensor]) -> Tensor:
         (z,) = map(widened, zs)
@@ -89,9 +87,6 @@ class PooledPatches(Statistic):
         z, g = zs[0], self.patches.groups
         d = z.shape[1] // g * self.patches.taps
         return copying(z.numel() * self.patches.kernel[0] / 2, z.element_size()) + moment(d, len(z), 4) * g
-
-    def extra_repr(self) -> str:
-        return f"{self.patches}, ones={self.ones}"
 
 
 class KeptInputs(Statistic):
