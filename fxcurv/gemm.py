@@ -9,16 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxcurv.pages import LARGE, new_empty
+
 __all__ = ["times_transpose", "transpose_times", "uses_onednn"]
 
 SMALL = 1e6
 """Multiplications below which a call of oneDNN costs more than it saves."""
 
-BLOCK = 768
-"""Rows of the blocks by which a large symmetric product is made of its lower half."""
+BLOCK = 256
+"""Rows of the blocks by which a symmetric product is made of its lower half, and a large one is written."""
 
-SHORT = 128
-"""Inner size below which writing a symmetric product costs more than computing all of it."""
+SHORT = 256
+"""Inner size below which copying half of a symmetric product costs more than computing it."""
 
 
 def times_transpose(a: Tensor, b: Tensor) -> Tensor:
@@ -35,9 +37,20 @@ def transpose_times(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    if uses_onednn(a.dtype, a.device) and a.shape[0] * a.shape[1] * b.shape[0] > SMALL:
-        return torch.ops.mkldnn._linear_pointwise(_packed(a), _packed(b), None, "none", [], "")
-    return a @ b.mT
+    if not uses_onednn(a.dtype, a.device) or a.shape[0] * a.shape[1] * b.shape[0] <= SMALL:
+        return a @ b.mT
+    if a.shape[0] * b.shape[0] * a.element_size() < LARGE or a.shape[0] <= BLOCK:
+        return _multiplied(a, b)
+    a, b = _packed(a), _packed(b)
+    result = new_empty(a, a.shape[0], b.shape[0])
+    for rows, block in zip(result.split(BLOCK), a.split(BLOCK), strict=True):
+        rows.copy_(_multiplied(block, b))
+    return result
+
+
+def _multiplied(a: Tensor, b: Tensor) -> Tensor:
+    """oneDNN's product, into memory of its own choice."""
+    return torch.ops.mkldnn._linear_pointwise(_packed(a), _packed(b), None, "none", [], "")
 
 
 def uses_onednn(dtype: torch.dtype, device: torch.device) -> bool:
@@ -59,8 +72,8 @@ def _packed(a: Tensor) -> Tensor:
 
 def _symmetric(a: Tensor) -> Tensor:
     """a aᵀ, the blocks above the diagonal copied from those below it."""
-    rows = a.shape[0]
-    result = a.new_empty(rows, rows)
+    a, rows = a.contiguous(), a.shape[0]
+    result = new_empty(a, rows, rows)
     for start in range(0, rows, BLOCK):
         stop = min(rows, start + BLOCK)
         result[start:stop, :stop] = _product(a[start:stop], a[:stop])

@@ -56,12 +56,13 @@ class SecondMoment:
 
     def dense(self) -> Tensor:
         """The matrices, `[g,d,d]`."""
+        if self.scale <= 0:  # of a difference
+            return replace(self, scale=1.0).dense().mul_(self.scale)
+        kept = [t if self.scale == 1 else t * self.scale**0.5 for t in self.kept]  # smaller than the matrices are
         if self.patches is not None:
-            value = self.patches.covariance(torch.cat(self.kept))
-        else:
-            rows = self.rows()
-            value = transpose_times(rows[0], rows[0]).unsqueeze(0) if len(rows) == 1 else rows.mT @ rows
-        return value if self.scale == 1 else value.mul_(self.scale)
+            return self.patches.covariance(torch.cat(kept))
+        rows = replace(self, kept=tuple(kept)).rows()
+        return transpose_times(rows[0], rows[0]).unsqueeze(0) if len(rows) == 1 else rows.mT @ rows
 
     def __add__(self, other: SecondMoment | Tensor) -> SecondMoment | Tensor:
         """The sum, kept in this form as long as that is smaller."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fxcurv.costs import Cost, copying, moment, product, rates_of
 from fxcurv.gemm import times_transpose
+from fxcurv.pages import new_empty
 
 __all__ = ["Patches"]
 
@@ -218,7 +219,7 @@ class _Correlations:
 
     def covariance(self) -> Tensor:
         p, c = self.patches, self.channels
-        A = self.z.new_empty(p.groups, c, *p.kernel, c, *p.kernel)
+        A = new_empty(self.z, p.groups, c, *p.kernel, c, *p.kernel)
         self._fill(A)
         self._take_beyond(A)
         return A.view(p.groups, c * p.taps, c * p.taps)

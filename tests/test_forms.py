@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxcurv
 import passes
-from fxcurv import forms
+from fxcurv import forms, pages
 from fxcurv.choice import chosen
 from fxcurv.contractions import (
     Diagonal,
@@ -184,7 +185,9 @@ def test_a_larger_batch_than_was_compiled_for_is_summed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("m", "n", "k"), [(3, 4, 5), (130, 140, 150), (2 * BLOCK + 5, 7, SHORT + 1)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(3, 4, 5), (130, 140, 150), (2 * BLOCK + 5, 7, SHORT + 1), (4 * BLOCK + 9, 4 * BLOCK + 3, 11)]
+)
 def test_products(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     a, b = draw(m, k, dtype=dtype), draw(n, k, dtype=dtype)
     tolerance = 1e-11 if dtype == torch.float64 else 2e-4
@@ -196,7 +199,32 @@ def test_products(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     ):
         close(times_transpose(left, right).double(), left.double() @ right.double().mT, tolerance)
         close(transpose_times(left.mT, right.mT).double(), left.double() @ right.double().mT, tolerance)
-    close(times_transpose(a, a).double(), a.double() @ a.double().mT, tolerance)
+    for rows in (a, a.mT.contiguous().mT):
+        close(times_transpose(rows, rows).double(), a.double() @ a.double().mT, tolerance)
+
+
+def test_large_memory_is_asked_for_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(pages, "_ask", lambda *where: asked.append(where))
+    like = torch.zeros(1, dtype=torch.float64)
+    large, small = pages.new_empty(like, 2, pages.LARGE // 16), pages.new_empty(like, 3)
+    assert asked == [(large.data_ptr(), pages.LARGE)]
+    assert (large.shape, small.shape, small.dtype) == ((2, pages.LARGE // 16), (3,), torch.float64)
+    with FakeTensorMode():
+        assert pages.new_empty(torch.zeros(1), pages.LARGE).shape == (pages.LARGE,)
+    assert len(asked) == 1
+
+
+def test_advice_leaves_memory_as_it_is() -> None:
+    filled = torch.ones(pages.LARGE)
+    pages._ask(filled.data_ptr(), 4 * pages.LARGE)
+    assert bool((filled == 1).all())
+
+
+def test_a_moment_of_a_difference_is_scaled() -> None:
+    kept = draw(4, 3, 2, 5)
+    close(SecondMoment((kept,), scale=-0.3), SecondMoment((kept,)).dense() * -0.3)
+    close(SecondMoment((kept,), scale=0.3), SecondMoment((kept,)).dense() * 0.3)
 
 
 # Whole models -----------------------------------------------------------------------------------------------------
