@@ -208,7 +208,7 @@ class DiagonalOfSinglePositions(PerOutput):
         if x is None:
             return squares.sum(0).unsqueeze(-1)
         inputs = x[:, 0].square().unbind(1)
-        return torch.stack([transpose_times(o, i) for o, i in zip(squares.unbind(1), inputs, strict=True)])
+        return _stacked([transpose_times(o, i) for o, i in zip(squares.unbind(1), inputs, strict=True)])
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
         (x,), (S,) = xs, Ss
@@ -217,6 +217,11 @@ class DiagonalOfSinglePositions(PerOutput):
             return squares
         _, n, _, g, o = S.shape
         return squares + product(o, x.shape[-1], n, S.element_size()) * g
+
+
+def _stacked(groups: Sequence[Tensor]) -> Tensor:
+    """The results of all groups; one alone is not copied."""
+    return groups[0].unsqueeze(0) if len(groups) == 1 else torch.stack(list(groups))
 
 
 class DiagonalBySample(PerOutput):
@@ -293,17 +298,19 @@ class DiagonalByPairs(PerOutput):
         (x,), (S,) = xs, Ss
         assert x is not None
         x, S = x.permute(2, 1, 0, 3).contiguous(), S.permute(3, 2, 0, 1, 4).contiguous()  # [g,s,n,i], [g,s,v,n,o]
-        return torch.stack([self._group(*group) for group in zip(x, S, strict=True)])
+        return _stacked([self._group(*group) for group in zip(x, S, strict=True)])
 
     def _group(self, x: Tensor, S: Tensor) -> Tensor:
-        total = S.new_zeros(S.shape[-1], x.shape[-1])
+        total: Tensor | None = None
         pairs = [(a, b) for a in range(len(x)) for b in range(a, len(x))]
         size = max(1, CHUNK // (x.shape[1] * (x.shape[2] + S.shape[3])))
         for start in range(0, len(pairs), size):
             chunk = pairs[start : start + size]
             inputs = torch.stack([x[a] * x[b] for a, b in chunk]).flatten(0, 1)
             outputs = torch.stack([(S[a] * S[b]).sum(0) * (1 if a == b else 2) for a, b in chunk]).flatten(0, 1)
-            total += transpose_times(outputs, inputs)
+            part = transpose_times(outputs, inputs)
+            total = part if total is None else total.add_(part)
+        assert total is not None
         return total
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxcurv.pages import LARGE, new_empty
+from fxcurv.pages import new_empty
 
 __all__ = ["times_transpose", "transpose_times", "uses_onednn"]
 
@@ -17,7 +17,10 @@ SMALL = 1e6
 """Multiplications below which a call of oneDNN costs more than it saves."""
 
 BLOCK = 256
-"""Rows of the blocks by which a symmetric product is made of its lower half, and a large one is written."""
+"""Rows of the blocks by which a symmetric product is made of its lower half."""
+
+FRESH = 32 << 20
+"""Bytes from which an allocator returns memory to the system when it is freed, so that it is new at every call."""
 
 SHORT = 256
 """Inner size below which copying half of a symmetric product costs more than computing it."""
@@ -39,7 +42,7 @@ def transpose_times(a: Tensor, b: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     if not uses_onednn(a.dtype, a.device) or a.shape[0] * a.shape[1] * b.shape[0] <= SMALL:
         return a @ b.mT
-    if a.shape[0] * b.shape[0] * a.element_size() < LARGE or a.shape[0] <= BLOCK:
+    if a.shape[0] * b.shape[0] * a.element_size() < FRESH:
         return _multiplied(a, b)
     a, b = _packed(a), _packed(b)
     result = new_empty(a, a.shape[0], b.shape[0])

@@ -90,6 +90,6 @@ def compile_program(
 
 
 def _optimized(gm: fx.GraphModule, stage: Stage, setting: Setting) -> fx.GraphModule:
-    for rewrite in (share, partial(contract, setting=setting), fold_scales, schedule):
+    for rewrite in (share, partial(contract, setting=setting), partial(fold_scales, setting=setting), schedule):
         gm = rewrite(verify(gm, stage))
     return verify(gm, stage)

@@ -48,6 +48,11 @@ class Setting:
         """How fast the device is."""
         return rates_of(self.device, self.dtype)
 
+    def sizes(self, node: fx.Node) -> tuple[int, ...]:
+        """The shape of what a node will hold."""
+        sizes: dict[Any, int] = {"V": self.columns, "N": self.samples}
+        return resolve(tuple(sizes.get(s, s) if isinstance(s, str) else s for s in node.meta["shape"]), self.samples)
+
 
 @dataclass(frozen=True)
 class Contraction:
@@ -107,18 +112,13 @@ def _cost(form: _Form, setting: Setting) -> Cost:
     fx.map_arg(form.args, nodes.append)
     for x in nodes:
         if x.op == "call_module" and isinstance(module_of(x), InputPositions) and _patches_of(x) is not None:
-            cost += copying(math.prod(_sizes(x, setting)), 4) * 2
+            cost += copying(math.prod(setting.sizes(x)), 4) * 2
     return cost
 
 
 def _described(node: fx.Node, setting: Setting) -> Tensor:
     """The tensor that a node will hold, without its numbers."""
-    return torch.empty(_sizes(node, setting), dtype=node.meta.get("dtype", torch.float32), device="meta")
-
-
-def _sizes(node: fx.Node, setting: Setting) -> tuple[int, ...]:
-    sizes: dict[Any, int] = {"V": setting.columns, "N": setting.samples}
-    return resolve(tuple(sizes.get(s, s) if isinstance(s, str) else s for s in node.meta["shape"]), setting.samples)
+    return torch.empty(setting.sizes(node), dtype=node.meta.get("dtype", torch.float32), device="meta")
 
 
 def _of_inputs(op: contractions.InputCovariance, node: fx.Node, setting: Setting) -> Iterator[_Form]:
@@ -133,7 +133,7 @@ def _of_inputs(op: contractions.InputCovariance, node: fx.Node, setting: Setting
         return
     if patches is not None:
         yield _Form(forms.CovarianceOfPatches(patches, op.ones), ([raw],))
-    n, s, _, i = _sizes(x, setting)
+    n, s, _, i = setting.sizes(x)
     if n * s < i:
         unfolded = patches is None or op.ones
         yield _Form(forms.KeptInputs(None if unfolded else patches, op.ones), ([x if unfolded else raw],))
@@ -141,7 +141,7 @@ def _of_inputs(op: contractions.InputCovariance, node: fx.Node, setting: Setting
 
 def _of_outputs(op: contractions.OutputCovariance, node: fx.Node, setting: Setting) -> Iterator[_Form]:
     Ss: Any = node.args[0]
-    v, n, s, _, o = _sizes(Ss[0], setting)
+    v, n, s, _, o = setting.sizes(Ss[0])
     if len(Ss) == 1 and v * n * (1 if op.pooled else s) < o:
         yield _Form(forms.KeptOutputs(op.pooled), (Ss,))
 
@@ -164,10 +164,10 @@ def _of_gradient(op: contractions.Gradient, node: fx.Node, setting: Setting) -> 
 def _of_diagonal(op: contractions.Diagonal, node: fx.Node, setting: Setting) -> Iterator[_Form]:
     xs, Ss = _uses(node)
     (x, *more), (S, *_) = xs, Ss
-    _, _, s, _, o = _sizes(S, setting)
+    _, _, s, _, o = setting.sizes(S)
     if not more and s == 1:
         yield _Form(forms.DiagonalOfSinglePositions(), node.args)
-    if x is None or None in more or _sizes(x, setting)[-1] == o == 1 or not setting.loops:
+    if x is None or None in more or setting.sizes(x)[-1] == o == 1 or not setting.loops:
         return
     if not more:
         yield _Form(forms.DiagonalByPairs(), node.args)
@@ -185,7 +185,7 @@ def _of_norms(op: contractions.SquaredNorms, node: fx.Node, setting: Setting) ->
 
 def _of_diagonal_per_sample(op: contractions.DiagonalPerSample, node: fx.Node, setting: Setting) -> Iterator[_Form]:
     Ss: Any = node.args[1]
-    if len(Ss) == 1 and _sizes(Ss[0], setting)[2] == 1:
+    if len(Ss) == 1 and setting.sizes(Ss[0])[2] == 1:
         yield _Form(forms.DiagonalPerSampleOfSinglePositions(), node.args)
 
 

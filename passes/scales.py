@@ -1,10 +1,12 @@
 """scales: the scale of an eval-mode BatchNorm behind a convolution becomes part of the convolution's pullback.
 
-Instead of every column at every position, the weight that pulls it back is scaled, and the sums of what arrives.
+Instead of every column at every position, the weight that pulls it back is scaled, and the sums of what arrives: where
+those have fewer entries.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import fx, nn
@@ -13,6 +15,7 @@ from fxcurv import ops
 from fxcurv.contractions import Statistic
 from fxcurv.pullback import OutputPositions, Pull, PullScaled, Scaled
 from fxcurv.spec import module_of
+from passes.contract import Setting
 from passes.rewrite import copied, settled
 
 __all__ = ["fold_scales"]
@@ -20,22 +23,22 @@ __all__ = ["fold_scales"]
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def fold_scales(gm: fx.GraphModule) -> fx.GraphModule:
-    """A backward graph in which no column is multiplied by a scale whose convolution can take it."""
+def fold_scales(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
+    """A backward graph in which no column is multiplied by a scale whose convolution can take it for less."""
     gm = copied(gm)
     for node in list(gm.graph.nodes):
         op = module_of(node) if node.op == "call_module" else None
         if isinstance(op, Pull) and isinstance(op.op, ops.Affine) and not op.per_sample:
-            readers = _readers(node)
-            if readers is not None:
-                _fold(gm, node, op.op, readers)
+            found = _readers(node)
+            if found is not None and _entries(*found) < math.prod(setting.sizes(node)):
+                _fold(gm, node, op.op, found[0])
     return settled(gm)
 
 
-def _readers(scaled: fx.Node) -> list[fx.Node] | None:
-    """The pullback and the sums that read scaled columns, if all are of one convolution and can take the scale."""
+def _readers(scaled: fx.Node) -> tuple[list[fx.Node], nn.Module] | None:
+    """The pullback and the sums that read scaled columns, with the one convolution that all are of and can scale."""
     readers: list[fx.Node] = []
-    convolutions: list[object] = []
+    convolutions: list[Any] = []
     for user in scaled.users:
         op: Any = module_of(user) if user.op == "call_module" else None
         if isinstance(op, OutputPositions):
@@ -43,8 +46,9 @@ def _readers(scaled: fx.Node) -> list[fx.Node] | None:
         elif isinstance(op, Pull | Statistic):
             readers.append(user)
         convolutions.append(getattr(op, "op", None))
-    one = isinstance(convolutions[0], Conv) and all(op is convolutions[0] for op in convolutions)
-    return readers if one and readers and all(map(_takes_a_scale, readers)) else None
+    first, *others = convolutions
+    one = isinstance(first, Conv) and all(op is first for op in others)
+    return (readers, first) if one and readers and all(map(_takes_a_scale, readers)) else None
 
 
 def _takes_a_scale(reader: fx.Node) -> bool:
@@ -54,6 +58,13 @@ def _takes_a_scale(reader: fx.Node) -> bool:
     if isinstance(op, Statistic):
         return op.scales and isinstance(Ss, list | tuple) and len(Ss) == 1
     return isinstance(op, Pull)
+
+
+def _entries(readers: list[fx.Node], convolution: nn.Module) -> int:
+    """What is multiplied if the readers scale: weights, and sums as large as they are, or of pairs of outputs."""
+    weight: Any = convolution.weight
+    ops: list[Any] = [module_of(reader) for reader in readers]
+    return sum(len(weight) ** 2 if isinstance(op, Statistic) and op.reads == "S" else weight.numel() for op in ops)
 
 
 def _fold(gm: fx.GraphModule, scaled: fx.Node, scale: ops.Affine, readers: list[fx.Node]) -> None:

@@ -346,15 +346,18 @@ def test_scales_are_folded_into_convolutions() -> None:
             for t in (bn.weight, bn.bias, bn.get_buffer("running_mean")):
                 nn.init.normal_(t)
             nn.init.uniform_(bn.get_buffer("running_var"), 0.5, 2)
-    x = torch.randn(3, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 2, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.tensor([0, 1, 2])
+    small = fxcurv.compile(copy.deepcopy(model), quantities=["grad"])
+    small(x[:1, :, :5, :5], y[:1])
+    assert not any("Scaled" in module_of(n)._get_name() for n in calls(small))  # the weight has more entries
     compiled = fxcurv.compile(model, quantities=["kflr", "diag_ggn", "grad"])
     result = compiled(x, y)
     kinds = [module_of(n)._get_name() for n in calls(compiled)]
     assert kinds.count("PullScaled(Conv2d)") == 2  # of the grouped one, in both graphs: the stem's input needs none
     assert kinds.count("Pull(Affine)") == 2  # of bn3 in both graphs: its convolution has another consumer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "fold_scales", lambda gm: gm)
+        patch.setattr(passes, "fold_scales", lambda gm, setting: gm)
         other = fxcurv.compile(copy.deepcopy(model), quantities=["kflr", "diag_ggn", "grad"])
         expected = other(x, y)
     assert not any("Scaled" in module_of(n)._get_name() for n in calls(other))
