@@ -36,7 +36,7 @@ from fxcurv.checkpoints import values_digest
 from fxcurv.errors import FxcurvError
 from fxcurv.fingerprint import digest
 from fxcurv.merging import Value, check_adds, values_changed, values_of
-from fxcurv.moments import formed
+from fxcurv.moments import SecondMoment, formed
 from fxcurv.result import Curvature
 
 __all__ = ["BUCKET_BYTES", "Processes", "assigned", "cost", "joined", "mapped", "shard"]
@@ -301,8 +301,8 @@ def _failed(cause: str) -> FxcurvError:
     return FxcurvError(cause, remedy="look at the errors of that process", code="FXC428")
 
 
-def _without_values(t: Tensor) -> Tensor:
-    return torch.empty_like(t, device="meta")
+def _without_values(held: Tensor | SecondMoment) -> Tensor:
+    return torch.empty_like(formed(held), device="meta")
 
 
 def _as_text(shapes: Curvature | Block) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import fxcurv
 from fxcurv import distributed
+from fxcurv.family import APART
 from fxcurv.fingerprint import digest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +95,7 @@ def _one(pipe: Connection, address: str, place: tuple[int, int], function: Any, 
 SHARES = ((0,), (), (1, 2), (3,))
 """Which batches each process has."""
 
-ADDED = [name for name in fxcurv.NAMES if not repr(fxcurv.NAMES[name]).startswith(fxcurv.family.APART)]
+ADDED = [name for name in fxcurv.NAMES if not repr(fxcurv.NAMES[name]).startswith(APART)]
 
 
 def losses() -> Iterator[tuple[str, fxcurv.Compiled, tuple[Tensor, Tensor]]]:
@@ -159,8 +160,9 @@ def by_name(rank: int) -> dict[str, str | bytes]:
 
 def spread_over_processes(data: tuple[Tensor, Tensor]) -> dict[str, str | bytes]:
     """Of models with DTensors."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
     parallel, sharded = nn.Linear(5, 3).double().eval(), nn.Linear(5, 3).double().eval()
@@ -178,7 +180,7 @@ def outcome(call: Callable[[], object]) -> str | bytes:
     try:
         return pickle.dumps(call())
     except fxcurv.FxcurvError as error:
-        return error.code
+        return error.code or ""
 
 
 def failing(rank: int, how: str, which: int) -> None:
@@ -204,6 +206,6 @@ def failing(rank: int, how: str, which: int) -> None:
             next(compiled.model.parameters()).add_(1e-9)
     if how == "inverse":
         how = "raise"
-        operator = compiled(*data)["kflr"]
-        distributed.mapped(fxcurv.blockdiagonal.BlockDiagonal.of(operator), inverse, timeout=3)
+        operator = compiled(*data).operator("kflr")
+        distributed.mapped(operator, inverse, timeout=3)
     compiled.accumulate(batches(), timeout=3)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
@@ -22,6 +23,7 @@ from test_readme import matches
 import fxcurv
 from fxcurv.cli import main
 from fxcurv.distributed import assigned
+from fxcurv.fingerprint import digest
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -45,15 +47,15 @@ def test_four_processes_equal_one(tmp_path: Path) -> None:
     ended = ranks.run(4, ranks.equal, str(tmp_path))
     for one in ended:
         assert (one.code, one.error) == (0, "")
-    told = [one.value for one in ended]
+    told: list[dict[str, Any]] = [one.value for one in ended]
     for name, compiled, data in ranks.losses():
         found = [pickle.loads(one[name]) for one in told]
-        assert_equal(only(found[0], sampled=False), only(emptied(compiled(*data)), sampled=False))
+        assert_equal(only(found[0], sampled=False), only(emptied(compiled(data[0], data[1])), sampled=False))
         shares = ((k, ranks.share(data, k)) for k in range(4))
         each = (compiled.accumulate(s, generator=torch.Generator().manual_seed(k)) for k, s in shares if s)
         assert_equal(only(found[0], sampled=True), only(merged(each), sampled=True))
-        assert len({fxcurv.fingerprint.digest([e.tensors() for e in one.entries]) for one in found}) == 1, "the bits"
-    blocks = len(compiled(*data).operator("kflr").parts)
+        assert len({digest([e.tensors() for e in one.entries]) for one in found}) == 1, "the bits"
+    blocks = len(compiled(data[0], data[1]).operator("kflr").parts)
     for name in ranks.MAPS:
         assert len({one[f"bits {name}"] for one in told}) == 1
         counts = [one[f"blocks {name}"] for one in told]
@@ -64,7 +66,7 @@ def test_four_processes_equal_one(tmp_path: Path) -> None:
 
 
 def test_two_processes_equal_one_or_refuse_for_every_name() -> None:
-    model, data = ranks.halves()
+    model, (x, y) = ranks.halves()
     first, second = ranks.run(2, ranks.by_name)
     for one in (first, second):
         assert (one.code, one.error) == (0, "")
@@ -73,7 +75,7 @@ def test_two_processes_equal_one_or_refuse_for_every_name() -> None:
         if name in ranks.ADDED:
             result = pickle.loads(told)
             if "Sampled" not in repr(fxcurv.NAMES[name]):
-                assert_equal(result, emptied(fxcurv.compile(model, quantities=name)(*data)))
+                assert_equal(result, emptied(fxcurv.compile(model, quantities=name)(x, y)))
             assert result.samples == 4
         elif name in fxcurv.NAMES:
             assert "FXC425" in both <= {"FXC425", "FXC428"}, name
