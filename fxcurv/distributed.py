@@ -120,24 +120,29 @@ class Processes:
             yield
         except BaseException as error:
             if self.size > 1 and not (isinstance(error, FxcurvError) and error.code == "FXC428"):
-                self._tell(error)
+                self._tell(f"process {self.rank} raised {type(error).__name__}: {error}")
             raise
 
-    def _tell(self, error: BaseException) -> None:
+    def _tell(self, what: str) -> None:
         try:
-            self.store.set("error", f"process {self.rank} raised {type(error).__name__}: {error}")
-            end = time.monotonic() + (min(_LAST_WORDS, self.timeout) if self.rank == 0 else 0)
-            others = [f"read/{rank}" for rank in range(1, self.size)]
-            while time.monotonic() < end and not self.store.check(others):
-                time.sleep(_POLL)
+            self.store.set("error", what)
+            self._linger()
         except RuntimeError:  # the store is gone, and with it the process that held it
             return
+
+    def _linger(self) -> None:
+        """Say that the error is known here; who holds the store stays until it is known to all, or for a while."""
+        self.store.set(f"read/{self.rank}", "")
+        end = time.monotonic() + (min(_LAST_WORDS, self.timeout) if self.rank == 0 else 0)
+        others = [f"read/{rank}" for rank in range(1, self.size)]
+        while time.monotonic() < end and not self.store.check(others):
+            time.sleep(_POLL)
 
     def _look(self) -> None:
         """Raise what another process told."""
         if self.store.check(["error"]):
             told = self.store.get("error").decode()
-            self.store.set(f"read/{self.rank}", "")
+            self._linger()
             raise _failed(told)
 
     @contextmanager
@@ -167,7 +172,9 @@ class Processes:
                 last, since = beat, time.monotonic()
             if time.monotonic() - since > self.timeout:
                 done = beat.decode() or "0"
-                raise _failed(f"process {rank} gave no sign for {self.timeout:g} s, after {done} {self.steps}")
+                missed = f"process {rank} gave no sign for {self.timeout:g} s, after {done} {self.steps}"
+                self._tell(missed)
+                raise _failed(missed)
             time.sleep(_POLL)
 
     # Sums ---------------------------------------------------------------------------------------------------------

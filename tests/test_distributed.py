@@ -16,6 +16,7 @@ import ranks
 import torch
 from test_accumulate import emptied
 from test_files import assert_equal
+from torch import Tensor
 
 pytest.importorskip("safetensors")
 from test_readme import matches
@@ -62,25 +63,35 @@ def test_four_processes_equal_one(tmp_path: Path) -> None:
         assert sum(counts) == blocks, "each by one process"
         assert min(counts) > 0
     assert sorted(k for one in told for k in one["share"]) == list(range(7))
-    assert len(list(tmp_path.glob("weighted*-of-4"))) == 3  # of the four shards one is empty
+    assert len(list(tmp_path.glob("ignored*-of-4"))) == 3  # of the four shards one is empty
 
 
-def test_two_processes_equal_one_or_refuse_for_every_name() -> None:
-    model, (x, y) = ranks.halves()
+def test_two_processes_equal_one_for_every_name() -> None:
+    """In its results, or in refusing a quantity that does not add over batches."""
     first, second = ranks.run(2, ranks.by_name)
     for one in (first, second):
         assert (one.code, one.error) == (0, "")
-    for name, told in first.value.items():
-        both = {told, second.value[name]}
-        if name in ranks.ADDED:
-            result = pickle.loads(told)
-            if "Sampled" not in repr(fxcurv.NAMES[name]):
-                assert_equal(result, emptied(fxcurv.compile(model, quantities=name)(x, y)))
-            assert result.samples == 4
-        elif name in fxcurv.NAMES:
-            assert "FXC425" in both <= {"FXC425", "FXC428"}, name
-        else:
-            assert both == {"FXC110" if name == "no batch" else "FXC429"}, name
+    model, data = ranks.halves()
+    for name, quantity in fxcurv.NAMES.items():
+        alone = ranks.outcome(lambda name=name: fxcurv.compile(model, quantities=name).accumulate(data))
+        told = first.value[name]
+        if isinstance(alone, str):
+            assert alone in {told, second.value[name]} <= {"FXC425", "FXC428"}, name
+            continue
+        ours, theirs = pickle.loads(told), pickle.loads(alone)
+        assert (ours.samples, ours.divisor) == (theirs.samples, theirs.divisor) == (4, 4.0)
+        assert dense(pickle.loads(second.value[name])).equal(dense(ours))
+        if "Sampled" not in repr(quantity):
+            torch.testing.assert_close(dense(ours), dense(theirs), rtol=1e-12, atol=1e-14)
+    assert {name for name in fxcurv.NAMES if first.value[name] != "FXC425"} >= {*ranks.ADDED}
+    assert first.value["no batch"] == second.value["no batch"] == "FXC110"
+    assert {one.value[name] for one in (first, second) for name in ranks.SPREAD} == {"FXC429"}
+
+
+def dense(result: fxcurv.Curvature) -> Tensor:
+    """All of a result's numbers, blocks as the matrices that they are."""
+    values = (e.value.dense() if isinstance(e.value, fxcurv.Block) else e.value for e in result.entries)
+    return torch.cat([v.flatten() for v in (result.loss, *values) if v is not None])
 
 
 def test_the_costliest_first_to_whoever_has_the_least_to_do() -> None:
