@@ -188,7 +188,7 @@ def outcome(call: Callable[[], object]) -> str | bytes:
 
 
 def failing(rank: int, how: str, which: int) -> None:
-    """One of them fails: it raises, dies at its second batch or while values are exchanged, or has another model."""
+    """One of them raises, dies after its batches or while values are exchanged, or has another model or blocks."""
     dense, loss, y = LOSSES["weighted"]
     compiled, data = fxcurv.compile(tokens(dense), loss, "kflr"), (reals(7, 3, 5) - 0.5, y)
 
@@ -200,7 +200,7 @@ def failing(rank: int, how: str, which: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def inverse(block: fxcurv.Block) -> fxcurv.Block:
-        if rank == which and how == "raise":
+        if rank == which and how == "inverse":
             raise OSError("no inverse")
         return block.inverse(1e-3)
 
@@ -209,8 +209,7 @@ def failing(rank: int, how: str, which: int) -> None:
     if rank == which and how == "values":
         with torch.no_grad():
             next(compiled.model.parameters()).add_(1e-9)
-    if how == "inverse":
-        how = "raise"
-        operator = compiled(data[0], data[1]).operator("kflr")
+    if how in ("inverse", "blocks"):
+        operator = compiled(data[0], data[1]).operator("kflr") * (2 if rank == which and how == "blocks" else 1)
         distributed.mapped(operator, inverse, timeout=3)
     compiled.accumulate(batches(), timeout=3)

@@ -110,6 +110,7 @@ def test_the_costliest_first_to_whoever_has_the_least_to_do() -> None:
         ("kill", 0, -9, "", "the process that holds the group's store does not answer"),
         ("exchange", 1, 9, "", "a process ended while values were exchanged"),
         ("values", 1, 1, "their model differs", "their model differs"),
+        ("blocks", 1, 1, "processes 0 and 1 have different blocks", "processes 0 and 1 have different blocks"),
     ],
 )
 def test_what_ends_one_ends_all(how: str, which: int, code: int, own: str, others: str) -> None:
@@ -118,7 +119,7 @@ def test_what_ends_one_ends_all(how: str, which: int, code: int, own: str, other
         assert one.code == (code if rank == which else 1)
         assert (own if rank == which else others) in one.error
         if rank != which:
-            assert ("FXC425" if how == "values" else "FXC428") in one.error
+            assert ("FXC425" if how in ("values", "blocks") else "FXC428") in one.error
 
 
 def test_the_command_prints_once(capsys: pytest.CaptureFixture[str]) -> None:
