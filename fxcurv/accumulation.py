@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxcurv.blocks import Block
-from fxcurv.capture import Inputs
+from fxcurv.capture import Inputs, check_parameters
 from fxcurv.checkpoints import Checkpoint, State
-from fxcurv.distributed import Processes, check_parameters
+from fxcurv.distributed import Processes
 from fxcurv.errors import InputError, QuantityError
 from fxcurv.merging import blended, merge, values_changed, values_of
 from fxcurv.moments import SecondMoment

@@ -136,6 +136,10 @@ class BlockDiagonal(LinearOperator):
         """(B + δI)⁻¹, each block damped by the method (see `Kronecker.inverse`)."""
         return self._mapped(lambda block: block.inverse(damping, method))
 
+    def decomposed(self) -> BlockDiagonal:
+        """The same operator with nothing left to decompose; see `distributed.mapped` for several processes."""
+        return self._mapped(lambda block: block.decomposed())
+
     def sqrt(self) -> BlockDiagonal:
         """The symmetric root."""
         return self.power(0.5)

@@ -157,6 +157,10 @@ class Block(ABC):
         self._require_regular(damping)
         return self._mapped(lambda x: 1 / (x + damping))
 
+    def decomposed(self) -> Block:
+        """The same operator with nothing left to decompose: its matrix, or factors, in their eigenvectors."""
+        return self
+
     def sqrt(self) -> Block:
         """The symmetric root: R R = B."""
         return self.power(0.5)
@@ -339,6 +343,9 @@ class Dense(Block):
         one = values.new_ones(1, 1, 1)
         return Eigenbasis(self.shape, one, vectors, values.unsqueeze(-1), **self._labels)
 
+    def decomposed(self) -> Block:
+        return self.eigenbasis
+
     def _mapped(self, f: Function) -> Eigenbasis:
         return self.eigenbasis._mapped(f)
 
@@ -435,6 +442,9 @@ class Kronecker(Block):
         """The block in the eigenvectors of its factors, where it is diagonal: eigenvalues are products of theirs."""
         (a, U), (g, Q) = self._eigen
         return Eigenbasis(self.shape, U, Q, g.unsqueeze(-1) * a.unsqueeze(-2), **self._labels)
+
+    def decomposed(self) -> Block:
+        return self.eigenbasis
 
     def _mapped(self, f: Function) -> Eigenbasis:
         return self.eigenbasis._mapped(f)

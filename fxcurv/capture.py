@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator
@@ -23,7 +24,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fxcurv.errors import CaptureError, FxcurvError, InputError, raised_at
+from fxcurv.errors import CaptureError, FxcurvError, InputError, UnsupportedError, raised_at
 
 __all__ = [
     "TRACING",
@@ -33,6 +34,7 @@ __all__ = [
     "as_call",
     "batch_size",
     "capture",
+    "check_parameters",
     "device_of",
     "selector",
     "structural_copy",
@@ -201,8 +203,21 @@ def _example(t: Tensor) -> Tensor:
     return torch.empty(TRACED_BATCH, *t.shape[1:], dtype=t.dtype, device=t.device)
 
 
+def check_parameters(model: nn.Module) -> None:
+    """An error where parameters are spread over processes, by FSDP or tensor parallelism."""
+    module: Any = sys.modules.get("torch.distributed.tensor")  # without which there are none
+    for name, p in model.named_parameters():
+        if module is not None and isinstance(p, module.DTensor):
+            raise UnsupportedError(
+                f"parameter {name!r} is a DTensor, spread over processes",
+                remedy="load the full state dict into a model with whole parameters, one copy per process",
+                code="FXC429",
+            )
+
+
 def structural_copy(model: nn.Module, *shared: Tensor) -> nn.Module:
     """A copy of the modules that shares the given tensors with `model`, and those that it computed and kept."""
+    check_parameters(model)
     kept = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf)
     try:
         return copy.deepcopy(model, {id(t): t for t in (*shared, *kept)})

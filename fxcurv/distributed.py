@@ -5,6 +5,8 @@ meanwhile it sets a key after every batch, and one if it fails. So nobody enters
 reach: an error ends all processes at their next batch, or where they wait, and a process that ended without a word is
 missed after a timeout. Values are weighted by divisors and counts before they are added: they travel in buckets,
 symmetric matrices as triangles.
+
+In the same way `mapped` lets each process decompose some of the blocks that all of them have, and gives them to all.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import itertools
 import json
 import os
 import pickle
-import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,18 +30,19 @@ from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.utils.data import Subset
 
+from fxcurv.blockdiagonal import BlockDiagonal, Part
 from fxcurv.blocks import Block, Dense, Kronecker
 from fxcurv.checkpoints import values_digest
-from fxcurv.errors import FxcurvError, UnsupportedError
+from fxcurv.errors import FxcurvError
 from fxcurv.fingerprint import digest
 from fxcurv.merging import Value, check_adds, values_changed, values_of
-from fxcurv.moments import formed
+from fxcurv.moments import SecondMoment, formed
 from fxcurv.result import Curvature
 
-__all__ = ["BUCKET_BYTES", "Processes", "check_parameters", "joined", "shard"]
+__all__ = ["BUCKET_BYTES", "Processes", "assigned", "cost", "joined", "mapped", "shard"]
 
 BUCKET_BYTES = 1 << 26
-"""How much is added up in one collective."""
+"""How much is added up, or sent, in one collective."""
 
 _POLL = 0.05  # seconds between two looks into the store
 _LAST_WORDS = 5.0  # seconds for which the process that holds the store waits until others have read its error
@@ -79,26 +81,15 @@ def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def check_parameters(model: nn.Module) -> None:
-    """An error where parameters are spread over processes."""
-    module: Any = sys.modules.get("torch.distributed.tensor")  # without which there are none
-    for name, p in model.named_parameters():
-        if module is not None and isinstance(p, module.DTensor):
-            raise UnsupportedError(
-                f"parameter {name!r} is a DTensor, spread over processes",
-                remedy="accumulate with whole parameters, one copy per process",
-                code="FXC429",
-            )
-
-
 @dataclass(frozen=True)
 class Processes:
-    """The processes of one accumulation, as one of them sees it."""
+    """The processes that work on one thing, as one of them sees it; `steps` is what each says that it has done."""
 
     rank: int
     size: int
     timeout: float
     store: Any = None
+    steps: str = "batches"
 
     @classmethod
     def alone(cls) -> Processes:
@@ -106,20 +97,20 @@ class Processes:
         return cls(0, 1, 0.0)
 
     @classmethod
-    def of_group(cls, timeout: float) -> Processes:
+    def of_group(cls, timeout: float, steps: str = "batches") -> Processes:
         """Those of the default group of torch.distributed, or a single one."""
         if not _several():
             return cls.alone()
         store = PrefixStore(f"fxcurv/{next(_calls)}", distributed_c10d._get_default_store())
-        return cls(dist.get_rank(), dist.get_world_size(), timeout, store)
+        return cls(dist.get_rank(), dist.get_world_size(), timeout, store, steps)
 
     # Signs of life ------------------------------------------------------------------------------------------------
 
-    def beat(self, batches: int) -> None:
-        """Say that so many batches are done, and look whether another process failed."""
+    def beat(self, done: int) -> None:
+        """Say that so many steps are done, and look whether another process failed."""
         if self.size > 1:
             with self._reading():
-                self.store.set(f"beat/{self.rank}", str(batches))
+                self.store.set(f"beat/{self.rank}", str(done))
                 self._look()
 
     @contextmanager
@@ -129,24 +120,29 @@ class Processes:
             yield
         except BaseException as error:
             if self.size > 1 and not (isinstance(error, FxcurvError) and error.code == "FXC428"):
-                self._tell(error)
+                self._tell(f"process {self.rank} raised {type(error).__name__}: {error}")
             raise
 
-    def _tell(self, error: BaseException) -> None:
+    def _tell(self, what: str) -> None:
         try:
-            self.store.set("error", f"process {self.rank} raised {type(error).__name__}: {error}")
-            end = time.monotonic() + (min(_LAST_WORDS, self.timeout) if self.rank == 0 else 0)
-            others = [f"read/{rank}" for rank in range(1, self.size)]
-            while time.monotonic() < end and not self.store.check(others):
-                time.sleep(_POLL)
+            self.store.set("error", what)
+            self._linger()
         except RuntimeError:  # the store is gone, and with it the process that held it
             return
+
+    def _linger(self) -> None:
+        """Say that the error is known here; who holds the store stays until it is known to all, or for a while."""
+        self.store.set(f"read/{self.rank}", "")
+        end = time.monotonic() + (min(_LAST_WORDS, self.timeout) if self.rank == 0 else 0)
+        others = [f"read/{rank}" for rank in range(1, self.size)]
+        while time.monotonic() < end and not self.store.check(others):
+            time.sleep(_POLL)
 
     def _look(self) -> None:
         """Raise what another process told."""
         if self.store.check(["error"]):
             told = self.store.get("error").decode()
-            self.store.set(f"read/{self.rank}", "")
+            self._linger()
             raise _failed(told)
 
     @contextmanager
@@ -176,7 +172,9 @@ class Processes:
                 last, since = beat, time.monotonic()
             if time.monotonic() - since > self.timeout:
                 done = beat.decode() or "0"
-                raise _failed(f"process {rank} gave no sign for {self.timeout:g} s, after {done} batches")
+                missed = f"process {rank} gave no sign for {self.timeout:g} s, after {done} {self.steps}"
+                self._tell(missed)
+                raise _failed(missed)
             time.sleep(_POLL)
 
     # Sums ---------------------------------------------------------------------------------------------------------
@@ -240,32 +238,137 @@ class Processes:
         key = "template"
         with self._reading():
             if self.rank == first and mine is not None:
-                shapes = _on(mine, lambda t: torch.empty_like(t, device="meta"))
-                self.store.set(key, base64.b64encode(pickle.dumps(shapes)).decode())
+                self.store.set(key, _as_text(_on(mine, _without_values)))
             if mine is not None:
                 return mine
             self.store.wait([key], timedelta(seconds=self.timeout))
-            shapes = pickle.loads(base64.b64decode(self.store.get(key)))
+            shapes = _from_text(self.store.get(key))
         return _on(shapes, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=place))
 
     def _sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sums of flat tensors of one type over all processes."""
         flat = torch.cat(list(tensors))
-        try:
-            dist.all_reduce(flat, async_op=True).wait(timedelta(seconds=self.timeout))  # pyright: ignore[reportOptionalMemberAccess]
-        except RuntimeError as error:
-            raise _failed(f"a process ended while sums were added ({error})") from error
+        self._finish(lambda: dist.all_reduce(flat, async_op=True))
         return list(flat.split([len(t) for t in tensors]))
+
+    def _finish(self, start: Callable[[], Any]) -> None:
+        """A collective, until it is done."""
+        try:
+            start().wait(timedelta(seconds=self.timeout))
+        except RuntimeError as error:
+            raise _failed(f"a process ended while values were exchanged ({error})") from error
+
+    # Blocks -------------------------------------------------------------------------------------------------------
+
+    def mapped(self, blocks: Sequence[Block], f: Callable[[Block], Block]) -> list[Block]:
+        """f of every block, computed by one process and sent to all."""
+        if self.size == 1:
+            return [f(block) for block in blocks]
+        owners = assigned([cost(block) for block in blocks], self.size)
+        found: dict[int, Block] = {}
+        for k in (k for k, owner in enumerate(owners) if owner == self.rank):
+            found[k] = f(blocks[k])._changed(formed)
+            self.beat(len(found))
+        shapes = {k: _as_text(block._changed(_without_values)) for k, block in found.items()}
+        told = [json.loads(text) for text in self._all(json.dumps({"of": _recognised(blocks), "shapes": shapes}))]
+        for k in range(self.size):
+            if told[k]["of"] != told[0]["of"]:
+                raise FxcurvError(
+                    f"processes 0 and {k} have different blocks",
+                    remedy="give every process the same operator, as accumulate does",
+                    code="FXC425",
+                )
+        place = blocks[0].device
+
+        def empty(t: Tensor) -> Tensor:
+            return torch.empty(t.shape, dtype=t.dtype, device=place)
+
+        for owner, its in enumerate(told):
+            theirs = {int(k): text for k, text in its["shapes"].items()}
+            held = [found.get(k) or _from_text(text)._changed(empty) for k, text in theirs.items()]
+            found |= zip(theirs, self._sent(held, owner), strict=True)
+        self._sum([torch.zeros(1, device=place)])  # nobody leaves before all have everything
+        return [found[k] for k in range(len(blocks))]
+
+    def _sent(self, held: Sequence[Block], owner: int) -> list[Block]:
+        """The blocks of a process, for which the others hold empty ones of the same form."""
+        tensors: list[Tensor] = []
+        for block in held:
+            block._changed(lambda t: tensors.append(formed(t)) or t)
+        parts: list[Tensor] = []
+        for bucket in _buckets(t.flatten() for t in tensors):
+            flat = torch.cat(bucket)
+            self._finish(lambda flat=flat: dist.broadcast(flat, owner, async_op=True))
+            parts += flat.split([len(t) for t in bucket])
+        received = iter(parts)
+        return [block._changed(lambda t: next(received).view(formed(t).shape)) for block in held]
 
 
 def _failed(cause: str) -> FxcurvError:
     return FxcurvError(cause, remedy="look at the errors of that process", code="FXC428")
 
 
+def _without_values(held: Tensor | SecondMoment) -> Tensor:
+    return torch.empty_like(formed(held), device="meta")
+
+
+def _as_text(shapes: Curvature | Block) -> str:
+    return base64.b64encode(pickle.dumps(shapes)).decode()
+
+
+def _from_text(text: str | bytes) -> Any:
+    return pickle.loads(base64.b64decode(text))
+
+
 def _on(result: Curvature, change: Callable[[Tensor], Tensor]) -> Curvature:
     """The result with changed tensors, moments being formed."""
     values = [v._changed(lambda t: change(formed(t))) if isinstance(v, Block) else change(v) for v in values_of(result)]
     return replace(values_changed(result, values), loss=change(result.loss), output=change(result.output))
+
+
+# Each block by one process ----------------------------------------------------------------------------------------
+
+
+def mapped(operator: BlockDiagonal, f: Callable[[Block], Block], timeout: float = 600.0) -> BlockDiagonal:
+    """f of every block, such as `lambda block: block.inverse(1e-3)`, each computed by one process and sent to all.
+
+    Every process of the group must call it, with the same operator and f, and gets the same bits; alone it is f of
+    every block. What raises in one process, or gives no sign for `timeout` seconds, ends all (FXC428).
+    """
+    processes = Processes.of_group(timeout, "blocks")
+    with processes.telling_errors():
+        blocks = processes.mapped([part.block for part in operator.parts], f)
+    return BlockDiagonal(
+        operator.domain, [Part(block, part.at) for block, part in zip(blocks, operator.parts, strict=True)]
+    )
+
+
+def assigned(costs: Sequence[float], size: int) -> list[int]:
+    """Which of so many processes does what: the costliest first, each by the one that has the least to do by then.
+
+    The last is done at most 4/3 as late as under the best assignment (Graham 1969, longest processing time first).
+    """
+    loads, owners = [0.0] * size, [0] * len(costs)
+    for k in sorted(range(len(costs)), key=lambda k: -costs[k]):
+        owners[k] = loads.index(min(loads))
+        loads[owners[k]] += costs[k]
+    return owners
+
+
+def cost(block: Block) -> int:
+    """What a decomposition or inverse takes: Σ d³ over the matrices of side d that it is of."""
+    if isinstance(block, Dense | Kronecker):
+        return sum(size.numel() * size[-1] for size in block.sizes.values())
+    return block.numel
+
+
+def _recognised(blocks: Sequence[Block]) -> str:
+    """A digest of what blocks are and of their diagonals, bit by bit: it tells one result from another."""
+
+    def diagonal(t: Tensor) -> Tensor:
+        return t.diagonal(dim1=-2, dim2=-1) if t.ndim > 1 else t
+
+    return digest([(type(b).__name__, b.shape, b.parameters, [*map(diagonal, b.tensors.values())]) for b in blocks])
 
 
 # What travels -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from fxcurv.contractions import (
 from fxcurv.contractions import Diagonal as DiagonalOf
 from fxcurv.moments import SecondMoment
 from fxcurv.pairs import kept, kept_of, products
-from fxcurv.quantities import DENSE_LIMIT, KFAC, Exact, Factor, Identity, LossGradient, Sums, Used
+from fxcurv.quantities import DENSE_LIMIT, KFAC, Exact, Factor, Identity, LossGradient, Sums, Used, WithOptions
 
 __all__ = [
     "APART",
@@ -57,7 +57,7 @@ APART = (
 
 
 @dataclass(frozen=True)
-class OfEach:
+class OfEach(WithOptions):
     """A quantity of each parameter by itself, always equal to its definition."""
 
     def owner(self, used: Used) -> str:

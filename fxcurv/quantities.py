@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Literal, Protocol, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -35,6 +35,7 @@ __all__ = [
     "Stratified",
     "Sums",
     "Used",
+    "WithOptions",
     "most_columns",
     "owners",
 ]
@@ -150,16 +151,6 @@ def _at_least(least: int, factor: object, **counts: object) -> None:
 Factor = Exact | Sampled | Stratified | Rademacher | Empirical | LossGradient | Identity | Again
 
 
-def _is_factor(quantity: KFAC | DiagGGN) -> None:
-    """Refuse a quantity of something else than a factor."""
-    if not isinstance(quantity.factor, Factor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise QuantityError(
-            f"{quantity.factor!r} is no factor",
-            remedy="give one such as fxcurv.Exact() or fxcurv.Sampled(1)",
-            code="FXC409",
-        )
-
-
 def most_columns(factor: Factor, outputs: int) -> int:
     """How many columns a factor has at most, for so many output entries per sample."""
     match factor:
@@ -244,7 +235,30 @@ DENSE_LIMIT = 8192
 
 
 @dataclass(frozen=True)
-class Grad:
+class WithOptions:
+    """A quantity's options, each of the type that its field declares; a QuantityError for any other value."""
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for option in fields(self):
+            value, kind = getattr(self, option.name), kinds[option.name]
+            if option.name == "factor" and not isinstance(value, Factor):
+                raise QuantityError(
+                    f"{value!r} is no factor",
+                    remedy="give one such as fxcurv.Exact() or fxcurv.Sampled(1)",
+                    code="FXC409",
+                )
+            choices = (False, True) if kind is bool else get_args(kind) if get_origin(kind) is Literal else None
+            if choices and not any(type(value) is type(choice) and value == choice for choice in choices):
+                raise QuantityError(
+                    f"{type(self).__name__}({option.name}={value!r})",
+                    remedy=f"choose {' or '.join(map(repr, choices))}",
+                    code="FXC409",
+                )
+
+
+@dataclass(frozen=True)
+class Grad(WithOptions):
     """∇loss[o,i] = Σ_ns S[n,s,o] x[n,s,i] with S = ∂loss/∂output pulled back; a tensor of the parameter's shape."""
 
     factor: Factor = field(default=LossGradient(), init=False)
@@ -264,14 +278,11 @@ class Grad:
 
 
 @dataclass(frozen=True)
-class DiagGGN:
+class DiagGGN(WithOptions):
     """diag(G)[o,i] = Σ_vn (Σ_s S[v,n,s,o] x[n,s,i])², a tensor like the parameter (Schraudolph 2002; Dangel 2020)."""
 
     factor: Factor = Exact()
     family: str = field(default="diag_ggn", init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _is_factor(self)
 
     def owner(self, used: Used) -> str:
         return used.name
@@ -287,7 +298,7 @@ class DiagGGN:
 
 
 @dataclass(frozen=True)
-class KFAC:
+class KFAC(WithOptions):
     """G ⊗ A per weight (Martens & Grosse 2015; Grosse & Martens 2016; expand and reduce: Eschenhagen et al. 2023).
 
     expand: A = 1/(N·S_l) Σ_ns x xᵀ, G = Σ_vns S Sᵀ; reduce: A = 1/N Σ_n x̄ x̄ᵀ with x̄ = mean_s x, G = Σ_vn ŝ ŝᵀ with
@@ -300,13 +311,6 @@ class KFAC:
     approx: Literal["expand", "reduce"] = "expand"
     joint: bool = False
     family: str = field(default="kfac", init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _is_factor(self)
-        if self.approx not in ("expand", "reduce"):
-            raise QuantityError(
-                f"{type(self).__name__}(approx={self.approx!r})", remedy="choose 'expand' or 'reduce'", code="FXC409"
-            )
 
     def owner(self, used: Used) -> str:
         joined = self.joint and used.partner is not None and not used.matrix

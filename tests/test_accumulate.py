@@ -189,6 +189,25 @@ def test_a_moving_average_weighs_batches_by_age() -> None:
         compiled.accumulator(decay=1.0)
 
 
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_the_state_of_an_accumulator_is_saved_and_put_back(tmp_path: Path, decay: float | None) -> None:
+    """What goes on from it, in another object, ends with the same bits."""
+    compiled = fxcurv.compile(net(), quantities=["kfac", "diag_ggn", "grad"])
+    whole, first, second = (compiled.accumulator(decay=decay, generator=torch.Generator()) for _ in range(3))
+    for seed in range(4):
+        whole.update(images(2, seed))
+    for seed in range(2):
+        first.update(images(2, seed))
+    torch.save({"state": first.state, "generator": first.generator.get_state()}, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=False)
+    second.state = saved["state"]
+    second.generator.set_state(saved["generator"])
+    for seed in range(2, 4):
+        second.update(images(2, seed))
+    alike(second.result, whole.result)
+    assert second.state.weight == whole.state.weight
+
+
 def test_memory_does_not_grow_with_the_batches(tmp_path: Path) -> None:
     """Kept vectors become matrices; what a file of 40 batches holds is no more than that of 20."""
     accumulator = fxcurv.compile(net(), quantities=["kflr", "diag_ggn"]).accumulator()

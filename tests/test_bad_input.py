@@ -349,6 +349,10 @@ def test_there_are_many_cases() -> None:
         (lambda: fxcurv.KFAC(approx="foo"), "choose 'expand' or 'reduce'"),  # pyright: ignore[reportArgumentType]
         (lambda: fxcurv.KFAC(3), "3 is no factor; give one such as"),  # pyright: ignore[reportArgumentType]
         (lambda: fxcurv.DiagGGN("exact"), "'exact' is no factor; give one"),  # pyright: ignore[reportArgumentType]
+        (lambda: fxcurv.KFAC(joint="yes"), r"KFAC\(joint='yes'\); choose False or True"),  # pyright: ignore[reportArgumentType]
+        (lambda: fxcurv.EKFAC(joint=1), r"EKFAC\(joint=1\); choose False or True"),  # pyright: ignore[reportArgumentType]
+        (lambda: fxcurv.DiagHessian(None), r"DiagHessian\(per_sample=None\); choose"),  # pyright: ignore[reportArgumentType]
+        (lambda: fxcurv.SqrtGGN("exact"), "'exact' is no factor; give one"),  # pyright: ignore[reportArgumentType]
         (lambda: fxcurv.compile(small(), memory_budget=0), "memory_budget=0; give bytes"),
         (lambda: fxcurv.compile(small(), backend="jit"), "backend='jit'; choose one of eager, inductor"),  # pyright: ignore[reportArgumentType]
         (lambda: fxcurv.compile(small(), on_unsupported="no"), "choose one of error, skip, fallback"),  # pyright: ignore[reportArgumentType]

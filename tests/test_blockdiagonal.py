@@ -90,6 +90,8 @@ def test_equals_the_block_diagonal_matrix(small: fxcurv.Curvature, quantity: str
     close(operator.trace(), matrix.trace())
     close(operator.frobenius_norm(), torch.linalg.matrix_norm(matrix))
     close(operator.eigvalsh(), torch.linalg.eigvalsh(matrix))
+    close(operator.decomposed().dense(), matrix)
+    close(operator.decomposed().inverse(0.1).dense(), operator.inverse(0.1).dense())
     close(operator.sqrt().dense() @ operator.sqrt().dense(), matrix)
     close((3 * operator).dense(), 3 * matrix)
     assert isinstance(3 * operator, fxcurv.BlockDiagonal)

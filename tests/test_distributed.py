@@ -1,169 +1,125 @@
-"""Two processes equal one; whatever happens to one of them, both end."""
+"""Several processes equal one; whatever happens to one of them, all end."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import pickle
 import subprocess
 import sys
-import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ranks
 import torch
+from test_accumulate import emptied
+from test_files import assert_equal
+from torch import Tensor
 
 pytest.importorskip("safetensors")
 from test_readme import matches
 
+import fxcurv
 from fxcurv.cli import main
+from fxcurv.distributed import assigned
+from fxcurv.fingerprint import digest
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
-ROOT = Path(__file__).resolve().parent.parent
 
-SCRIPT = """
-import os, signal, sys
-from datetime import timedelta
+def only(result: fxcurv.Curvature, sampled: bool) -> fxcurv.Curvature:
+    """The quantities of sampled columns, or the others."""
+    kept = {name: e for name, e in result.items() if ("sampled" in next(iter(e.entries.values())).factor) == sampled}
+    assert kept
+    return dataclasses.replace(result, quantities=kept)
 
-import torch
-import torch.distributed as dist
 
-sys.path[:0] = [{tests!r}]
-import fxcurv
-from fxcurv import distributed
-from test_accumulate import emptied
-from test_files import EXACT, LOSSES, assert_equal, reals, tokens
+def merged(results: Iterable[fxcurv.Curvature]) -> fxcurv.Curvature:
+    first, *others = results
+    for other in others:
+        first = fxcurv.merge(first, other)
+    return first
 
-rank, case = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group(
-    "gloo", init_method="file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+
+def test_four_processes_equal_one(tmp_path: Path) -> None:
+    """With uneven shards, an empty one, and several buckets: everything that adds, and every map of blocks."""
+    ended = ranks.run(4, ranks.equal, str(tmp_path))
+    for one in ended:
+        assert (one.code, one.error) == (0, "")
+    told: list[dict[str, Any]] = [one.value for one in ended]
+    for name, compiled, data in ranks.losses():
+        found = [pickle.loads(one[name]) for one in told]
+        assert_equal(only(found[0], sampled=False), only(emptied(compiled(data[0], data[1])), sampled=False))
+        shares = ((k, ranks.share(data, k)) for k in range(4))
+        each = (compiled.accumulate(s, generator=torch.Generator().manual_seed(k)) for k, s in shares if s)
+        assert_equal(only(found[0], sampled=True), only(merged(each), sampled=True))
+        assert len({digest([e.tensors() for e in one.entries]) for one in found}) == 1, "the bits"
+    blocks = len(compiled(data[0], data[1]).operator("kflr").parts)
+    for name in ranks.MAPS:
+        assert len({one[f"bits {name}"] for one in told}) == 1
+        counts = [one[f"blocks {name}"] for one in told]
+        assert sum(counts) == blocks, "each by one process"
+        assert min(counts) > 0
+    assert sorted(k for one in told for k in one["share"]) == list(range(7))
+    assert len(list(tmp_path.glob("ignored*-of-4"))) == 3  # of the four shards one is empty
+
+
+def test_two_processes_equal_one_for_every_name() -> None:
+    """In its results, or in refusing a quantity that does not add over batches."""
+    first, second = ranks.run(2, ranks.by_name)
+    for one in (first, second):
+        assert (one.code, one.error) == (0, "")
+    model, data = ranks.halves()
+    for name, quantity in fxcurv.NAMES.items():
+        alone = ranks.outcome(lambda name=name: fxcurv.compile(model, quantities=name).accumulate(data))
+        told = first.value[name]
+        if isinstance(alone, str):
+            assert alone in {told, second.value[name]} <= {"FXC425", "FXC428"}, name
+            continue
+        ours, theirs = pickle.loads(told), pickle.loads(alone)
+        assert (ours.samples, ours.divisor) == (theirs.samples, theirs.divisor) == (4, 4.0)
+        assert dense(pickle.loads(second.value[name])).equal(dense(ours))
+        if "Sampled" not in repr(quantity):
+            torch.testing.assert_close(dense(ours), dense(theirs), rtol=1e-12, atol=1e-14)
+    assert {name for name in fxcurv.NAMES if first.value[name] != "FXC425"} >= {*ranks.ADDED}
+    assert first.value["no batch"] == second.value["no batch"] == "FXC110"
+    assert {one.value[name] for one in (first, second) for name in ranks.SPREAD} == {"FXC429"}
+
+
+def dense(result: fxcurv.Curvature) -> Tensor:
+    """All of a result's numbers, blocks as the matrices that they are."""
+    values = (e.value.dense() if isinstance(e.value, fxcurv.Block) else e.value for e in result.entries)
+    return torch.cat([v.flatten() for v in (result.loss, *values) if v is not None])
+
+
+def test_the_costliest_first_to_whoever_has_the_least_to_do() -> None:
+    assert assigned([1, 5, 3, 3, 2], 2) == [1, 0, 1, 1, 0]  # 7 and 7
+    assert assigned([1, 5, 3], 1) == [0, 0, 0]
+    assert assigned([2, 1], 4) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("how", "which", "code", "own", "others"),
+    [
+        ("raise", 0, 1, "OSError: the disk is gone", "process 0 raised OSError: the disk is gone"),
+        ("raise", 1, 1, "OSError: the disk is gone", "process 1 raised OSError: the disk is gone"),
+        ("inverse", 1, 1, "OSError: no inverse", "process 1 raised OSError: no inverse"),
+        ("kill", 1, -9, "", "process 1 gave no sign for 3 s, after 2 batches"),
+        ("kill", 0, -9, "", "the process that holds the group's store does not answer"),
+        ("exchange", 1, 9, "", "a process ended while values were exchanged"),
+        ("values", 1, 1, "their model differs", "their model differs"),
+        ("blocks", 1, 1, "processes 0 and 1 have different blocks", "processes 0 and 1 have different blocks"),
+    ],
 )
-
-
-def batches(x, y, sizes=(2, 1, 4)):
-    return list(zip(x.split(sizes), y.split(sizes)))
-
-
-def own(name, shares):
-    dense, loss, y = LOSSES[name]
-    compiled, x = fxcurv.compile(tokens(dense), loss, EXACT), reals(7, 3, 5) - 0.5
-    all = batches(x, y)
-    return compiled, (x, y), [all[k] for k in shares[rank]]
-
-
-if case == "equal":
-    distributed.BUCKET_BYTES = 1000
-    for name in ("weighted", "ignored", "summed", "mse"):
-        for shares in (((0,), (1, 2)), ((), (0, 1, 2)), ((0, 1, 2), ())):
-            compiled, whole, mine = own(name, shares)
-            result = compiled.accumulate(mine, checkpoint={folder!r} + "/" + name + str(shares))
-            assert_equal(result, emptied(compiled(*whole)))
-    plain, _, mine = own("weighted", ((0,), (1, 2)))
-    single = fxcurv.compile(plain.model.float(), quantities="kflr")
-    result = single.accumulate([(x.float(), y) for x, y in mine])
-    print("bits", fxcurv.fingerprint.digest([b.tensors for b in result["kflr"].values()]))
-    x = torch.arange(7)
-    assert distributed.shard(x).indices == range(rank, 7, 2)
-    try:
-        compiled.accumulate([])
-    except fxcurv.InputError as error:
-        print("refused:", error)
-    try:
-        fxcurv.compile(plain.model, quantities="foof").accumulate([(x.float(), y) for x, y in mine[:1]])
-    except fxcurv.FxcurvError as error:
-        print("refused:", error)
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
-
-    bias = distribute_tensor(compiled.model.fc.bias.detach(), init_device_mesh("cpu", (2,)))
-    compiled.model.fc.bias = torch.nn.Parameter(bias)
-    try:
-        compiled.accumulate([])
-    except fxcurv.UnsupportedError as error:
-        print("refused:", error)
-else:
-    class Loader:
-        def __init__(self, batches):
-            self.batches = batches
-
-        def __iter__(self):
-            yield from self.batches
-            if rank == int(sys.argv[3]):
-                if case == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise OSError("the disk is gone")
-
-    compiled, whole, mine = own("weighted", ((0,), (1, 2)))
-    if case == "values" and rank == 1:
-        with torch.no_grad():
-            next(compiled.model.parameters()).add_(1e-9)
-    try:
-        compiled.accumulate(mine if case == "values" else Loader(mine), timeout=8)
-    except fxcurv.FxcurvError as error:
-        print("ended:", error)
-        os._exit(3)
-"""
-
-
-def run(tmp_path: Path, *arguments: str, limit: float = 150) -> list[tuple[int, str]]:
-    """The exit code and the output of each of two processes."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        SCRIPT.format(tests=str(ROOT / "tests"), store=tmp_path / "store", folder=str(tmp_path)), encoding="utf-8"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    end = time.monotonic() + limit
-    try:
-        outputs = [p.communicate(timeout=max(1, end - time.monotonic()))[0] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    return [(p.returncode, out) for p, out in zip(processes, outputs, strict=True)]
-
-
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """With uneven and with empty shards, in several buckets, for every quantity that adds and both reductions."""
-    bits: set[str] = set()
-    for code, out in run(tmp_path, "equal"):
-        assert code == 0, out
-        assert "refused: there was no batch" in out
-        assert "refused: parameter 'fc.bias' is a DTensor, spread over processes" in out
-        assert "FXC429" in out
-        assert "foof of two batches is not made of foof of each" in out
-        bits |= {line for line in out.splitlines() if line.startswith("bits")}
-    assert len(bits) == 1, "both get the same bits"
-    assert len(list(tmp_path.glob("weighted*-of-2"))) == 4  # of the six shards two are empty
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_an_error_of_one_ends_both(tmp_path: Path, rank: str) -> None:
-    ended = run(tmp_path, "raise", rank)
-    failed, other = ended[int(rank)], ended[1 - int(rank)]
-    assert "OSError: the disk is gone" in failed[1]
-    assert failed[0] == 1
-    assert f"ended: process {rank} raised OSError: the disk is gone" in other[1]
-    assert "FXC428" in other[1]
-
-
-def test_a_killed_process_is_missed(tmp_path: Path) -> None:
-    killed, other = reversed(run(tmp_path, "kill", "1"))
-    assert killed[0] == -9
-    assert other[0] == 3
-    assert "ended: process 1 gave no sign for 8 s, after 2 batches" in other[1]
-
-
-def test_models_of_other_values_are_refused(tmp_path: Path) -> None:
-    for code, out in run(tmp_path, "values", "0"):
-        assert code == 3, out
-        assert "their model differs" in out
+def test_what_ends_one_ends_all(how: str, which: int, code: int, own: str, others: str) -> None:
+    ended = ranks.run(3, ranks.failing, how, which, limit=60)
+    for rank, one in enumerate(ended):
+        assert one.code == (code if rank == which else 1)
+        assert (own if rank == which else others) in one.error
+        if rank != which:
+            assert ("FXC425" if how in ("values", "blocks") else "FXC428") in one.error
 
 
 def test_the_command_prints_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +129,7 @@ def test_the_command_prints_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 0
     alone = capsys.readouterr().out
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fxcurv"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | ranks.ENVIRONMENT
     both = subprocess.run([*torchrun, *argv], capture_output=True, text=True, timeout=150, env=environment)
     assert both.returncode == 0, both.stderr
     assert matches(alone, both.stdout), both.stdout

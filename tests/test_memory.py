@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import re
@@ -289,3 +291,54 @@ def test_measured_peaks_stay_inside_of_the_budget() -> None:
     assert samples[0] < 8
     for _, _, foreseen, measured in (free, columns, samples):
         assert 0.75 * measured <= foreseen <= 1.3 * measured, "forecasts hold"
+
+
+# Nothing piles up -------------------------------------------------------------------------------------------------
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def status(field: str) -> int:
+    """Bytes of the process: VmRSS that it has, VmHWM that it had at most since CLEAR was written."""
+    return 1024 * next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(field))
+
+
+@pytest.mark.skipif(not os.access(CLEAR, os.W_OK), reason="the system cannot tell a peak")
+def test_the_peak_of_a_data_set_is_that_of_few_batches() -> None:
+    """100 batches of 1.6 MB, outputs of 0.4 MB: what kept any of them would show."""
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.ReLU(), nn.Linear(20, 10)).eval()
+    compiled = fxcurv.compile(model, quantities=["kflr", "diag_ggn", "grad"])
+
+    def peak(batches: int) -> int:
+        g = torch.Generator().manual_seed(0)
+        loader = ((torch.randn(512, 28, 28, generator=g), torch.arange(512) % 10) for _ in range(batches))
+        gc.collect()
+        CLEAR.write_text("5")
+        before = status("VmRSS")
+        compiled.accumulate(loader)
+        return status("VmHWM") - before
+
+    peak(5)
+    assert peak(100) < peak(5) + (16 << 20)
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="the system cannot tell the memory of a process")
+def test_a_thousand_calls_leave_nothing() -> None:
+    """With any batch size that came before: neither memory nor objects."""
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
+    compiled = fxcurv.compile(model, quantities=["kfac", "diag_ggn", "grad"])
+    x, y = torch.linspace(-1, 1, 32 * 8).view(32, 8), torch.arange(32) % 3
+
+    def after(calls: int) -> tuple[int, int]:
+        for k in range(calls):
+            compiled(x[: 16 * (1 + k % 2)], y[: 16 * (1 + k % 2)])
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        return status("VmRSS"), len(gc.get_objects())
+
+    memory_before, objects_before = after(100)
+    memory_after, objects_after = after(1000)
+    assert memory_after - memory_before < 1 << 20
+    assert objects_after - objects_before < 200
