@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fxcurv import ops
 from fxcurv.contractions import Statistic, Sum, widened, with_ones
 from fxcurv.costs import Cost
-from fxcurv.rules import autograd_pull, autograd_pull_each, rule_of
+from fxcurv.rules import autograd_pull_each, pull_together, rule_of
 from fxcurv.shapes import Samples
 
 __all__ = [
@@ -79,7 +79,7 @@ class Pull(_OfOp):
         self.k, self.per_sample, self.together = k, per_sample, together
 
     def forward(self, S: Tensor, kept: Any) -> Tensor:
-        pull = autograd_pull if self.together else self.rule.pull
+        pull = pull_together if self.together else self.rule.pull
         if not self.per_sample:
             return pull(self.op, S, kept, self.k)
         return pull(self.op, S.flatten(0, 1), kept, self.k).unflatten(0, S.shape[:2])
@@ -141,7 +141,7 @@ class PullToParameter(_OfOp):
         assert last is not None
         S = last.apart(S, lead=1)  # [v, n, …]
         xs = [x if place is None else place.apart(x) for x, place in zip(kept, places, strict=True)]
-        pull = partial(autograd_pull if self.together else autograd_pull_each, self.op, k=self.k)
+        pull = partial(pull_together if self.together else autograd_pull_each, self.op, k=self.k)
         if self.together:
             axes = [None if place is None else 0 for place in places]
             return torch.func.vmap(lambda S, *xs: pull(S, xs), (1, *axes), 1)(S, *xs)

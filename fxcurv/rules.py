@@ -11,7 +11,7 @@ An affine rule also says how the op uses its parameters, as `y[n,s,g,o] = Σ_i W
 | bilinear    | B(a, b)                    | a, b           | B(·, b)ᵀ S, B(a, ·)ᵀ S                      |
 | selection   | x[indices]                 | indices, shape | S scattered to the indices                  |
 | affine      | W x + b                    | shape          | Wᵀ S; and the positions of x and S, for W, b |
-| opaque      | f(x, …)                    | x, …           | vjp(f), column by column                    |
+| opaque      | f(x, …)                    | x, …           | vjp(f), column by column, or in closed form |
 | parameter   | θ                          | nothing        | S is what arrives at θ, for each sample     |
 | stop        | x                          | nothing        | nothing                                     |
 """
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcurv import ops
+from fxcurv.closed_forms import closed_form
 from fxcurv.errors import SpecError
 from fxcurv.patches import Patches
 
@@ -43,6 +44,7 @@ __all__ = [
     "elementwise",
     "linear",
     "opaque",
+    "pull_together",
     "rule_of",
     "selection",
 ]
@@ -175,6 +177,12 @@ def autograd_pull_each(op: nn.Module, S: Tensor, xs: Sequence[Tensor], k: int) -
     """
     pull = _vjp(op, xs, k)
     return torch.stack([pull(column)[0] for column in S.contiguous()])
+
+
+def pull_together(op: nn.Module, S: Tensor, xs: Sequence[Tensor], k: int) -> Tensor:
+    """S[v, *y.shape] -> S[v, *x_k.shape], all columns at once: in closed form if one is known, else by autograd."""
+    pulled = closed_form(op, S, xs, k) if isinstance(op, ops.Opaque) else None
+    return autograd_pull(op, S, xs, k) if pulled is None else pulled
 
 
 def autograd_pull(op: nn.Module, S: Tensor, xs: Sequence[Tensor], k: int) -> Tensor:

@@ -1,0 +1,108 @@
+"""Closed forms of pullbacks equal autograd's, for every input of an operator, and several columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxcurv
+from fxcurv.closed_forms import FORMS, closed_form
+from fxcurv.ops import INPUT, Opaque
+from fxcurv.pullback import Pull, PullToParameter
+from fxcurv.rules import autograd_pull_each
+
+aten: Any = torch.ops.aten
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def masked() -> Tensor:
+    """What may be looked at, nothing by one of the queries."""
+    mask = draw(2, 1, 5, 7) > 0
+    mask[0, 0, 2] = False
+    return mask
+
+
+QUERY, KEY, VALUE = draw(2, 3, 5, 4), draw(2, 3, 7, 4), draw(2, 3, 7, 6)
+
+CASES: dict[str, tuple[Any, Sequence[Any], dict[str, Any]]] = {
+    "layer_norm": (aten.layer_norm.default, (draw(2, 5, 4), [4], draw(4), draw(1, 4)[0]), {}),
+    "layer_norm over two axes": (aten.layer_norm.default, (draw(2, 5, 4), [5, 4], draw(5, 4), draw(5, 4), 0.1), {}),
+    "layer_norm alone": (aten.layer_norm.default, (draw(2, 5, 4), [4]), {}),
+    "rms_norm": (aten.rms_norm.default, (draw(2, 5, 4), [4], draw(4)), {}),
+    "rms_norm alone": (aten.rms_norm.default, (draw(2, 5, 4), [5, 4], None, 0.1), {}),
+    "softmax": (aten.softmax.int, (draw(2, 5, 4), -1), {}),
+    "softmax over axis 1": (aten._softmax.default, (draw(2, 5, 4), 1, False), {}),
+    "matmul": (aten.matmul.default, (draw(2, 3, 5, 4), draw(3, 4, 6)), {}),
+    "matmul, left repeated": (aten.matmul.default, (draw(1, 5, 4), draw(2, 3, 4, 6)), {}),
+    "matmul by a matrix": (aten.matmul.default, (draw(2, 3, 5, 4), draw(4, 6)), {}),
+    "mm": (aten.mm.default, (draw(5, 4), draw(4, 6)), {}),
+    "bmm": (aten.bmm.default, (draw(3, 5, 4), draw(3, 4, 6)), {}),
+    "addmm": (aten.addmm.default, (draw(6), draw(5, 4), draw(4, 6)), {}),
+    "addmm with factors": (aten.addmm.default, (draw(5, 1), draw(5, 4), draw(4, 6)), {"alpha": 2, "beta": 3}),
+    "attention": (aten.scaled_dot_product_attention.default, (QUERY, KEY, VALUE), {}),
+    "attention, scaled": (aten.scaled_dot_product_attention.default, (QUERY, KEY, VALUE), {"scale": 0.3}),
+    "attention, causal": (aten.scaled_dot_product_attention.default, (QUERY, KEY, VALUE, None, 0.0, True), {}),
+    "attention, masked": (aten.scaled_dot_product_attention.default, (QUERY, KEY, VALUE, masked()), {}),
+    "attention, biased": (aten.scaled_dot_product_attention.default, (QUERY, KEY, VALUE, draw(5, 7)), {}),
+    "embedding": (aten.embedding.default, (draw(9, 4), torch.tensor([[1, 2, 8], [1, 1, 0]]), 8), {}),
+}
+UNKNOWN: dict[str, tuple[Any, Sequence[Any], dict[str, Any]]] = {
+    "matmul of vectors": (aten.matmul.default, (draw(3, 4), draw(4)), {}),
+    "attention with dropout": (aten.scaled_dot_product_attention.default, (QUERY, KEY, VALUE, None, 0.5), {}),
+    "another operator": (aten.cumsum.default, (draw(3, 4), 1), {}),
+}
+
+
+def called(function: Any, arguments: Sequence[Any], options: dict[str, Any]) -> tuple[Opaque, list[Tensor]]:
+    """The op, and its input tensors."""
+    places = [INPUT if isinstance(a, Tensor) else a for a in arguments]
+    return Opaque(function, places, options), [a for a in arguments if isinstance(a, Tensor)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_closed_forms_equal_autograd(name: str) -> None:
+    op, xs = called(*CASES[name])
+    S = draw(3, *op(*xs).shape)
+    mask = 3 if "attention" in name else math.inf
+    for k in (k for k, x in enumerate(xs) if x.is_floating_point() and k != mask):
+        value = closed_form(op, S, xs, k)
+        assert value is not None
+        torch.testing.assert_close(value, autograd_pull_each(op, S, xs, k), rtol=1e-11, atol=1e-11)
+
+
+def test_every_form_has_a_case() -> None:
+    assert {str(function.overloadpacket).removeprefix("aten.") for function, _, _ in CASES.values()} == set(FORMS)
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_other_calls_are_left_to_autograd(name: str) -> None:
+    op, xs = called(*UNKNOWN[name])
+    with torch.random.fork_rng(devices=[]):
+        S = op(*xs).unsqueeze(0)
+    assert closed_form(op, S, xs, 0) is None
+
+
+def test_a_transformer_is_pulled_back_without_loops() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        model = nn.Sequential(nn.Embedding(5, 8), layer, nn.Flatten(), nn.Linear(24, 3)).double().eval()
+    x, y = torch.tensor([[0, 1, 4], [2, 2, 3]]), torch.tensor([0, 2])
+    compiled = fxcurv.compile(model, quantities="grad")
+    result = compiled(x, y)["grad"]
+    loss = nn.functional.cross_entropy(model(x), y)
+    parameters = dict(model.named_parameters())
+    for name, g in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+        torch.testing.assert_close(result[name], g, rtol=1e-10, atol=1e-12, msg=name)
+    pulls = [m for gm in compiled.program.backwards.values() for m in gm.modules()]
+    opaque = [m for m in pulls if isinstance(m, Pull | PullToParameter) and isinstance(m.op, Opaque)]
+    assert len(opaque) >= 8
+    assert all(m.together for m in opaque)
