@@ -74,6 +74,7 @@ class Checkpoint:
             "number of batches": len(loader) if hasattr(loader, "__len__") else None,  # pyright: ignore[reportArgumentType]
             "generator": None if given is None else digest(given.get_state()),
             "process": [processes.rank, size],
+            "eigenvectors": None if compiled.bases is None else digest(dict(compiled.bases.vectors)),
         }
         return cls(path, accumulator, json.loads(json.dumps(asked)))
 
