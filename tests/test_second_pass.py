@@ -228,7 +228,7 @@ class Noisy:
 
 
 def test_data_that_change_are_noticed() -> None:
-    with pytest.raises(fxcurv.InputError, match="the loss was .* in the first pass") as caught:
+    with pytest.raises(fxcurv.InputError, match=r"the loss was .* in the first pass") as caught:
         exact().accumulate(Noisy())
     assert caught.value.code == "FXC431"
     assert exact().accumulate(Noisy(), check_deterministic=False).samples == 7
