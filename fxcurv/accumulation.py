@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fxcurv.blocks import Block
 from fxcurv.capture import Inputs
-from fxcurv.checkpoints import Checkpoint, State
+from fxcurv.checkpoints import Checkpoint, State, length_of
 from fxcurv.distributed import Processes, check_parameters
 from fxcurv.ekfac import EKFAC
 from fxcurv.errors import InputError, QuantityError
@@ -32,7 +32,7 @@ from fxcurv.run import fresh_generator
 if TYPE_CHECKING:
     from fxcurv.api import Compiled
 
-__all__ = ["TARGETS", "Accumulator", "Pass", "Settings", "Split", "one_pass", "split_batch"]
+__all__ = ["TARGETS", "Accumulator", "Pass", "Settings", "Split", "one_pass", "settled", "split_batch"]
 
 Split = Callable[[Any], tuple[Inputs, Tensor]]
 
@@ -254,11 +254,7 @@ def settled(accumulator: Accumulator) -> bool:
 
 def _with_bar(loader: Iterable[Any], settings: Settings, processes: Processes, over: Pass) -> Iterator[Any]:
     """The batches, with a bar on the first process's terminal."""
-    try:
-        length = len(loader)  # pyright: ignore[reportArgumentType]
-    except TypeError:  # a stream
-        length = None
-    most = settings.max_batches
+    length, most = length_of(loader), settings.max_batches
     total = most if length is None else min(length, most or length)
     quiet = None if settings.progress and processes.rank == 0 else True
     for batch in tqdm(islice(loader, most), over.title, total, disable=quiet, unit="batch"):

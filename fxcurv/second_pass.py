@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fxcurv.accumulation import Pass, Settings, one_pass
+from fxcurv.accumulation import Accumulator, Pass, Settings, one_pass, settled
 from fxcurv.blocks import Diagonal, Eigenbasis, Kronecker
+from fxcurv.checkpoints import length_of
 from fxcurv.choice import Choice, Pattern
 from fxcurv.contractions import widened
 from fxcurv.distributed import Processes
@@ -55,16 +56,17 @@ def accumulate(compiled: Compiled, loader: Iterable[Any], settings: Settings) ->
             code="FXC110",
         )
     start, shuffling = settings.generator and settings.generator.clone_state(), torch.get_rng_state()
-    order = _Order.of(loader, settings)
+    order = _Order(settings)
     accumulator = one_pass(_first(compiled), loader, settings, Pass("first pass", order.record))
     first = accumulator.result
+    order.close(accumulator, loader)
     if not (blocks := _blocks(first, compiled)):
         return _corrected(first, compiled, {})
     bases = Bases(_vectors(compiled.model, blocks, settings), _factors(compiled))
     generator = start or torch.Generator(accumulator.device).manual_seed(accumulator.generator.initial_seed())
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(shuffling)
-        over, again = Pass("second pass", order.compare), order.settings(settings, generator)
+        over, again = Pass("second pass", order.compare), order.settings(generator)
         second = one_pass(_second(compiled, blocks, bases), loader, again, over).state.total
     second = _check_same(compiled.model, first, second, settings.check_deterministic)
     return _corrected(first, compiled, _eigenbases(blocks, bases, second))
@@ -172,23 +174,23 @@ def _corrected(first: Curvature, compiled: Compiled, blocks: Mapping[Key, Eigenb
 
 @dataclass
 class _Order:
-    """Which batches the first pass saw: where it is not all, the second must see the same ones in the same order."""
+    """Which batches the first pass took: where these are not all, the second must take the same, in their order."""
 
-    partial: bool
+    asked: Settings
     digests: list[str] = field(default_factory=list[str])
+    partial: bool = False
     seen: int = 0
-
-    @classmethod
-    def of(cls, loader: Iterable[Any], settings: Settings) -> _Order:
-        """For a pass over a loader that stops where these settings say."""
-        most, length = settings.max_batches, len(loader) if hasattr(loader, "__len__") else None  # pyright: ignore[reportArgumentType]
-        cut = most is not None and (length is None or most < length)
-        return cls(cut or settings.until_rel_error is not None)
 
     def record(self, batch: Any) -> None:
         """A batch of the first pass."""
-        if self.partial:
+        if self.asked.max_batches is not None or self.asked.until_rel_error is not None:
             self.digests.append(digest(batch))
+
+    def close(self, accumulator: Accumulator, loader: Iterable[Any]) -> None:
+        """The first pass is done."""
+        taken, length = accumulator.state.batches, length_of(loader)
+        stopped = settled(accumulator) or taken == self.asked.max_batches
+        self.partial = stopped if length is None else taken < length
 
     def compare(self, batch: Any) -> None:
         """A batch of the second pass; an InputError where the first had another one there."""
@@ -199,12 +201,12 @@ class _Order:
             )
         self.seen += 1
 
-    def settings(self, settings: Settings, generator: torch.Generator) -> Settings:
+    def settings(self, generator: torch.Generator) -> Settings:
         """Those of the second pass."""
-        most = max(1, len(self.digests)) if self.partial else settings.max_batches
-        path = settings.checkpoint and Path(settings.checkpoint)
+        most = max(1, len(self.digests)) if self.partial else self.asked.max_batches
+        path = self.asked.checkpoint and Path(self.asked.checkpoint)
         beside = path.with_name(f"{path.name}.second") if path else None
-        return replace(settings, max_batches=most, until_rel_error=None, checkpoint=beside, generator=generator)
+        return replace(self.asked, max_batches=most, until_rel_error=None, checkpoint=beside, generator=generator)
 
 
 def _check_same(model: nn.Module, first: Curvature, second: Curvature | None, values: bool) -> Curvature:

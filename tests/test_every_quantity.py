@@ -24,6 +24,7 @@ from fxcurv.choice import chosen
 from fxcurv.eager import by_autograd
 from fxcurv.losses import loss_terms
 from fxcurv.quantities import Factor
+from fxcurv.result import Entry
 from fxcurv.run import Batch
 
 
@@ -210,7 +211,11 @@ def test_by_autograd(model: str) -> None:
 
 @pytest.mark.parametrize("name", fxcurv.NAMES)
 def test_a_small_error_is_found(name: str) -> None:
-    spoiled = computed("tied", "eager")._mapped(lambda e: replace(e, value=(1 + 1e-6) * e.value))
+    def spoil(entry: Entry) -> Entry:
+        assert entry.value is not None
+        return replace(entry, value=entry.value * (1 + 1e-6))
+
+    spoiled = computed("tied", "eager")._mapped(spoil)
     with pytest.raises(AssertionError):
         check(name, spoiled, oracle_of("tied"))
 

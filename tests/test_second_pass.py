@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from test_ekfac import Approx, check
 from test_files import LOSSES, assert_equal, net, reals, same, tokens
 from test_samples import assert_close
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fxcurv
 from fxcurv.accumulation import Accumulator
@@ -87,6 +88,7 @@ def test_a_data_set_equals_one_batch(groups: int, reduction: str) -> None:
             assert (ours.parameters, ours.status, ours.reduction) == (theirs.parameters, theirs.status, reduction)
             ours, theirs = ours.dense(), theirs.dense()
         assert isinstance(ours, Tensor)
+        assert isinstance(theirs, Tensor)
         assert_close(ours, theirs, f"{entry.quantity} {entry.parameter}")
 
 
@@ -162,6 +164,7 @@ def test_both_passes_draw_the_same_columns(fallback: bool) -> None:
 # What both passes read --------------------------------------------------------------------------------------------
 
 
+@cache
 def exact() -> fxcurv.Compiled:
     return fxcurv.compile(small(), quantities=["ekfac_exact", "grad"])
 
@@ -190,12 +193,29 @@ def test_data_that_are_read_once_are_refused_untouched() -> None:
 def test_a_loader_may_shuffle() -> None:
     x, y = images(40)
     whole = exact()(x, y)["ekfac_exact"]
-    for generator in (None, seeded()):
-        loader = DataLoader(TensorDataset(x, y), batch_size=15, shuffle=True, generator=generator)
+    for options in ({}, {"generator": seeded()}):
+        loader = DataLoader(TensorDataset(x, y), batch_size=15, shuffle=True, **options)
         with torch.random.fork_rng(devices=[]):
-            found = exact().accumulate(loader)["ekfac_exact"]
+            found = exact().accumulate(loader, max_batches=3, until_rel_error=1e-9)["ekfac_exact"]
         for name in whole:
             assert_close(found[name].dense(), whole[name].dense(), name)
+
+
+class Stream(IterableDataset[Any]):
+    """Without a length, and read anew each time."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(list(zip(*images(40), strict=True)))
+
+
+@pytest.mark.parametrize("stop", [{}, {"max_batches": 2}])
+def test_a_stream_that_starts_anew(stop: dict[str, Any], tmp_path: Path) -> None:
+    x, y = (t[:30] for t in images(40)) if stop else images(40)
+    whole = exact()(x, y)["ekfac_exact"]
+    with torch.random.fork_rng(devices=[]):
+        found = exact().accumulate(DataLoader(Stream(), batch_size=15), checkpoint=tmp_path / "c.safetensors", **stop)
+    for name in whole:
+        assert_close(found["ekfac_exact"][name].dense(), whole[name].dense(), name)
 
 
 @pytest.mark.parametrize("stop", [{"max_batches": 2}, {"until_rel_error": 1e9, "min_batches": 2}])
@@ -267,6 +287,7 @@ class Second:
         yield from Interrupting(BATCHES, self.at) if self.passes == 2 else BATCHES
 
 
+@cache
 def sampled() -> fxcurv.Compiled:
     return fxcurv.compile(net(), quantities=["kflr", "diag_ggn_mc", "ekfac", "ekfac_exact"])
 
