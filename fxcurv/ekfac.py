@@ -30,8 +30,9 @@ class EKFAC(KFAC):
 
     U_A, U_G are the eigenvectors of KFAC's A and G, `approx` and `joint` are KFAC's too; J = Σ_s S xᵀ. Of all blocks
     with these eigenvectors it is the nearest to the exact one (in Frobenius norm), whose trace it has. It takes each
-    column back twice. Parameters without a Kronecker form have KFAC's blocks. Where eigenvalues of A or G coincide (of
-    "reduce" with few samples, at 0) the basis is not unique, and with it the block; its trace is.
+    column back twice, and over a data set two passes (`Compiled.accumulate`). Parameters without a Kronecker form have
+    KFAC's blocks. Where eigenvalues of A or G coincide (of "reduce" with few samples, at 0) the basis is not unique,
+    and with it the block; its trace is.
     """
 
     family: str = field(default="ekfac", init=False, repr=False)
