@@ -4,7 +4,8 @@ The first pass takes KFAC in the place of EKFAC, beside all else; then come the 
 second pass adds up Λ = Σ_vn (U_Gᵀ J_vn U_A)² in them, from the same columns. Both are ordinary accumulations: over
 several processes, the factors are added up before the first process finds the eigenvectors for all, and a second
 checkpoint stands beside the first, `PATH.second`. For the second pass, torch's global generator is set to where it was
-before the first, so that what shuffles or augments by it gives the same data again; afterwards it is as it was.
+before the first, so that what shuffles or augments by it gives the same data again; afterwards it is as it was. The
+stopping rule sees KFAC's traces, in the first pass.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ class _Order:
         """The first pass is done."""
         taken, length = accumulator.state.batches, length_of(loader)
         stopped = settled(accumulator) or taken == self.asked.max_batches
-        self.partial = stopped if length is None else taken < length
+        self.partial = stopped and (length is None or taken < length)
 
     def compare(self, batch: Any) -> None:
         """A batch of the second pass; an InputError where the first had another one there."""

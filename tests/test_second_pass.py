@@ -193,8 +193,8 @@ def test_data_that_are_read_once_are_refused_untouched() -> None:
 def test_a_loader_may_shuffle() -> None:
     x, y = images(40)
     whole = exact()(x, y)["ekfac_exact"]
-    for options in ({}, {"generator": seeded()}):
-        loader = DataLoader(TensorDataset(x, y), batch_size=15, shuffle=True, **options)
+    for generator in (None, seeded()):
+        loader = DataLoader(TensorDataset(x, y), batch_size=15, shuffle=True, generator=generator)
         with torch.random.fork_rng(devices=[]):
             found = exact().accumulate(loader, max_batches=3, until_rel_error=1e-9)["ekfac_exact"]
         for name in whole:
@@ -206,6 +206,17 @@ class Stream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(list(zip(*images(40), strict=True)))
+
+
+def test_a_length_may_promise_too_much() -> None:
+    class Short(list[Any]):
+        def __len__(self) -> int:
+            return 9
+
+    x, y = images(40)
+    found, whole = exact().accumulate(Short(cut(x, y, (30, 10))))["ekfac_exact"], exact()(x, y)["ekfac_exact"]
+    for name in whole:
+        assert_close(found[name].dense(), whole[name].dense(), name)
 
 
 @pytest.mark.parametrize("stop", [{}, {"max_batches": 2}])
