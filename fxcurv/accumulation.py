@@ -1,4 +1,4 @@
-"""accumulate: batch after batch into one result, as if a whole data set were one batch, with or without checkpoints.
+"""one_pass: batch after batch into one result, as if a whole data set were one batch, with or without checkpoints.
 
 The result so far is merged with that of every batch (fxcurv/merging.py), so that memory does not grow with the number
 of batches; outputs are dropped. Everything that a further batch depends on is one `State`, which changes whole: it is
@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from fxcurv.blocks import Block
 from fxcurv.capture import Inputs, check_parameters
-from fxcurv.checkpoints import Checkpoint, State
+from fxcurv.checkpoints import Checkpoint, State, length_of
 from fxcurv.distributed import Processes
+from fxcurv.ekfac import EKFAC
 from fxcurv.errors import InputError, QuantityError
 from fxcurv.merging import blended, merge, values_changed, values_of
 from fxcurv.moments import SecondMoment
@@ -31,7 +32,7 @@ from fxcurv.run import fresh_generator
 if TYPE_CHECKING:
     from fxcurv.api import Compiled
 
-__all__ = ["TARGETS", "Accumulator", "Settings", "Split", "accumulate", "split_batch"]
+__all__ = ["TARGETS", "Accumulator", "Pass", "Settings", "Split", "one_pass", "settled", "split_batch"]
 
 Split = Callable[[Any], tuple[Inputs, Tensor]]
 
@@ -53,6 +54,7 @@ class Settings:
     every: int = 10
     progress: bool = True
     timeout: float = 600.0
+    check_deterministic: bool = True
 
     def __post_init__(self) -> None:
         wrong = [
@@ -121,6 +123,13 @@ class Accumulator:
             raise QuantityError(
                 f"dtype={settings.dtype}", remedy="accumulate in torch.float32 or torch.float64", code="FXC409"
             )
+        for name, quantity in compiled.choice.quantities.items():
+            if type(quantity) is EKFAC:
+                raise QuantityError(
+                    f"{name} takes each batch twice, the second time in the eigenbases of all batches",
+                    remedy="give all batches to compiled.accumulate(loader), or add up kfac",
+                    code="FXC425",
+                )
         check_parameters(compiled.model)
         self.compiled, self.settings, self.decay = compiled, settings, decay
         self.device = next(compiled.model.parameters()).device
@@ -191,20 +200,28 @@ def _mean_of_none(result: Curvature) -> Curvature:
 # All batches ------------------------------------------------------------------------------------------------------
 
 
-def accumulate(compiled: Compiled, loader: Iterable[Any], settings: Settings) -> Curvature:
-    """The curvature over all batches of a loader, of all processes; see `Compiled.accumulate`."""
+@dataclass(frozen=True)
+class Pass:
+    """A pass over a loader: what its bar says, and what is shown every batch, those read from a checkpoint too."""
+
+    title: str = "batches"
+    watch: Callable[[Any], None] = lambda batch: None
+
+
+def one_pass(compiled: Compiled, loader: Iterable[Any], settings: Settings, over: Pass | None = None) -> Accumulator:
+    """An accumulator that holds the curvature over all batches of a loader, of all processes."""
     processes = Processes.of_group(settings.timeout)
     with processes.telling_errors():
         accumulator = Accumulator(compiled, settings)
-        _run(accumulator, loader, processes)
+        _run(accumulator, loader, processes, over or Pass())
         accumulator.state = replace(accumulator.state, total=processes.total(accumulator.state.total, compiled.model))
-    return accumulator.result
+    return accumulator
 
 
-def _run(accumulator: Accumulator, loader: Iterable[Any], processes: Processes) -> None:
+def _run(accumulator: Accumulator, loader: Iterable[Any], processes: Processes, over: Pass) -> None:
     """Add the batches of this process, from where its checkpoint stands."""
     settings = accumulator.settings
-    batches = _with_bar(loader, settings, processes)
+    batches = _with_bar(loader, settings, processes, over)
     checkpoint = None if settings.checkpoint is None else Checkpoint.of(accumulator, loader, processes)
     if checkpoint is not None:
         accumulator.state = checkpoint.resumed(batches, processes.beat)
@@ -235,13 +252,11 @@ def settled(accumulator: Accumulator) -> bool:
     return bound is not None and accumulator.state.batches >= settings.min_batches and spread.rel_error() <= bound
 
 
-def _with_bar(loader: Iterable[Any], settings: Settings, processes: Processes) -> Iterator[Any]:
+def _with_bar(loader: Iterable[Any], settings: Settings, processes: Processes, over: Pass) -> Iterator[Any]:
     """The batches, with a bar on the first process's terminal."""
-    try:
-        length = len(loader)  # pyright: ignore[reportArgumentType]
-    except TypeError:  # a stream
-        length = None
-    most = settings.max_batches
+    length, most = length_of(loader), settings.max_batches
     total = most if length is None else min(length, most or length)
     quiet = None if settings.progress and processes.rank == 0 else True
-    return iter(tqdm(islice(loader, most), "batches", total, disable=quiet, unit="batch"))
+    for batch in tqdm(islice(loader, most), over.title, total, disable=quiet, unit="batch"):
+        over.watch(batch)
+        yield batch

@@ -15,11 +15,12 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 import passes
-from fxcurv.accumulation import Accumulator, Settings, Split, accumulate
+from fxcurv.accumulation import Accumulator, Settings, Split
 from fxcurv.backend import Backend, built
 from fxcurv.capture import Inputs, Output, as_call, batch_size, device_of
 from fxcurv.choice import Asked, Choice, chosen
 from fxcurv.eager import by_autograd
+from fxcurv.ekfac import Bases
 from fxcurv.errors import CaptureError, FxcurvError, InputError, QuantityError, UnsupportedError
 from fxcurv.explain import Explanation, explained
 from fxcurv.losses import as_loss
@@ -28,6 +29,7 @@ from fxcurv.picture import Format, picture
 from fxcurv.program import Plan, Program
 from fxcurv.result import Curvature
 from fxcurv.run import Batch, default_columns, fresh_generator, run
+from fxcurv.second_pass import accumulate
 from fxcurv.show import tabular
 from fxcurv.signature import kept_program, question, signature
 
@@ -109,6 +111,7 @@ class Compiled:
         loss: nn.Module,
         choice: Choice,
         options: Options | None = None,
+        bases: Bases | None = None,
     ) -> None:
         _check_model(model)
         if not any(p.requires_grad for p in model.parameters()):
@@ -116,6 +119,7 @@ class Compiled:
                 "the model has no trainable parameters", remedy="set requires_grad_(True) on some", code="FXC408"
             )
         self.model, self.loss, self.choice, self.options = model, loss, choice, options or Options()
+        self.bases = bases
         choice.of(model)
         self._chunks: WeakKeyDictionary[Program, dict[int, Chunks]] = WeakKeyDictionary()
         self._latest: Program | None = None
@@ -130,7 +134,7 @@ class Compiled:
         columns on a terminal, where they are many.
         """
         _check_generator(generator)
-        batch = Batch(inputs, target, generator, progress)
+        batch = Batch(inputs, target, generator, progress, self.bases)
         try:
             program = self.prepare(inputs)
         except (CaptureError, UnsupportedError) as refusal:
@@ -160,6 +164,7 @@ class Compiled:
         every: int = 10,
         progress: bool = True,
         timeout: float = 600.0,
+        check_deterministic: bool = True,
     ) -> Curvature:
         """The curvature over all batches of a loader, as if they were one: the divisor of `mean` is that of them all.
 
@@ -176,6 +181,8 @@ class Compiled:
         - With torch.distributed initialised, every process gives its share of the data, the last may be empty, and gets
           the result over all (fxcurv/distributed.py). One that ends or gives no sign for `timeout` seconds ends all
           (FXC428).
+        - EKFAC takes two passes over the loader, which is then to be read twice (fxcurv/second_pass.py);
+          `check_deterministic` refuses data that change between them (FXC431).
         """
         given = {name: value for name, value in locals().items() if name not in ("self", "loader")}
         return accumulate(self, loader, Settings(**given))
@@ -198,7 +205,7 @@ class Compiled:
         """The same for the sum of the loss terms."""
         loss = copy.copy(self.loss)
         loss.reduction = "sum"  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-        return Compiled(self.model, loss, self.choice, self.options)
+        return Compiled(self.model, loss, self.choice, self.options, self.bases)
 
     def chunks(self, inputs: Inputs) -> Chunks:
         """How many samples and columns of a batch are processed at once: within the budget, remembered for its size."""

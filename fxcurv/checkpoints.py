@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fxcurv.accumulation import Accumulator
     from fxcurv.distributed import Processes
 
-__all__ = ["Checkpoint", "State", "values_digest"]
+__all__ = ["Checkpoint", "State", "length_of", "values_digest"]
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,10 @@ class Checkpoint:
             "options": [options.on_unsupported, options.backend, options.memory_budget],
             "dtype": str(settings.dtype),
             "until_rel_error": settings.until_rel_error,
-            "number of batches": len(loader) if hasattr(loader, "__len__") else None,  # pyright: ignore[reportArgumentType]
+            "number of batches": length_of(loader),
             "generator": None if given is None else digest(given.get_state()),
             "process": [processes.rank, size],
+            "eigenvectors": None if compiled.bases is None else digest(dict(compiled.bases.vectors)),
         }
         return cls(path, accumulator, json.loads(json.dumps(asked)))
 
@@ -144,6 +145,14 @@ class Checkpoint:
             remedy="repeat that call, or choose another path; the file is as it was",
             code="FXC427",
         )
+
+
+def length_of(loader: Iterable[Any]) -> int | None:
+    """The number of batches, None of a stream, which is also a DataLoader of an IterableDataset without a length."""
+    try:
+        return len(loader)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
 
 
 def values_digest(model: nn.Module) -> str:

@@ -212,6 +212,17 @@ class Processes:
             divisor=divisor if template.reduction == "mean" else 1.0,
         )
 
+    def of_first(self, compute: Callable[[], list[Tensor]], like: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What the first process computes, the same bits for each; `like` gives tensors of its types and shapes."""
+        if self.size == 1:
+            return compute()
+        with self.telling_errors():
+            found = [t.contiguous() for t in (compute() if self.rank == 0 else like())]
+            self._all("")
+            for t in found:
+                self._finish(lambda t=t: dist.broadcast(t, 0, async_op=True))
+        return found
+
     def _summary(self, mine: Curvature | None, model: nn.Module) -> dict[str, Any]:
         """What the others need to know: numbers, and digests of what must be the same."""
         if mine is None:

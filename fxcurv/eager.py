@@ -71,18 +71,16 @@ def by_autograd(
         for one in passes:
             _over_samples(sums, _input_sums(jobs, one))
         quiet = None if batch.progress else True
-        for factor in dict.fromkeys(quantity.factor for quantity in choice.quantities.values()):
+        factors = dict.fromkeys(quantity.factor for quantity in choice.quantities.values())
+        for factor in factors if batch.bases is None else batch.bases.factors:
             mine = [job for job in jobs if job.quantity.factor == factor]
             again = generator.clone_state()
-            columns = tqdm(terms.columns(factor, 1, generator), str(factor), terms.count(factor), disable=quiet)
-            for S in columns:
-                of_column: dict[str, Sum] = {}
-                for _, pulled in _samples(passes, S[0].to(whole.dtype), wanted):
-                    _over_samples(of_column, _summands(mine, pulled))
-                for key, statistic in _statistics(mine):
-                    if key in of_column:
-                        combined(sums, key, of_column[key], statistic.columns)
-            eigenvectors = diagonalized(mine, factor, sums)
+            if batch.bases is None:
+                columns = tqdm(terms.columns(factor, 1, generator), str(factor), terms.count(factor), disable=quiet)
+                _over_columns(sums, mine, (_samples(passes, S[0].to(whole.dtype), wanted) for S in columns))
+            else:
+                terms.skip(factor, generator)
+            eigenvectors = diagonalized(mine, factor, sums, batch.bases)
             for S in terms.columns(factor, 1, again) if eigenvectors else ():
                 for one, pulled in _samples(passes, S[0].to(whole.dtype), wanted):
                     _over_samples(sums, _rotated(mine, one, pulled, eigenvectors))
@@ -91,6 +89,19 @@ def by_autograd(
             stacked = torch.cat(each)
             sums[job.sums[name]] = stacked if statistic.per_sample else stacked.sum(0)
     return assembled(Plan.of(model, choice, jobs, {}), sums, terms, whole, str(loss.reduction))
+
+
+def _over_columns(
+    sums: dict[str, Sum], jobs: Sequence[Job], columns: Iterable[Iterator[tuple[_Pass, _Pulled]]]
+) -> None:
+    """Put the parts of columns, each pulled back sample by sample, to what is there."""
+    for column in columns:
+        found: dict[str, Sum] = {}
+        for _, pulled in column:
+            _over_samples(found, _summands(jobs, pulled))
+        for key, statistic in _statistics(jobs):
+            if key in found:
+                combined(sums, key, found[key], statistic.columns)
 
 
 def _over_samples(sums: dict[str, Sum], parts: Iterable[tuple[str, Statistic, Tensor]]) -> None:

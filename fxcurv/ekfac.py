@@ -1,23 +1,27 @@
-"""EKFAC: the eigenbases of Kronecker factors, and the diagonal of the exact block in them, found in a second pass."""
+"""EKFAC: the eigenbases of Kronecker factors, and the diagonal of the exact block in them, found in a second pass.
+
+The bases are those of the factors of a batch, or of a whole data set (fxcurv/second_pass.py): then they are given.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fxcurv.blocks import Block, Eigenbasis
+from fxcurv.blocks import Block, Diagonal, Eigenbasis
 from fxcurv.contractions import InputCovariance, RotatedDiagonal, Statistic, Sum
-from fxcurv.moments import moment_of
+from fxcurv.linalg import decomposed
+from fxcurv.moments import formed, moment_of
 from fxcurv.quantities import KFAC, Factor, Sums, Used
 
 if TYPE_CHECKING:
     from fxcurv.program import Job
 
-__all__ = ["EKFAC", "bases", "diagonalized", "rotated"]
+__all__ = ["EKFAC", "Bases", "Eigenvalues", "bases", "diagonalized", "eigenvectors", "rotated"]
 
 
 @dataclass(frozen=True)
@@ -26,27 +30,42 @@ class EKFAC(KFAC):
 
     U_A, U_G are the eigenvectors of KFAC's A and G, `approx` and `joint` are KFAC's too; J = Σ_s S xᵀ. Of all blocks
     with these eigenvectors it is the nearest to the exact one (in Frobenius norm), whose trace it has. It takes each
-    column back twice. Parameters without a Kronecker form have KFAC's blocks. Where eigenvalues of A or G coincide (of
-    "reduce" with few samples, at 0) the basis is not unique, and with it the block; its trace is.
+    column back twice, and over a data set two passes (`Compiled.accumulate`). Parameters without a Kronecker form have
+    KFAC's blocks. Where eigenvalues of A or G coincide (of "reduce" with few samples, at 0) the basis is not unique,
+    and with it the block; its trace is.
     """
 
     family: str = field(default="ekfac", init=False, repr=False)
 
     def statistics(self, used: Used) -> dict[str, Statistic]:
-        found = super().statistics(used)
-        A = found.get("A")
-        return found if not isinstance(A, InputCovariance) else {**found, "eigenvalues": RotatedDiagonal(A.ones)}
+        return {**super().statistics(used), **self._second(used)}
 
     def finish(self, used: Used, sums: Sums, samples: int) -> Block:
         if "eigenvalues" not in sums:
             return super().finish(used, sums, samples)
-        U_A, U_G, values = (sums[name] for name in ("A", "G", "eigenvalues"))
-        assert isinstance(U_A, Tensor)
-        assert isinstance(U_G, Tensor)
-        assert isinstance(values, Tensor)
-        o, i = U_G.shape[-1], U_A.shape[-1]
-        shape = (used.groups * o, i) if i > used.inputs else used.shape
-        return Eigenbasis(shape, U_A, U_G, values.view(len(U_A), o, i))
+        U_A, U_G, values = (formed(sums[name]) for name in ("A", "G", "eigenvalues"))
+        return Eigenbasis(self._shape(used), U_A, U_G, values.view(len(U_A), U_G.shape[-1], U_A.shape[-1]))
+
+    def _second(self, used: Used) -> dict[str, Statistic]:
+        """What the second pass sums."""
+        A = KFAC.statistics(self, used).get("A")
+        return {"eigenvalues": RotatedDiagonal(A.ones)} if isinstance(A, InputCovariance) else {}
+
+    def _shape(self, used: Used) -> tuple[int, ...]:
+        """The block's: that of the parameter, or `[o,i+1]`."""
+        return (used.groups * used.outputs, used.inputs + 1) if self._joined(used) else used.shape
+
+
+@dataclass(frozen=True)
+class Eigenvalues(EKFAC):
+    """Λ alone, in bases that are given (`Bases`): a `Diagonal` in them, which adds over batches."""
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        return self._second(used)
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Block:
+        values = formed(sums["eigenvalues"])
+        return Diagonal(self._shape(used), values.reshape(self._shape(used)))
 
 
 # The second pass ----------------------------------------------------------------------------------------------------
@@ -66,11 +85,31 @@ def bases(jobs: Iterable[Job], job: Job) -> tuple[str, str]:
     return f"eigenvectors_{number}_A", f"eigenvectors_{number}_G"
 
 
-def diagonalized(jobs: Iterable[Job], factor: Factor, sums: dict[str, Sum]) -> dict[str, Tensor]:
-    """Put eigenvectors `[g,d,d]` in the places of the sums A and G, and return them as inputs of the second pass."""
+def eigenvectors(value: Sum, what: str = "the factor") -> Tensor:
+    """Those of a factor `[g,d,d]`, in columns; `what` names it in errors."""
+    return decomposed(torch.linalg.eigh, moment_of(value).dense(), what)[1]
+
+
+@dataclass(frozen=True)
+class Bases:
+    """U_A `[g,i,i]` and U_G `[g,o,o]` of every block, by its quantity and parameters, for a second pass on its own.
+
+    `factors` are those of the first pass in their order, whose columns are drawn again from the same state.
+    """
+
+    vectors: Mapping[tuple[str, tuple[str, ...]], tuple[Tensor, Tensor]]
+    factors: tuple[Factor, ...]
+
+
+def diagonalized(jobs: Iterable[Job], factor: Factor, sums: dict[str, Sum], given: Bases | None) -> dict[str, Tensor]:
+    """Eigenvectors `[g,d,d]` as inputs of the second pass: those given, else of the sums A and G, in whose places."""
     jobs, found = [job for job in jobs if job.quantity.factor == factor], dict[str, Tensor]()
     for job, _, _ in rotated(jobs):
-        for kind, name in zip("AG", bases(jobs, job), strict=True):
-            found[name] = torch.linalg.eigh(moment_of(sums[job.sums[kind]]).dense()).eigenvectors
-            sums[job.sums[kind]] = found[name]
+        for k, (kind, name) in enumerate(zip("AG", bases(jobs, job), strict=True)):
+            if given is not None:
+                found[name] = given.vectors[job.name, job.parameters][k]
+                continue
+            found[name] = sums[job.sums[kind]] = eigenvectors(
+                sums[job.sums[kind]], f"the factor {kind} of {job.used.name!r}"
+            )
     return found

@@ -133,6 +133,12 @@ class LossTerms(ABC):
                     column.copy_(next(each)[samples])
                 yield S
 
+    def skip(self, factor: Factor, generator: Generator) -> None:
+        """Draw the columns of a factor and leave them, so that the generator is where it is after them."""
+        if not isinstance(fitted := self.fitted(factor), Exact | Identity):
+            for _ in self.each(fitted, generator):
+                pass
+
     def each(self, factor: Factor, generator: Generator) -> Iterator[Tensor]:
         """The columns of a factor that is not exact, one by one: `[N, …]`."""
         match factor:

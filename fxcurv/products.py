@@ -26,6 +26,7 @@ from tqdm import tqdm
 from fxcurv.capture import Inputs, Output, as_call, selector, structural_copy, without_autocast
 from fxcurv.eager import check_repeatable
 from fxcurv.errors import InputError, QuantityError, UnsupportedError
+from fxcurv.fingerprint import digest
 from fxcurv.losses import LossTerms, as_loss, loss_terms, loss_value
 from fxcurv.operators import LinearOperator, Space
 from fxcurv.quantities import Empirical, Exact, Factor
@@ -39,17 +40,24 @@ Data = Pair | Iterable[Pair]
 
 
 def ggn_operator(
-    model: nn.Module, loss: object, data: Data, *, output: Output = None, progress: bool = False
+    model: nn.Module,
+    loss: object,
+    data: Data,
+    *,
+    output: Output = None,
+    progress: bool = False,
+    check_deterministic: bool = False,
 ) -> LinearOperator:
     """The generalised Gauss-Newton matrix Σ_n J_nᵀ H_n J_n of the trainable parameters (Schraudolph 2002).
 
     Vectors are flat `[P]`, in `named_parameters()` order, or dicts by name; the unit is that of the loss over that of
     the parameters squared. `loss` and `output` are those of `fxcurv.compile`; `progress` shows a bar over batches on a
-    terminal. Parameters are read when a product is taken. Raises a FxcurvError for a model in training mode whose
+    terminal, and `check_deterministic` reads the data twice first and refuses those that change (FXC431), as by random
+    augmentation. Parameters are read when a product is taken. Raises a FxcurvError for a model in training mode whose
     output changes from call to call, for data that can be read only once, and for an op that torch differentiates only
     once, which FXC301 names.
     """
-    return _Middle(_Source(model, data, output, progress), as_loss(loss), Exact())
+    return _Middle(_Source(model, data, output, progress, check_deterministic), as_loss(loss), Exact())
 
 
 def fisher_operator(
@@ -61,28 +69,44 @@ def fisher_operator(
     generator: torch.Generator | None = None,
     output: Output = None,
     progress: bool = False,
+    check_deterministic: bool = False,
 ) -> LinearOperator:
     """Σ_vn (J_nᵀ S_vn)(J_nᵀ S_vn)ᵀ with the columns S of a factor, by default `fxcurv.Empirical()`.
 
     That is the empirical Fisher matrix, each sample's gradient by its own; `fxcurv.Sampled(k)` draws k targets for each
     sample, from `generator`, the same ones for each product, and is unbiased for the GGN. Otherwise as `ggn_operator`.
     """
-    return _Middle(_Source(model, data, output, progress), as_loss(loss), factor or Empirical(), generator)
+    return _Middle(
+        _Source(model, data, output, progress, check_deterministic), as_loss(loss), factor or Empirical(), generator
+    )
 
 
 def hessian_operator(
-    model: nn.Module, loss: object, data: Data, *, output: Output = None, progress: bool = False
+    model: nn.Module,
+    loss: object,
+    data: Data,
+    *,
+    output: Output = None,
+    progress: bool = False,
+    check_deterministic: bool = False,
 ) -> LinearOperator:
     """The Hessian of the loss in the trainable parameters (Pearlmutter 1994), indefinite; otherwise as the GGN."""
-    return _Hessian(_Source(model, data, output, progress), as_loss(loss))
+    return _Hessian(_Source(model, data, output, progress, check_deterministic), as_loss(loss))
 
 
-def jacobian_operator(model: nn.Module, data: Data, *, output: Output = None, progress: bool = False) -> LinearOperator:
+def jacobian_operator(
+    model: nn.Module,
+    data: Data,
+    *,
+    output: Output = None,
+    progress: bool = False,
+    check_deterministic: bool = False,
+) -> LinearOperator:
     """J = ∂f/∂θ, from parameters to all outputs, batch after batch; `.T` is its adjoint. Targets are not read.
 
     As a dict, an output vector has the name `output`, and the shape `[N, …]` of the outputs if all batches agree in it.
     """
-    return _Jacobian(_Source(model, data, output, progress))
+    return _Jacobian(_Source(model, data, output, progress, check_deterministic))
 
 
 # Passes over the data ---------------------------------------------------------------------------------------------
@@ -91,7 +115,7 @@ def jacobian_operator(model: nn.Module, data: Data, *, output: Output = None, pr
 class _Source:
     """A model and its data: forward passes over all batches, on a copy that shares the parameters."""
 
-    def __init__(self, model: nn.Module, data: Data, output: Output, progress: bool = False) -> None:
+    def __init__(self, model: nn.Module, data: Data, output: Output, progress: bool, check: bool) -> None:
         self.model, self.data, self.select, self.quiet = model, data, selector(output), None if progress else True
         if isinstance(data, Iterator):
             raise InputError("the data can be read only once", remedy="give a list or a DataLoader", code="FXC110")
@@ -102,6 +126,8 @@ class _Source:
             )
         self.space = Space({name: tuple(p.shape) for name, p in self.parameters.items()})
         self._check_repeatable()
+        if check:
+            self._check_same()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,6 +165,28 @@ class _Source:
             inputs = next(iter(self._batches()))[0]
             first, second = (self._output(copy, pytree.tree_map_only(Tensor, torch.clone, inputs)) for _ in "12")
             check_repeatable(self.model, copy, first, second)
+
+    def _check_same(self) -> None:
+        """An error where a second pass over the data gives other batches than the first."""
+        seen: list[list[str]] = []
+        for _ in range(2):
+            with _session():
+                seen.append([digest(batch) for batch in tqdm(self._batches(), "check", disable=self.quiet)])
+        first, second = seen
+        if first == second:
+            return
+        if sorted(first) == sorted(second):
+            cause = "the data come in another order when they are read again"
+        elif len(first) != len(second):
+            cause = f"the data are {len(first)} batches, and {len(second)} when they are read again"
+        else:
+            k = next(k for k, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
+            cause = f"batch {k + 1} of the data is another one when they are read again"
+        raise InputError(
+            cause,
+            remedy="shuffle and augment by torch's global generator, which is seeded for each product, or not at all",
+            code="FXC431",
+        )
 
     def _output(self, copy: nn.Module, inputs: Inputs) -> Tensor:
         args, kwargs = as_call(inputs)

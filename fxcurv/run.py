@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fxcurv.blocks import Block
 from fxcurv.capture import Inputs, as_call, without_autocast
 from fxcurv.contractions import Sum, combined
-from fxcurv.ekfac import diagonalized
+from fxcurv.ekfac import Bases, diagonalized
 from fxcurv.hessian import hessian_diagonals
 from fxcurv.kfra import recursive_sums
 from fxcurv.losses import LossTerms, loss_terms, loss_value
@@ -47,12 +47,16 @@ COLUMN_BYTES = 1 << 29
 
 @dataclass(frozen=True)
 class Batch:
-    """What a program is run on; `generator` draws sampled columns, `progress` shows a bar on a terminal."""
+    """What a program is run on; `generator` draws sampled columns, `progress` shows a bar on a terminal.
+
+    With `bases`, there is a second pass only, in these.
+    """
 
     inputs: Inputs
     target: Tensor
     generator: torch.Generator | None = None
     progress: bool = False
+    bases: Bases | None = None
 
 
 def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch, chunks: Chunks) -> Curvature:
@@ -70,7 +74,10 @@ def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch, chunk
         terms = loss_terms(loss, output, batch.target)
         batch = dataclasses.replace(batch, generator=batch.generator or fresh_generator(output.device))
         walk = _Walk(program, inputs, terms, chunks, batch)
-        walk.through([f for f in program.backwards if not isinstance(f, Again)], first)
+        if batch.bases is None:
+            walk.through([f for f in program.backwards if not isinstance(f, Again)], first)
+        else:
+            walk.past(batch.bases.factors)
         walk.again([f for f in program.backwards if isinstance(f, Again)], first)
         parameters = dict(model.named_parameters())
         second = hessian_diagonals(program, parameters, inputs, partial(loss_value, loss, target=batch.target))
@@ -128,13 +135,21 @@ class _Walk:
             self.sums.close()
             del kept, found
 
+    def past(self, factors: Sequence[Factor]) -> None:
+        """Draw what `through` draws, and take nothing back."""
+        assert self.batch.generator is not None
+        for factor in factors:
+            self.draws[factor] = self.batch.generator.get_state()
+            self.terms.skip(factor, self.batch.generator)
+
     def again(self, factors: Sequence[Again], first: Any) -> None:
-        """The sums of these factors in the eigenbases of what there is, from the same columns."""
+        """The sums of these factors in the eigenbases of what there is, or those given, from the same columns."""
         if not factors:
             return
         assert self.batch.generator is not None
         state = self.batch.generator.get_state()
-        given = {f: diagonalized(self.program.plan.jobs, f.factor, self.sums.whole) for f in factors}
+        jobs, bases = self.program.plan.jobs, self.batch.bases
+        given = {f: diagonalized(jobs, f.factor, self.sums.whole, bases) for f in factors}
         for part in self._parts():
             _, kept, _ = first or self.program.forward(*_cut(self.inputs, part))
             for factor in factors:

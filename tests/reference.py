@@ -15,7 +15,7 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -390,3 +390,108 @@ def diag_hessian(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, n: int | No
             H = jacrev(jacrev(lambda t, name=name, p=p: value({name: t.view_as(p)})))(p.flatten())
         found[name] = H.diagonal().view_as(p)
     return found
+
+
+# KFRA's recursion
+
+
+def kfra(model: nn.Module, x: Tensor, columns: Tensor) -> dict[str, Tensor]:
+    """The block `[numel, numel]` of each parameter, from exact `columns`, over the nodes of a trace by torch.fx.
+
+    G(f) = Σ_vn S_vn S_vnᵀ; G(v) = 1/N Σ_n J_nᵀ G(u) J_n with u the first node that all paths from v to the output pass
+    and J_n = ∂u_n/∂v_n. A weight has (Σ_s G[s, s]) ⊗ A, anything else 1/N Σ_n J_nᵀ G J_n; uses add. No groups.
+    """
+    walk, factors = _Recursion(model, x, columns), kfac(model, x, columns)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    blocks: dict[str, Tensor] = {}
+    for node in walk.nodes:
+        for key, p in walk.held(node).items():
+            name = name_of[id(p)]
+            G = walk.matrix(node)
+            if name in factors:
+                o, s = len(p), len(G) // len(p)
+                last = isinstance(walk.module(node), nn.Linear)  # the features of y, which are first for a convolution
+                G = (
+                    torch.einsum("sosp->op", G.view(s, o, s, o))
+                    if last
+                    else torch.einsum("osps->op", G.view(o, s, o, s))
+                )
+                block = torch.kron(G, factors[name][0])
+            else:
+                J = walk.of_parameter(node, key, p)
+                block = torch.einsum("nai,ab,nbj->ij", J, G, J) / len(x)
+            blocks[name] = blocks.get(name, 0) + block
+    return {name: block.detach() for name, block in blocks.items()}
+
+
+class _Recursion:
+    """G at the nodes of a trace, by definition; `values[n]` are those of sample n."""
+
+    def __init__(self, model: nn.Module, x: Tensor, columns: Tensor) -> None:
+        self.model, self.gm = model, fx.symbolic_trace(model)
+        self.nodes = [node for node in self.gm.graph.nodes if node.op not in ("placeholder", "output")]
+        self.values = [self._run(x_n.unsqueeze(0)) for x_n in x]
+        S = columns.reshape(-1, columns[0, 0].numel())
+        self.matrices: dict[fx.Node, Tensor] = {self.nodes[-1]: S.T @ S}
+
+    def _run(self, x: Tensor) -> dict[fx.Node, Any]:
+        run = fx.Interpreter(self.gm, garbage_collect_values=False)
+        with torch.no_grad():
+            run.run(x)
+        return dict(run.env)
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        return self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def held(self, node: fx.Node) -> dict[str, Tensor]:
+        """The parameters that a node holds itself."""
+        if node.op == "get_attr":
+            return {"": self.model.get_parameter(str(node.target))}
+        module = self.module(node)
+        return {} if module is None else dict(module.named_parameters())
+
+    def matrix(self, node: fx.Node) -> Tensor:
+        """G `[d, d]`."""
+        if node not in self.matrices:
+            u = next(u for u in self.nodes if u is not node and self._passed(node, u))
+            G, J = self.matrix(u), torch.stack([self._jacobian(node, u, values) for values in self.values])
+            self.matrices[node] = torch.einsum("nai,ab,nbj->ij", J, G, J) / len(J)
+        return self.matrices[node]
+
+    def _passed(self, v: fx.Node, u: fx.Node) -> bool:
+        """Whether v reaches the output, and all paths from it pass u."""
+        seen, ahead = {v}, [v]
+        while ahead:
+            for reader in ahead.pop().users:
+                if reader is not u and reader not in seen:
+                    seen.add(reader)
+                    ahead.append(reader)
+        return self.nodes[-1] not in seen and bool(v.users)
+
+    def _jacobian(self, v: fx.Node, u: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
+        """∂u/∂v of one sample, `[entries of u, entries of v]`."""
+
+        def of(t: Tensor) -> Tensor:
+            found: dict[fx.Node, Any] = {v: t.view_as(values[v])}
+            for node in self.nodes[self.nodes.index(v) + 1 :]:
+                if any(x in found for x in node.all_input_nodes):
+                    run = fx.Interpreter(self.gm, garbage_collect_values=False)
+                    run.env = {**values, **found}
+                    found[node] = run.run_node(node)
+            return found[u].flatten()
+
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jacrev(of)(values[v].flatten())
+
+    def of_parameter(self, node: fx.Node, key: str, p: Tensor) -> Tensor:
+        """∂y_n/∂θ of a parameter that a node holds: `[n, entries of y, numel]`."""
+        if not key:
+            return torch.eye(p.numel(), dtype=p.dtype).expand(len(self.values), -1, -1)
+        module = self.module(node)
+        assert module is not None
+
+        def of(t: Tensor, values: dict[fx.Node, Any]) -> Tensor:
+            inputs = tuple(values[x] for x in node.all_input_nodes)
+            return torch.func.functional_call(module, {key: t.view_as(p)}, inputs).flatten()
+
+        return torch.stack([torch.func.jacrev(of)(p.detach().flatten(), values) for values in self.values])

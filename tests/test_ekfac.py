@@ -35,9 +35,8 @@ def grouped(t: Tensor) -> Tensor:
     return t if t.ndim == 3 else t.unsqueeze(0)
 
 
-def check(row: Sample, result: Any, columns: Tensor, approx: Approx, joint: bool) -> None:
+def check(model: nn.Module, x: Tensor, result: Any, columns: Tensor, *, approx: Approx, joint: bool) -> None:
     """Bases diagonalize the oracle's factors, eigenvalues are the oracle's in them; the trace is the exact block's."""
-    model, _, x, _ = data(row)
     factors = reference.kfac(model, x, columns, approx, joint)
     u = reference.column_gradients(model, x, columns)
     blocks = {name: block for name, block in result.items() if block.parameters[0] == name}
@@ -69,7 +68,7 @@ def test_ekfac(row: Sample, approx: Approx, joint: bool) -> None:
     }
     quantities = [fxcurv.EKFAC(factor, approx, joint) for factor in factors]
     for blocks, columns in zip(fxcurv.compile(model, loss, quantities)(x, y).values(), factors.values(), strict=True):
-        check(row, blocks, columns, approx, joint)
+        check(model, x, blocks, columns, approx=approx, joint=joint)
 
 
 FALLBACK = tuple(row for row in ROWS if row.name in ("conv2d.groups", "param.applied_twice_tokens"))
@@ -82,7 +81,7 @@ def test_by_autograd(row: Sample, joint: bool) -> None:
     columns = reference.exact_columns(loss, reference.outputs(model, x), y)
     quantities = chosen([fxcurv.EKFAC(fxcurv.Exact(), joint=joint), "foof"])
     result = by_autograd(model, loss, quantities, Batch(x, y))
-    check(row, result["ekfac"], columns, "expand", joint)
+    check(model, x, result["ekfac"], columns, approx="expand", joint=joint)
     check_foof(result["foof"], reference.kfac(model, x, columns))
 
 

@@ -251,6 +251,33 @@ def test_foof_agrees_with_curvlinops(name: str, approx: Any) -> None:
     check_operator(operator, model, fxcurv.compile(model, loss, fxcurv.FOOF(approx))(x, y)["foof"])
 
 
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+@pytest.mark.parametrize("name", ["mlp", "tokens", "conv"])
+def test_ekfac_of_a_data_set_agrees_with_curvlinops(name: str, fisher: str, reduction: str, joint: bool) -> None:
+    """Both take two passes over three unequal batches."""
+    make, shape = PEER_MODELS[name]
+    loss, (model, x, _) = nn.CrossEntropyLoss(reduction=reduction), regression(make, *shape, batch=40)
+    y = torch.randint(3, (40,), generator=torch.Generator().manual_seed(0))
+    batches = list(zip(x.split((20, 7, 13)), y.split((20, 7, 13)), strict=True))
+    operator = peer("curvlinops").EKFACLinearOperator(
+        model,
+        loss,
+        list(model.parameters()),
+        batches,
+        fisher_type=fisher,
+        kfac_approx="expand",
+        separate_weight_and_bias=not joint,
+        check_deterministic=False,
+    )
+    factor = fxcurv.Exact() if fisher == "type-2" else fxcurv.Empirical()
+    ours = fxcurv.compile(model, loss, fxcurv.EKFAC(factor, joint=joint)).accumulate(batches)["ekfac"]
+    check_operator(operator, model, {name: b for name, b in ours.items() if isinstance(b, fxcurv.Eigenbasis)})
+
+
 def check_operator(operator: Any, model: nn.Module, blocks: Any) -> None:
     """An operator on all parameters equals the block-diagonal one of these blocks, on their parameters."""
     parameters = dict(model.named_parameters())

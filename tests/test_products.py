@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -151,6 +151,35 @@ def test_a_loader_that_shuffles_gives_the_same_each_time() -> None:
     assert torch.equal(operator.dense(), first)
     close(first, matrices(model, loss, y)[0])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_data_that_change_are_named() -> None:
+    class Changing:
+        """What it yields changes from pass to pass, though not by torch's global generator."""
+
+        def __init__(self, *passes: list[tuple[Tensor, Tensor]]) -> None:
+            self.passes = [passes[0], *passes]  # the first is for the model's own check
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(self.passes.pop(0) if len(self.passes) > 1 else self.passes[0])
+
+    model, y = model_of(False), labels(5)
+    batches = list(zip(X.split(2), y.split(2), strict=True))
+    other = [batches[0], (batches[1][0] + 1e-6, batches[1][1]), batches[2]]
+    for second, cause in (
+        (batches[::-1], "the data come in another order when they are read again"),
+        (batches[:2], "the data are 3 batches, and 2 when they are read again"),
+        (other, "batch 2 of the data is another one when they are read again"),
+    ):
+        for make in (fxcurv.ggn_operator, fxcurv.fisher_operator, fxcurv.hessian_operator):
+            with pytest.raises(fxcurv.InputError, match=cause) as caught:
+                make(model, "cross_entropy", Changing(batches, second), check_deterministic=True)
+            assert caught.value.code == "FXC431"
+        with pytest.raises(fxcurv.InputError, match=cause):
+            fxcurv.jacobian_operator(model, Changing(batches, second), check_deterministic=True)
+    shuffled = DataLoader(TensorDataset(X, y), batch_size=2, shuffle=True)
+    found = fxcurv.ggn_operator(model, "cross_entropy", shuffled, check_deterministic=True)
+    close(found.dense(), fxcurv.ggn_operator(model, "cross_entropy", (X, y)).dense())
 
 
 def test_the_model_is_left_alone() -> None:

@@ -28,6 +28,8 @@ MANY_PARAMETERS = {  # public verbs: each option a keyword of its own
     "fxcurv/api.py:Compiled.accumulate",
     "fxcurv/checks/levels.py:check",
     "fxcurv/products.py:fisher_operator",
+    "fxcurv/products.py:ggn_operator",
+    "fxcurv/products.py:hessian_operator",
     "fxcurv/testing.py:assert_compatible",
 }
 

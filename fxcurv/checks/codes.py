@@ -495,6 +495,14 @@ _TABLE = (
         "remove it, freeze it, or use it",
     ),
     _error(
+        "FXC431",
+        "data that change between two passes",
+        "misconfigured",
+        "What is computed takes the same data twice, and the second time they are others: another number of samples, "
+        "another loss, or other batches of a loader of which only some are read.",
+        "augment and shuffle by torch's global generator, which is set back, or give data that stay the same",
+    ),
+    _error(
         "FXC440",
         "a recipe used wrongly",
         "misconfigured",
