@@ -22,7 +22,7 @@ from fxcurv.blocks import Block
 from fxcurv.capture import Inputs
 from fxcurv.checkpoints import Checkpoint, State
 from fxcurv.distributed import Processes, check_parameters
-from fxcurv.errors import InputError, QuantityError
+from fxcurv.errors import InputError, QuantityError, a_value
 from fxcurv.merging import blended, merge, values_changed, values_of
 from fxcurv.moments import SecondMoment
 from fxcurv.result import Curvature
@@ -83,7 +83,7 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor]:
             return tuple(inputs), target
         return tuple(only) if isinstance(only, list) else only, target
     raise InputError(
-        f"a batch is a {type(batch).__name__} without inputs and a target",
+        f"a batch is {a_value(batch)} without inputs and a target",
         remedy=f"give (input, …, target), a dict with one of {', '.join(TARGETS)}, or split=, a function that returns "
         "inputs and target",
         code="FXC110",
