@@ -233,7 +233,7 @@ def pool(w: Writer, r: random.Random) -> None:
     name = r.choice(("max", "avg", "adaptive_avg"))
     if name == "adaptive_avg":
         out = tuple(r.choice((1, 2)) for _ in sizes)
-        w.then(f"F.adaptive_avg_pool{len(sizes)}d(x, {out if len(out) > 1 else out[0]})", (w.shape[0], *out))
+        w.then(f"F.adaptive_avg_pool{len(sizes)}d(x, {out})", (w.shape[0], *out))
         return
     out = tuple((n - kernel) // stride + 1 for n in sizes)
     w.then(f"F.{name}_pool{len(sizes)}d(x, {kernel}, {stride})", (w.shape[0], *out))
