@@ -308,7 +308,7 @@ def write_catalogue() -> None:
 def snapshot(model: nn.Module) -> tuple[object, ...]:
     """Everything of a model that a call must not change."""
     tensors = {
-        name: (id(t), t._version, t.detach().clone(), t.requires_grad, t.grad)
+        name: (id(t), t._version, t.detach().clone(), t.requires_grad, id(t.grad), t.grad is None or t.grad._version)
         for name, t in model.state_dict(keep_vars=True).items()
     }
     modes = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for m in model.modules()]
@@ -334,6 +334,10 @@ def test_refused_with_a_reason(case: Case) -> None:
     model = case.model()
     watched = isinstance(model, nn.Module) and case.name != "model_lazy"
     x, state = copy.deepcopy(case.x), torch.get_rng_state()
+    if watched:
+        model.register_forward_hook(lambda *_: None)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
     before, values = snapshot(model) if watched else (), copy.deepcopy(x)
     messages: list[str] = []
     compiled: fxcurv.Compiled | None = None

@@ -3,7 +3,7 @@
     python tools/kill_resume.py [--trials 200] [--batches 40] [--seed 0] [--report FILE]
 
 A trial runs an accumulation with a checkpoint after every batch in a process of its own, kills it after a random time,
-one to six times over, and then lets one finish. Its result must equal that of a run that nobody disturbed, bit by bit.
+up to six times over, and then lets one finish. Its result must equal that of a run that nobody disturbed, bit by bit.
 A kill in the middle of a write is told by the temporary file that it leaves. Exits with 1 where a trial ends otherwise.
 
 Processes are forked from this one, which has imported and compiled everything, and computed nothing (POSIX).
@@ -115,6 +115,8 @@ class Trials:
         hits: list[tuple[str, int]] = []
         samples = 0
         for _ in range(random.randint(1, 6)):
+            if samples == 3 * self.batches:
+                break
             when = self.killed(path, 1 - samples / (3 * self.batches))
             samples = fxcurv.load(path).samples if path.exists() else 0  # never a file that cannot be read
             hits.append((when, samples))
