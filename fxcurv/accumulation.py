@@ -23,7 +23,7 @@ from fxcurv.capture import Inputs, check_parameters
 from fxcurv.checkpoints import Checkpoint, State, length_of
 from fxcurv.distributed import Processes
 from fxcurv.ekfac import EKFAC
-from fxcurv.errors import InputError, QuantityError
+from fxcurv.errors import InputError, QuantityError, a_value
 from fxcurv.merging import blended, merge, values_changed, values_of
 from fxcurv.moments import SecondMoment
 from fxcurv.result import Curvature
@@ -85,7 +85,7 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor]:
             return tuple(inputs), target
         return tuple(only) if isinstance(only, list) else only, target
     raise InputError(
-        f"a batch is a {type(batch).__name__} without inputs and a target",
+        f"a batch is {a_value(batch)} without inputs and a target",
         remedy=f"give (input, …, target), a dict with one of {', '.join(TARGETS)}, or split=, a function that returns "
         "inputs and target",
         code="FXC110",

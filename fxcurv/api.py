@@ -21,7 +21,7 @@ from fxcurv.capture import Inputs, Output, as_call, batch_size, device_of
 from fxcurv.choice import Asked, Choice, chosen
 from fxcurv.eager import by_autograd
 from fxcurv.ekfac import Bases
-from fxcurv.errors import CaptureError, FxcurvError, InputError, QuantityError, UnsupportedError
+from fxcurv.errors import CaptureError, FxcurvError, InputError, QuantityError, UnsupportedError, a_value
 from fxcurv.explain import Explanation, explained
 from fxcurv.losses import as_loss
 from fxcurv.memory import Chunks, bytes_of, cut
@@ -300,8 +300,9 @@ class Compiled:
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise InputError(f"the model is {kind}, not a torch.nn.Module", remedy="give an instance of one", code="FXC110")
+        raise InputError(
+            f"the model is {a_value(model)}, not a torch.nn.Module", remedy="give an instance of one", code="FXC110"
+        )
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             remedy = "call the model on a batch first"
@@ -311,13 +312,13 @@ def _check_model(model: nn.Module) -> None:
 def _check_generator(generator: object) -> None:
     if not isinstance(generator, torch.Generator | None):
         remedy = "give a torch.Generator, such as torch.Generator().manual_seed(0)"
-        raise InputError(f"the generator is a {type(generator).__name__}", remedy=remedy, code="FXC110")
+        raise InputError(f"the generator is {a_value(generator)}", remedy=remedy, code="FXC110")
 
 
 def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
     if not isinstance(inputs, Tensor | tuple | dict):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
-            f"the input is a {type(inputs).__name__}",
+            f"the input is {a_value(inputs)}",
             remedy="give a tensor, a tuple (positional) or a dict (keywords)",
             code="FXC110",
         )

@@ -24,7 +24,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fxcurv.errors import CaptureError, FxcurvError, InputError, UnsupportedError, raised_at
+from fxcurv.errors import CaptureError, FxcurvError, InputError, UnsupportedError, a_value, raised_at
 
 __all__ = [
     "TRACING",
@@ -103,7 +103,7 @@ def selector(output: Output) -> Callable[[Any], Tensor]:
             chosen = _item(returned, output)
         if isinstance(chosen, Tensor):
             return chosen
-        raise _choose(f"the model returns a {_described(chosen)}, not a tensor")
+        raise _choose(f"the model returns {_described(chosen)}, not a tensor")
 
     return select
 
@@ -115,7 +115,7 @@ def _item(returned: Any, output: str | int) -> Any:
             return getattr(returned, output)
         return returned[output]
     except (LookupError, AttributeError, TypeError) as error:
-        raise _choose(f"the model returns a {_described(returned)}, nothing that output={output!r} names") from error
+        raise _choose(f"the model returns {_described(returned)}, nothing that output={output!r} names") from error
 
 
 def _choose(cause: str) -> CaptureError:
@@ -125,7 +125,7 @@ def _choose(cause: str) -> CaptureError:
 
 def _described(returned: Any) -> str:
     parts = _parts(returned)
-    return type(returned).__name__ + (f" of {parts}" if parts else "")
+    return "a tensor" if isinstance(returned, Tensor) else a_value(returned) + (f" of {parts}" if parts else "")
 
 
 def _parts(returned: Any) -> str:
@@ -162,7 +162,7 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
         if integers and not _mentions_data(error):
             remedy = "convert it: x.float(), unless the model expects indices"
             raise InputError(
-                f"the input is of type {integers[0]}, and the model cannot be traced on it: {error}",
+                f"the input is of type {integers[0]}, and the model cannot be traced on it: {_first_line(error)}",
                 remedy=remedy,
                 code="FXC111",
             ) from error
@@ -249,35 +249,26 @@ def _mentions_data(error: Exception) -> bool:
 
 def _translated(error: Exception) -> CaptureError:
     """An error of tracing as cause and remedy, with the line of the model that it came from."""
-    text, frame = str(error), _user_frame(error)
-    where = f" at {frame}" if frame else ""
-    name = type(error).__name__
+    location = raised_at(error)
+    where = f" at {location[0]}" if location else ""
     if _mentions_data(error):
         return CaptureError(
-            f"data-dependent control flow{where}: {text.splitlines()[0]}",
+            f"data-dependent control flow{where}: the values of a tensor decide what is computed",
             remedy="decide on shapes or constants instead of values, or use torch.where",
             code="FXC101",
-            location=raised_at(error),
+            location=location,
         )
-    first = next((line for line in text.splitlines() if line.strip()), name)
     return CaptureError(
-        f"the model cannot be traced{where}: {name}: {first}",
-        remedy="give inputs of the shape that the model takes; the error that it was raised from has the whole trace",
+        f"the model cannot be traced{where}: {type(error).__name__}: {_first_line(error)}",
+        remedy="give the inputs that its forward takes, and let it compute by torch alone; "
+        "the error that this was raised from has the whole trace",
         code="FXC102",
-        location=raised_at(error),
+        location=location,
     )
 
 
-def _user_frame(error: Exception) -> str | None:
-    """`file:line in function` of the last frame outside of torch."""
-    frames: list[str] = []
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if not any(part in code.co_filename for part in ("/torch/", "fxcurv/capture", "<")):
-            frames.append(f'{code.co_filename}:{trace.tb_lineno} in "{code.co_name}"')
-        trace = trace.tb_next
-    return next((f for f in reversed(frames) if "/fxcurv/" not in f and "/passes/" not in f), None)
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "no reason given")
 
 
 def _keep_only_selected_output(graph: fx.GraphModule, program: ExportedProgram) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv.errors import FxcurvError
-from fxcurv.files import read, save
+from fxcurv.files import Json, read, save
 from fxcurv.fingerprint import digest
 from fxcurv.result import Curvature
 from fxcurv.spread import Spread
@@ -122,21 +122,19 @@ class Checkpoint:
         from fxcurv.accumulation import owned
 
         accumulator = self.accumulator
-        total, progress = read(self.path, accumulator.compiled.model)
-        if not progress:
+        total, held = read(self.path, accumulator.compiled.model)
+        if held is None:
             raise self._foreign("it is a result, and no checkpoint")
-        held = json.loads(progress)
+        asked = held["asked"].of(dict)
         for name, value in self.asked.items():
-            if held["asked"].get(name) != value:
-                raise self._foreign(f"{name}: {held['asked'].get(name)} there, {value} here")
-        spread = held["spread"]
-        state = torch.frombuffer(bytearray(base64.b64decode(held["generator"])), dtype=torch.uint8)
+            if asked.get(name) != value:
+                raise self._foreign(f"{name}: {asked.get(name)} there, {value} here")
         return State(
             total=owned(total, device=accumulator.device),
-            batches=held["batches"],
-            spread=Spread(spread["batches"], tuple(spread["weights"]), tuple(map(tuple, spread["sums"]))),
-            digest=held["digest"],
-            generator=state,
+            batches=held["batches"].of(int),
+            spread=_spread(held["spread"]),
+            digest=held["digest"].of(str),
+            generator=_generator_state(held["generator"], accumulator.generator.device),
         )
 
     def _foreign(self, cause: str) -> FxcurvError:
@@ -158,6 +156,26 @@ def length_of(loader: Iterable[Any]) -> int | None:
 def values_digest(model: nn.Module) -> str:
     """A digest of the values of all parameters and buffers."""
     return digest({**dict(model.named_parameters()), **dict(model.named_buffers())})
+
+
+def _spread(held: Json) -> Spread:
+    """The sums of a stopping rule, as they were written."""
+    weights, *sums = ([x.of(float) for x in row.each()] for row in (held["weights"], *held["sums"].each()))
+    try:
+        (w, ww), rows = weights, tuple((a, b, c) for a, b, c in sums)
+    except ValueError:
+        raise held.wrong("has other sums than a stopping rule") from None
+    return Spread(held["batches"].of(int), (w, ww), rows)
+
+
+def _generator_state(held: Json, device: torch.device) -> Tensor:
+    """The state of a generator, which one of this device takes."""
+    try:
+        state = torch.frombuffer(bytearray(base64.b64decode(held.of(str))), dtype=torch.uint8)
+        torch.Generator(device).set_state(state)
+    except (ValueError, RuntimeError):
+        raise held.wrong("is no state of a generator of this device") from None
+    return state
 
 
 def _described(loss: nn.Module) -> str:

@@ -24,7 +24,7 @@ import fxcurv
 from fxcurv import data, targets
 from fxcurv.checks.command import add_check, add_explain, add_rules
 from fxcurv.distributed import joined
-from fxcurv.errors import FxcurvError, InputError
+from fxcurv.errors import FxcurvError, InputError, a_value
 from fxcurv.examples import example, like, shape_of_one
 from fxcurv.losses import BY_NAME, as_loss
 from fxcurv.picture import Format
@@ -188,7 +188,7 @@ def _output(model: nn.Module, inputs: Tensor) -> Tensor:
         ) from error
     if not isinstance(output, Tensor):
         raise InputError(
-            f"the model returns a {type(output).__name__}, not a tensor",
+            f"the model returns {a_value(output)}, not a tensor",
             remedy="use fxcurv.compile(..., output=...) in Python",
             code="FXC105",
         )

@@ -25,6 +25,7 @@ __all__ = [
     "QuantityError",
     "SpecError",
     "UnsupportedError",
+    "a_value",
     "frames_of",
     "raised_at",
 ]
@@ -69,13 +70,28 @@ def raised_at(error: BaseException) -> Location:
 
 _PACKAGE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
 _NOT_THE_MODEL = ("<", *(f"{folder}{os.sep}" for folder in (_PACKAGE, _PACKAGE.parent / "passes", _TORCH)))
+_PYTHON = f"{Path(os.__file__).parent}{os.sep}"
+_INSTALLED = ("site-packages", "dist-packages")
 
 
 def _users(frames: Iterable[Frame]) -> Location:
-    return tuple(frame for frame in frames if not frame.file.startswith(_NOT_THE_MODEL))
+    return tuple(frame for frame in frames if not frame.file.startswith(_NOT_THE_MODEL) and not _of_python(frame.file))
+
+
+def _of_python(file: str) -> bool:
+    """Whether a file is of Python's own library."""
+    return file.startswith(_PYTHON) and not file.removeprefix(_PYTHON).startswith(_INSTALLED)
 
 
 # Errors -----------------------------------------------------------------------------------------------------------
+
+
+def a_value(value: object) -> str:
+    """None, the class Linear, an int: how errors name a value of a type that is not expected."""
+    if value is None or isinstance(value, type):
+        return "None" if value is None else f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name.lower().startswith(('a', 'e', 'i', 'o', 'nd')) else 'a'} {name}"
 
 
 class FxcurvError(Exception):

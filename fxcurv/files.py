@@ -31,7 +31,7 @@ from fxcurv.moments import SecondMoment
 from fxcurv.patches import Patches
 from fxcurv.result import Curvature, Entries, Entry
 
-__all__ = ["SCHEMA", "load", "read", "save"]
+__all__ = ["SCHEMA", "Json", "checksum", "load", "read", "save"]
 
 SCHEMA = 2
 """The version of the manifest; 1 had none, and could not be read back."""
@@ -80,7 +80,7 @@ def save(result: Curvature, path: Path, progress: str = "") -> None:
     tensors = writer.unshared()
     if progress:
         metadata |= {"progress": progress}
-        metadata |= {"checksum": _checksum(metadata, tensors)}
+        metadata |= {"checksum": checksum(metadata, tensors)}
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         safetensors.torch.save_file(tensors, str(temporary), metadata=metadata)
@@ -102,7 +102,7 @@ def _safetensors() -> Any:
     return importlib.import_module("safetensors")
 
 
-def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """BLAKE2 of the texts and tensors of a file, as hexadecimal digits."""
     texts = {key: text for key, text in metadata.items() if key != "checksum"}
     return digest((sorted(texts.items()), dict(sorted(tensors.items()))))
@@ -211,11 +211,11 @@ def load(path: str | Path, model: nn.Module | None = None) -> Curvature:
     return read(Path(path), model)[0]
 
 
-def read(path: Path, model: nn.Module | None = None) -> tuple[Curvature, str]:
+def read(path: Path, model: nn.Module | None = None) -> tuple[Curvature, Json | None]:
     """The result in a file, as `load` gives it, and the progress in a checkpoint, of which the checksum is checked."""
     safetensors = _safetensors()
     metadata = _metadata(path)
-    manifest = _Node(_json(path, metadata.get("manifest")), path)
+    manifest = Json(_json(path, metadata.get("manifest")), path)
     recorded = manifest["model"]
     fingerprint = None if recorded.value is None else _fingerprint(recorded)
     difference = model is not None and (
@@ -231,9 +231,10 @@ def read(path: Path, model: nn.Module | None = None) -> tuple[Curvature, str]:
     except (OSError, safetensors.SafetensorError) as error:
         raise _broken(path, f"it is truncated or inconsistent ({error})") from None
     progress = metadata.get("progress", "")
-    if progress and metadata.get("checksum") != _checksum(metadata, tensors):
+    if progress and metadata.get("checksum") != checksum(metadata, tensors):
         raise _broken(path, "it is damaged: its checksum is that of other contents")
-    return _Reader(manifest, tensors, fingerprint).result(), progress
+    held = Json(_json(path, progress), path, "progress") if progress else None
+    return _Reader(manifest, tensors, fingerprint).result(), held
 
 
 _VERSION = re.compile("[0-9]{1,9}")
@@ -286,18 +287,18 @@ def _broken(path: Path, cause: str) -> FxcurvError:
 
 
 @dataclass(frozen=True)
-class _Node:
-    """A value of the manifest, read as the type that it must have; `at` is where it stands."""
+class Json:
+    """A value out of a file, read as the type that it must have; `at` is where it stands."""
 
     value: Any
     path: Path
     at: str = "manifest"
 
-    def __getitem__(self, key: str) -> _Node:
+    def __getitem__(self, key: str) -> Json:
         value = self.of(dict)
         if key not in value:
             raise self.wrong(f"lacks {key!r}")
-        return _Node(value[key], self.path, f"{self.at}.{key}")
+        return Json(value[key], self.path, f"{self.at}.{key}")
 
     def of(self, kind: type) -> Any:
         """The value, of this very type."""
@@ -305,13 +306,13 @@ class _Node:
             raise self.wrong(f"is no {kind.__name__}")
         return self.value
 
-    def items(self) -> list[tuple[str, _Node]]:
+    def items(self) -> list[tuple[str, Json]]:
         """The members of an object."""
         return [(key, self[key]) for key in self.of(dict)]
 
-    def each(self) -> list[_Node]:
+    def each(self) -> list[Json]:
         """The members of a list."""
-        return [_Node(value, self.path, f"{self.at}[{k}]") for k, value in enumerate(self.of(list))]
+        return [Json(value, self.path, f"{self.at}[{k}]") for k, value in enumerate(self.of(list))]
 
     def texts(self) -> tuple[str, ...]:
         """A list of strings."""
@@ -329,7 +330,7 @@ class _Node:
         return _broken(self.path, f"{self.at} {cause}")
 
 
-def _fingerprint(node: _Node) -> Fingerprint:
+def _fingerprint(node: Json) -> Fingerprint:
     kinds: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, kind in node["parameters"].items():
         if len(kind.of(list)) != 2:
@@ -345,7 +346,7 @@ def _fingerprint(node: _Node) -> Fingerprint:
 class _Reader:
     """Makes a result out of a manifest and the tensors that it names."""
 
-    def __init__(self, manifest: _Node, tensors: Mapping[str, Tensor], model: Fingerprint | None) -> None:
+    def __init__(self, manifest: Json, tensors: Mapping[str, Tensor], model: Fingerprint | None) -> None:
         self.manifest, self.tensors, self.model = manifest, tensors, model
 
     def result(self) -> Curvature:
@@ -362,7 +363,7 @@ class _Reader:
             raise m["reduction"].wrong("is neither mean nor sum")
         return Curvature(quantities, loss, output, samples, reduction, divisor, self.model)
 
-    def _entries(self, quantity: str, node: _Node, values: list[Tensor | Block]) -> Entries:
+    def _entries(self, quantity: str, node: Json, values: list[Tensor | Block]) -> Entries:
         """The entries of a quantity, each of another parameter."""
         listed = node.each()
         entries = Entries(self._entry(quantity, item, values) for item in listed)
@@ -370,7 +371,7 @@ class _Reader:
             raise node.wrong("has a parameter twice")
         return entries
 
-    def _check_tensors(self, listed: _Node) -> None:
+    def _check_tensors(self, listed: Json) -> None:
         """The tensors of the file are those of the manifest, of the same type and shape."""
         names = set(listed.of(dict))
         if names != set(self.tensors) or not names >= {"loss", "output"}:
@@ -382,7 +383,7 @@ class _Reader:
             if not found.is_floating_point():
                 raise node.wrong("is of no floating-point type")
 
-    def _entry(self, quantity: str, node: _Node, values: list[Tensor | Block]) -> Entry:
+    def _entry(self, quantity: str, node: Json, values: list[Tensor | Block]) -> Entry:
         fields = {name: node[name].of(str) for name in ("parameter", "status", "factor", "reduction", "reason")}
         shape, definition, at = node["shape"].numbers(), node["definition"].of(str), node["value"]
         if at.value is not None and not 0 <= at.of(int) < len(values):
@@ -397,7 +398,7 @@ class _Reader:
             raise node.wrong("has a value or a shape of another parameter")
         return Entry(quantity=quantity, shape=shape, value=value, definition=definition, **fields)
 
-    def _value(self, node: _Node) -> Tensor | Block:
+    def _value(self, node: Json) -> Tensor | Block:
         name, tensors = node["form"].of(str), node["tensors"]
         if name == "tensor":
             return self._tensor(tensors["value"])
@@ -414,13 +415,13 @@ class _Reader:
             raise node["averaged"].wrong("is negative")
         return make(shape, parameters=node["parameters"].texts(), **labels, **numbers, **held)
 
-    def _tensor(self, node: _Node) -> Tensor:
+    def _tensor(self, node: Json) -> Tensor:
         name = node.of(str)
         if name not in self.tensors:
             raise node.wrong(f"names {name!r}, which is not there")
         return self.tensors[name]
 
-    def _held(self, node: _Node) -> Tensor | SecondMoment:
+    def _held(self, node: Json) -> Tensor | SecondMoment:
         if isinstance(node.value, str):
             return self._tensor(node)
         scale, geometry = node["scale"].of(float), node["patches"]
@@ -438,7 +439,7 @@ class _Reader:
         return moment
 
 
-def _patches(node: _Node) -> Patches:
+def _patches(node: Json) -> Patches:
     """The geometry of a convolution."""
     axes = [node[name].numbers() for name in ("kernel", "stride", "padding", "dilation")]
     groups = node["groups"].of(int)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxcurv.errors import FxcurvError, InputError, LossError
+from fxcurv.errors import FxcurvError, InputError, LossError, a_value
 from fxcurv.quantities import (
     Again,
     Exact,
@@ -316,7 +316,9 @@ def as_loss(loss: object) -> nn.Module:
             raise LossError(f"no loss is called {name!r}", remedy=_REMEDY, code="FXC406")
         return BY_NAME[name]()
     known = next((kind for kind in _TERMS if isinstance(loss, kind)), None)
-    if known is None or not isinstance(loss, nn.Module) or type(loss).forward is not known.forward:
+    if not isinstance(loss, nn.Module):
+        raise LossError(f"the loss is {a_value(loss)}, not a module", remedy=_REMEDY, code="FXC406")
+    if known is None or type(loss).forward is not known.forward:
         raise LossError(f"the loss {type(loss).__name__} is not supported", remedy=_REMEDY, code="FXC406")
     if loss.reduction not in ("mean", "sum"):
         raise LossError(f"the loss has reduction {loss.reduction!r}", remedy=_REMEDY, code="FXC406")
@@ -333,7 +335,7 @@ def loss_terms(loss: nn.Module, output: Tensor, target: Tensor) -> LossTerms:
     """
     if not isinstance(target, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
-            f"the target is a {type(target).__name__}, not a tensor",
+            f"the target is {a_value(target)}, not a tensor",
             remedy="call it as curv(inputs, target)",
             code="FXC407",
         )

@@ -33,7 +33,7 @@ from urllib.parse import unquote_plus
 import torch
 from torch import Tensor, nn
 
-from fxcurv.errors import FxcurvError
+from fxcurv.errors import FxcurvError, a_value
 
 __all__ = [
     "DEMO",
@@ -308,7 +308,7 @@ def _made(locator: str, factory: Any, kwargs: dict[str, Any]) -> nn.Module:
     with _importing_from(Path(place).resolve().parent if place.endswith(".py") else Path.cwd()):
         made = _called(locator, factory, kwargs)
     if not isinstance(made, nn.Module):
-        raise TargetError(f"{locator} returns a {type(made).__name__}, not a torch.nn.Module", code="FXC004")
+        raise TargetError(f"{locator} returns {a_value(made)}, not a torch.nn.Module", code="FXC004")
     return made
 
 

@@ -23,7 +23,7 @@ from fxcurv.patches import Patches
 from fxcurv.pullback import InputPositions, OutputPositions, Pull, PullToParameter
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of
-from passes.rewrite import rewrites, settled
+from passes.rewrite import rewrites
 
 __all__ = ["Contraction", "Setting", "contract", "together"]
 
@@ -70,9 +70,7 @@ class Contraction:
 
 def contract(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
     """A forward or backward graph with the cheapest forms."""
-    gm = rewrites(gm, partial(_cheapest, setting=setting), partial(together, setting=setting))
-    gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    return settled(gm)
+    return rewrites(gm, partial(_cheapest, setting=setting), partial(together, setting=setting))
 
 
 # Forms ------------------------------------------------------------------------------------------------------------

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from passes.rewrite import rewrites, settled
+from passes.rewrite import rewrites
 
 __all__ = ["drop_identity", "fold"]
 
 
 def fold(gm: fx.GraphModule) -> fx.GraphModule:
     """The canonical graph without nodes that compute nothing or lead nowhere."""
-    gm = rewrites(gm, drop_identity)
-    gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    return settled(gm)
+    return rewrites(gm, drop_identity)
 
 
 def drop_identity(node: fx.Node, op: nn.Module) -> fx.Node | None:

@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from fxcurv.errors import CaptureError, Location, frames_of
+from fxcurv.errors import CaptureError, FxcurvError, Location, frames_of
+from fxcurv.shapes import shape_of, show_shape
 
 __all__ = ["described", "functionalize", "packet_of"]
 
@@ -237,6 +238,10 @@ def packet_of(node: fx.Node) -> str:
 
 
 def described(node: fx.Node) -> str:
-    """'layer1.0' aten.add_.Tensor: how errors name a captured node."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return f"'{(stack[-1][0] if stack else '') or node.name}' {node.target}"
+    """'layer1.0' aten.add_.Tensor [N, 8]: how errors name a captured node."""
+    stack, value = list(node.meta.get("nn_module_stack", {}).values()), node.meta.get("val")
+    try:
+        shape = f" {show_shape(shape_of(value, node.name))}" if isinstance(value, Tensor) else ""
+    except FxcurvError:
+        shape = ""  # of a size that is no multiple of the batch size
+    return f"'{(stack[-1][0] if stack else '') or node.name}' {node.target}{shape}"

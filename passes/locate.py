@@ -24,7 +24,7 @@ from fxcurv.errors import UnsupportedError, frames_of
 from fxcurv.rules import rule_of
 from fxcurv.shapes import Batch, Samples, Shape, resolve
 from fxcurv.spec import describe, inputs_of, module_of
-from passes.rewrite import copied
+from passes.rewrite import copied, settled
 
 __all__ = ["locate"]
 
@@ -59,7 +59,7 @@ def locate(gm: fx.GraphModule, device: torch.device, strict: bool = True) -> fx.
             code="FXC207" if place is None else "FXC404",
             location=frames_of(output),
         )
-    return gm
+    return settled(gm)
 
 
 def _assumed(shape: Shape, error: UnsupportedError) -> Samples | None:

@@ -103,10 +103,9 @@ def _plain(argument: Any) -> Any:
 
 
 def where(node: fx.Node) -> str:
-    """'layer1.0' aten.add.Tensor at "file.py", line 7, in forward: how errors name an ATen node."""
-    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
-    frames = [line.removeprefix("File ") for line in lines if line.startswith("File")]
-    return described(node) + (f" at {frames[-1]}" if frames else "")
+    """'layer1.0' aten.add.Tensor at file.py:7 in forward: how errors name an ATen node."""
+    location = frames_of(node)
+    return described(node) + (f" at {location[0]}" if location else "")
 
 
 def _first(a: Arguments) -> Any:

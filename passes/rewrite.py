@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from keyword import iskeyword
+from typing import Any
 
 from torch import fx, nn
 
@@ -15,18 +16,28 @@ __all__ = ["Rewrite", "Targets", "copied", "rewrites", "settled"]
 Rewrite = Callable[[fx.Node, nn.Module], fx.Node | None]
 
 
+class _Draft(fx.GraphModule):
+    """A graph that is still being changed: its code is written once, when it is settled."""
+
+    def recompile(self) -> Any:
+        pass
+
+
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph of its own that shares the modules of `gm`: passes change copies, never what they were given."""
+    """A draft of its own that shares the modules of `gm`: passes change copies, never what they were given."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, values := {}))
     graph.output_node().meta = copy.copy(gm.graph.output_node().meta)
     for old, new in values.items():
         new.meta = copy.copy(old.meta)
-    return fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    return _Draft(gm, graph, class_name=type(gm).__name__)
 
 
 def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
-    """A copy of `gm` with every node replaced by what the first matching rule returns, from inputs to outputs."""
+    """A copy of `gm` with every node replaced by what the first matching rule returns, from inputs to outputs.
+
+    Nodes that nothing reads any more are dropped.
+    """
     gm = copied(gm)
     for node in list(gm.graph.nodes):
         if node.op != "call_module":
@@ -37,21 +48,13 @@ def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
                 node.replace_all_uses_with(replacement)
                 gm.graph.erase_node(node)
                 break
+    gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return settled(gm)
 
 
 def settled(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy that was changed, with the code of its graph, and no module that it does not call."""
-    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
-    holding = {""}.union(*map(_parents, called))
-    used = called | holding
-    for path in holding:
-        children = vars(gm.get_submodule(path))["_modules"]
-        for name in list(children):
-            if (f"{path}.{name}" if path else name) not in used:
-                del children[name]
-    gm.recompile()
-    return gm
+    """A draft as it is to stay, with the code of its graph, and no module that it does not call."""
+    return fx.GraphModule(gm, gm.graph, class_name=type(gm).__name__)
 
 
 class Targets:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 import reference
 import samples
+import torch
 from samples import Sample
 from torch import Tensor, nn
 
@@ -56,7 +57,12 @@ def check_result(
     by_name, (x, y) = dict(zip(QUANTITIES, result.values(), strict=False)), batch
     output = reference.outputs(model, x)
     exact, empirical = reference.exact_columns(loss, output, y), reference.empirical_columns(loss, output, y)
-    expected = {"grad": reference.grad(model, loss, x, y), "diag_ggn": reference.diag_ggn(model, loss, x, y)}
+    J, slope = reference.jacobians(model, x), torch.func.grad(lambda f: loss(f, y))(output).unsqueeze(0)
+    pulled = {"expand": reference.pulled(J, exact), "reduce": reference.pulled(J, empirical)}
+    expected = {
+        "grad": {name: u.sum((0, 1)) for name, u in reference.pulled(J, slope).items()},
+        "diag_ggn": {name: u.square().sum((0, 1)) for name, u in pulled["expand"].items()},
+    }
     for quantity, values in expected.items():
         for name, value in values.items():
             if name in by_name[quantity]:
@@ -65,19 +71,13 @@ def check_result(
                 assert by_name[quantity].status[name] == "unreached"
                 assert not value.any(), f"{quantity} {name} is not unreached"
     expand, reduce = reference.kfac(model, x, exact), reference.kfac(model, x, empirical, approx="reduce", joint=True)
-    for quantity, factors, columns in (("expand", expand, exact), ("reduce", reduce, empirical)):
+    for quantity, factors in (("expand", expand), ("reduce", reduce)):
         factors = {name: pair for name, pair in factors.items() if name not in elsewhere}
-        _check_blocks(by_name[quantity], factors, model, (x, columns), tolerance)
+        _check_blocks(by_name[quantity], factors, pulled[quantity], tolerance)
 
 
-def _check_blocks(
-    result: Entries,
-    factors: reference.Factors,
-    model: nn.Module,
-    columns: tuple[Tensor, Tensor],
-    tolerance: float,
-) -> None:
-    """Blocks of a quantity are the factors of the oracle, or the dense blocks of the columns `(x, S)`."""
+def _check_blocks(result: Entries, factors: reference.Factors, pulled: Mapping[str, Tensor], tolerance: float) -> None:
+    """Blocks of a quantity are the factors of the oracle, or the dense blocks of the columns as they were pulled."""
     for name, block in result.items():
         if isinstance(block, fxcurv.Kronecker):
             owner = block.parameters[0]
@@ -86,7 +86,7 @@ def _check_blocks(
             assert_close(block.G, G, f"G of {owner}", tolerance)
         else:
             assert isinstance(block, fxcurv.Dense)
-            assert_close(block.matrix, reference.dense_block(model, *columns, name), f"block of {name}", tolerance)
+            assert_close(block.matrix, reference.outer(pulled[name]), f"block of {name}", tolerance)
     matrices = {
         name for name, block in result.items() if isinstance(block, fxcurv.Kronecker) and block.parameters[0] == name
     }

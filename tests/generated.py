@@ -48,6 +48,7 @@ LOSSES = (
 LAYOUTS = (
     "x",
     "x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x",
+    "x.contiguous(memory_format=torch.channels_last_3d) if x.ndim == 5 else x",
     "torch.stack([x, x], -1)[..., 0]",
     "x.transpose(1, -1).contiguous().transpose(1, -1)",
     "x[:1].expand_as(x)",
@@ -198,10 +199,29 @@ def tied(w: Writer, r: random.Random) -> None:
 
 def activation(w: Writer, r: random.Random) -> None:
     """A smooth or a kinked one, in place or not."""
-    functions = ("tanh(x)", "F.gelu(x)", "F.silu(x)", "torch.relu(x)", "F.relu(x * 1, inplace=True)", "x.sigmoid()")
+    functions = ("x.tanh()", "F.gelu(x)", "F.silu(x)", "torch.relu(x)", "F.relu(x * 1, inplace=True)", "x.sigmoid()")
     more = ("F.leaky_relu(x, 0.1)", "F.hardswish(x)", "x.softmax(-1)", "F.elu_(x + 0)", "x * x", "x / (1 + x.abs())")
-    chosen = r.choice(functions + more)
-    w.then(chosen if not chosen.startswith("tanh") else f"torch.{chosen}")
+    smooth = (
+        "F.celu(x)",
+        "F.selu(x)",
+        "F.mish(x)",
+        "F.softplus(x)",
+        "F.logsigmoid(x)",
+        'F.gelu(x, approximate="tanh")',
+    )
+    kinked = ("F.hardshrink(x)", "F.softshrink(x)", "F.hardtanh(x)", "F.relu6(x)", "F.threshold(x, 0.1, 0.2)")
+    w.then(r.choice((*functions, *more, *smooth, *kinked, "F.hardsigmoid(x)", "-x")))
+
+
+def held(w: Writer, r: random.Random) -> None:
+    """Values through which no gradient flows, or nothing at all changes."""
+    values = ("x + x.detach()", "x * (x > 0)", "x + x.sign() / 2", "x + torch.ones_like(x)", "x * torch.tensor(0.7)")
+    layers = ("nn.Dropout(0.3)", "nn.Identity()")
+    chosen = r.choice(values + layers)
+    if chosen in layers:
+        w.layer(chosen, w.shape)
+    else:
+        w.then(chosen)
 
 
 def pool(w: Writer, r: random.Random) -> None:
@@ -210,7 +230,11 @@ def pool(w: Writer, r: random.Random) -> None:
     if not 1 <= len(sizes) <= 3 or min(sizes) < 2:
         return
     kernel, stride = r.choice((2, 2, min(3, *sizes, 3))), r.choice((1, 2))
-    name = r.choice(("max", "avg"))
+    name = r.choice(("max", "avg", "adaptive_avg"))
+    if name == "adaptive_avg":
+        out = tuple(r.choice((1, 2)) for _ in sizes)
+        w.then(f"F.adaptive_avg_pool{len(sizes)}d(x, {out})", (w.shape[0], *out))
+        return
     out = tuple((n - kernel) // stride + 1 for n in sizes)
     w.then(f"F.{name}_pool{len(sizes)}d(x, {kernel}, {stride})", (w.shape[0], *out))
 
@@ -268,7 +292,11 @@ def rearrange(w: Writer, r: random.Random) -> None:
         choices = [("x.transpose(1, -1)", turned), ("x.flip(-1)", s), ("F.pad(x, (1, 0))", (*s[:-1], s[-1] + 1))]
         choices += [("x[..., ::2]", (*s[:-1], (s[-1] + 1) // 2)), ("x[:, -1:]", (1, *s[1:]))]
         choices += [("x.flatten(2).transpose(1, 2)", (math.prod(s[1:]), s[0]))] if axes > 2 else []
-        choices += [("x.roll(1, 1)", s), (f"x[:, :1].expand(-1, {s[0]}{', -1' * (len(s) - 1)})", s)]
+        choices += [
+            (f"x.repeat(1, 2{', 1' * (len(s) - 1)})", (2 * s[0], *s[1:])),
+            ("x.roll(1, 1)", s),
+            (f"x[:, :1].expand(-1, {s[0]}{', -1' * (len(s) - 1)})", s),
+        ]
     w.then(*r.choice(choices))
 
 
@@ -325,7 +353,7 @@ def free(w: Writer, r: random.Random) -> None:
 KINDS: dict[str, Step] = {
     step.__name__: step
     for step in (
-        *(convolution, batch_norm, group_norm, layer_norm, linear, again, tied, activation, pool),
+        *(convolution, batch_norm, group_norm, layer_norm, linear, again, tied, activation, held, pool),
         *(residual, project, join, gate, rearrange, reduce, frames, attention, free),
     )
 }

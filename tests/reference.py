@@ -185,8 +185,13 @@ def column_gradients(
     model: nn.Module, x: Tensor, columns: Tensor, names: Iterable[str] | None = None
 ) -> dict[str, Tensor]:
     """u[v, n, *θ.shape] = J_nᵀ S_vn."""
+    return pulled(jacobians(model, x, names), columns)
+
+
+def pulled(J: dict[str, Tensor], columns: Tensor) -> dict[str, Tensor]:
+    """u[v, n, *θ.shape] = J_nᵀ S_vn, from Jacobians J[n, c, *θ.shape]."""
     S = columns.reshape(*columns.shape[:2], -1)
-    return {name: torch.einsum("nc...,vnc->vn...", J, S) for name, J in jacobians(model, x, names).items()}
+    return {name: torch.einsum("nc...,vnc->vn...", J_p, S) for name, J_p in J.items()}
 
 
 def diagonal(model: nn.Module, x: Tensor, columns: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -196,7 +201,11 @@ def diagonal(model: nn.Module, x: Tensor, columns: Tensor, names: Iterable[str] 
 
 def dense_block(model: nn.Module, x: Tensor, columns: Tensor, name: str) -> Tensor:
     """Σ_vn u_vn u_vnᵀ `[numel, numel]`, u = J_nᵀ S_vn: the KFAC block of a bias, and of a BatchNorm's."""
-    u = column_gradients(model, x, columns, [name])[name]
+    return outer(column_gradients(model, x, columns, [name])[name])
+
+
+def outer(u: Tensor) -> Tensor:
+    """Σ_vn u_vn u_vnᵀ `[numel, numel]` of u[v, n, *θ.shape]."""
     u = u.reshape(*u.shape[:2], -1)
     return torch.einsum("vni,vnj->ij", u, u)
 

@@ -378,14 +378,15 @@ def test_a_seeded_data_loader_continues(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the tool forks")
 def test_killed_at_random_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """The tool's small form: kill -9 twice, then a run to the end."""
+    """The tool's small form: kill -9 some times, then a run to the end, five times over."""
     report = tmp_path / "report.json"
-    command = [sys.executable, str(ROOT / "tools/kill_resume.py"), "--trials", "1", "--report", str(report)]
+    command = [sys.executable, str(ROOT / "tools/kill_resume.py"), "--trials", "5", "--report", str(report)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(
-        [*command, "--batches", "30", "--seed", "1"], check=True, timeout=300, env=environment, capture_output=True
+        [*command, "--batches", "20", "--seed", "1"], check=True, timeout=300, env=environment, capture_output=True
     )
     told = json.loads(report.read_text())
-    assert told["identical"] == told["trials"] == 1
-    assert told["kills"] == 2
+    assert told["identical"] == told["trials"] == 5
+    assert told["kills"] - told.get("at the end", 0) >= 5

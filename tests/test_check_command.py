@@ -193,7 +193,7 @@ def test_the_baseline_holds_what_is_known_and_loses_what_is_fixed(folder: Path, 
     assert check(capsys, *names, "--strict-baseline")[0] == 0
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"findings": [{}]}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"findings": [{}]}', "[" * 200_000])
 def test_a_broken_baseline_is_refused(folder: Path, capsys: Capture, text: str) -> None:
     (folder / "known.json").write_text(text)
     code, _, err = check(capsys, "nets.py:Good", "--baseline", "known.json")

@@ -9,6 +9,7 @@ digits.
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 import re
@@ -244,6 +245,18 @@ def test_files_tests_and_extras_that_are_named_exist() -> None:
     for file, test in re.findall(r"`([\w/]+\.py)::(\w+)`", README):
         assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {test}"
     assert set(re.findall(r"extra `(\w+)`", README)) <= set(EXTRAS)
+
+
+def test_every_guarantee_names_a_test_that_is_collected() -> None:
+    rows = table("| guarantee | test |")
+    groups = [row[0] for row in rows if not row[1]]
+    assert all(re.fullmatch(r"\*\*.+\*\*", group) for group in groups)
+    for guarantee, test in (row for row in rows if row[1]):
+        named = re.fullmatch(r"`(tests/test_\w+\.py)::(test_\w+)`", test)
+        assert named, guarantee
+        tree = ast.parse((ROOT / named[1]).read_text(encoding="utf-8"))
+        assert named[2] in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
+    assert len(rows) - len(groups) >= 50
 
 
 def test_the_benchmark_is_the_generated_one() -> None:

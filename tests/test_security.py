@@ -8,7 +8,8 @@ import math
 import os
 import pickle
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import torch
 from torch import nn
 
 import fxcurv
+from fxcurv.files import checksum
 from fxcurv.targets import TargetError, resolve
 
 pytest.importorskip("safetensors")
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "fxcurv").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])
@@ -178,13 +182,70 @@ CRAFTED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str
 }
 
 
+@contextmanager
+def little_memory(room: int = 64 << 20) -> Iterator[None]:
+    """Refuse this process more address space than it has and `room` bytes."""
+    resource = pytest.importorskip("resource")
+    before, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is bounded by what Linux tells")
+
+
+@linux
+def test_memory_is_bounded() -> None:
+    """What the next test relies on."""
+    with little_memory(), pytest.raises(RuntimeError, match="allocate memory"):
+        torch.empty(1 << 27)
+
+
+@linux
 @pytest.mark.parametrize("name", CRAFTED)
 def test_a_crafted_file_is_refused(file: Path, name: str) -> None:
     change, message = CRAFTED[name]
     edited(file, change)
-    with pytest.raises(fxcurv.FxcurvError, match=message) as caught:
+    with little_memory(), pytest.raises(fxcurv.FxcurvError, match=message) as caught:
         fxcurv.load(file)
     assert (caught.value.code, caught.value.remedy) == ("FXC423", "give a file that Curvature.save wrote")
+
+
+PROGRESS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "nothing": (dict.clear, "progress lacks 'asked'"),
+    "asked": (lambda p: p.update(asked=[]), "progress.asked is no dict"),
+    "batches": (lambda p: p.update(batches="3"), "progress.batches is no int"),
+    "digest": (lambda p: p.update(digest=None), "progress.digest is no str"),
+    "generator": (lambda p: p.update(generator="AAAA"), "progress.generator is no state of a generator"),
+    "generator that is no text": (lambda p: p.update(generator="x"), "progress.generator is no state of a generator"),
+    "weights": (lambda p: p["spread"].update(weights=[0.0] * 9), "progress.spread has other sums than a stopping rule"),
+    "sums": (lambda p: p["spread"].update(sums=[[0.0]]), "progress.spread has other sums than a stopping rule"),
+    "deep": (lambda p: p["spread"].update(sums=[[[[]], 0.0, 0.0]]), r"progress.spread.sums\[0\]\[0\] is no float"),
+}
+
+
+@pytest.mark.parametrize("name", PROGRESS)
+def test_a_crafted_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+    """With a checksum that is right."""
+    file, (change, message) = tmp_path / "c.safetensors", PROGRESS[name]
+    with torch.random.fork_rng(devices=[]):
+        compiled = fxcurv.compile(nn.Linear(3, 2).eval(), quantities="grad")
+    batches = [(torch.ones(2, 3), torch.tensor([0, 1]))]
+    compiled.accumulate(batches, checkpoint=file)
+    with safe_open(file, "pt") as held:
+        metadata, tensors = held.metadata(), {key: held.get_tensor(key) for key in held.keys()}
+    progress = json.loads(metadata["progress"])
+    change(progress)
+    metadata["progress"] = json.dumps(progress)
+    save_file(tensors, file, metadata | {"checksum": checksum(metadata, tensors)})
+    content = file.read_bytes()
+    with pytest.raises(fxcurv.FxcurvError, match=message) as caught:
+        compiled.accumulate(batches, checkpoint=file)
+    assert caught.value.code == "FXC423"
+    assert file.read_bytes() == content
 
 
 def test_many_keys_are_compared_in_one_pass(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     seed = int(time.time()) * 1000 if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
+    began = sum(os.times()[:4])
     counts: Counter[str] = Counter()
     for found in outcomes(seed, options.minutes, options.jobs):
         counts[found.kind] += 1
@@ -104,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case = smaller(draw(found.seed), lambda case: checked(case) == "wrong")
             print(f"\n# seed {found.seed}\n{script(case)}", flush=True)
     print("\n".join(f"{count:6d} {kind}" for kind, count in sorted(counts.items())))
-    print(f"{counts.total():6d} models from seed {seed}, {counts['wrong']} wrong")
+    each = (sum(os.times()[:4]) - began) / max(counts.total(), 1)
+    print(f"{counts.total():6d} models from seed {seed}, {counts['wrong']} wrong; {each:.2f} s of processor time each")
     return 1 if counts["wrong"] else 0
 
 

@@ -57,7 +57,7 @@ def read(file: Path) -> Baseline:
     try:
         document: Any = json.loads(file.read_text(encoding="utf-8"))
         entries = tuple({key: str(entry[key]) for key in (*_FACTS, "fingerprint")} for entry in document["findings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = "write it with --write-baseline"
         raise InputError(f"{file} is no baseline: {error!r}", remedy=remedy, code="FXC008") from error
     return Baseline(entries)

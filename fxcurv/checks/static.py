@@ -19,7 +19,7 @@ from fxcurv.choice import Choice
 from fxcurv.shapes import Batch, Samples, Shape
 from passes import lowered
 from passes.plan import plan
-from passes.rewrite import copied
+from passes.rewrite import copied, settled
 
 __all__ = ["static_found"]
 
@@ -49,7 +49,7 @@ def _assumed_apart(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         shared = node.op != "placeholder" and all(x.meta["samples"] is None for x in node.all_input_nodes)
         node.meta["samples"] = None if shared else _first(node.meta.get("shape", ()))
-    return gm
+    return settled(gm)
 
 
 def _first(shape: Shape) -> Samples | None:
