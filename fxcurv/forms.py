@@ -18,6 +18,7 @@ from fxcurv.moments import SecondMoment
 from fxcurv.patches import Patches
 
 __all__ = [
+    "ColumnsBySample",
     "CovarianceOfPatches",
     "DiagonalByPairs",
     "DiagonalBySample",
@@ -166,6 +167,32 @@ class KeptEntries(Statistic):
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
         rows, side = entries_of(xs, Ss)
         return copying(Ss[0].numel() + rows * side, Ss[0].element_size())
+
+
+class ColumnsBySample(Statistic):
+    """`Columns` of one use of a weight, a product per sample: where oneDNN's are faster than a batch of MKL's."""
+
+    reads = "xS"
+    samples, columns, grows = 1, 0, True
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        (x,), (S,) = xs, Ss
+        assert x is not None
+        v, n, _, groups, o = S.shape
+        J = S.new_empty(v, n, groups, o, x.shape[-1])
+        for a in range(n):
+            for g in range(groups):
+                rows = S[:, a, :, g].mT.flatten(0, 1)  # [v·o,s]
+                J[:, a, g] = times_transpose(rows, x[a, :, g].mT).view(v, o, -1)
+        return J
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        (x,), (S,) = xs, Ss
+        assert x is not None
+        v, n, s, g, o = S.shape
+        i, size = x.shape[-1], S.element_size()
+        each = product(v * o, i, s, size) + copying(v * o * s, size) + copying(v * o * i, size) + Cost(calls=3)
+        return each * (n * g) + Cost(temporary=size * v * o * (i + s))
 
 
 class GradientOfConvolution(PerOutput):

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxcurv.capture import Inputs, as_call, batch_size
 from fxcurv.contractions import Diagonal
 from fxcurv.errors import FxcurvError, QuantityError
-from fxcurv.forms import DiagonalByPairs, DiagonalBySample, DiagonalFused
+from fxcurv.forms import ColumnsBySample, DiagonalByPairs, DiagonalBySample, DiagonalFused
 from fxcurv.moments import SecondMoment
 from fxcurv.program import Program
 from fxcurv.pullback import Scaled
@@ -233,9 +233,14 @@ class _Run(fx.Interpreter):
         self.live = live
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A module's result; a diagonal, which loops over samples and columns, is charged what it says it costs."""
+        """A module's result; what loops over samples and columns is charged what it says it costs."""
         module: Any = self.fetch_attr(target)
         statistic = module.statistic if isinstance(module, Scaled) else module
+        if isinstance(statistic, ColumnsBySample):
+            (x, *_), (S, *_) = args
+            entries = S.new_empty(*S.shape[:2], *S.shape[3:], x.shape[-1])
+            self.live.charge(module.cost(*args).temporary)
+            return entries
         if not isinstance(statistic, Diagonal | DiagonalBySample | DiagonalByPairs | DiagonalFused):
             return super().call_module(target, args, kwargs)
         self.live.charge(module.cost(*args).temporary)
