@@ -237,9 +237,8 @@ class _Run(fx.Interpreter):
         module: Any = self.fetch_attr(target)
         statistic = module.statistic if isinstance(module, Scaled) else module
         if isinstance(statistic, ColumnsBySample):
-            (x, *_), (S, *_) = args
-            entries = S.new_empty(*S.shape[:2], *S.shape[3:], x.shape[-1])
-            self.live.charge(module.cost(*args).temporary)
+            entries = statistic.empty(*args)
+            self.live.charge(statistic.cost(*args).temporary)
             return entries
         if not isinstance(statistic, Diagonal | DiagonalBySample | DiagonalByPairs | DiagonalFused):
             return super().call_module(target, args, kwargs)

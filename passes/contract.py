@@ -185,7 +185,8 @@ def _of_columns(op: contractions.Columns, node: fx.Node, setting: Setting) -> It
     if x is None or more or s == 1 or _sizes(x, setting)[-1] == o == 1 or not setting.loops:
         return
     if setting.forced == forms.ColumnsBySample.__name__ or uses_onednn(setting.dtype, setting.device):
-        yield _Form(forms.ColumnsBySample(), node.args)
+        patches = _patches_of(x) if _positions(x).place.parts == 1 else None
+        yield _Form(forms.ColumnsBySample(patches), node.args if patches is None else ([*x.all_input_nodes], Ss))
 
 
 def _of_norms(op: contractions.SquaredNorms, node: fx.Node, setting: Setting) -> Iterator[_Form]:

@@ -93,6 +93,7 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
         close(forms.DiagonalByPairs()([x], [S]), diagonal)
     close(DiagonalPerSample()([x], [S]).sum(0), diagonal)
     close(forms.ColumnsBySample()([x], [S]), Columns()([x], [S]))
+    close(forms.ColumnsBySample(patches)([z], [S]), Columns()([x], [S]))
     close(forms.SquaredNormsByPairs()([x], [S]), SquaredNorms()([x], [S]))
 
 
