@@ -104,8 +104,10 @@ def _per_sample(x: Tensor | None, S: Tensor) -> Tensor:
         return S.sum(2).unsqueeze(-1)
     if x.shape[-1] == S.shape[-1] == 1:  # a product per channel: no matrix is multiplied
         return (S * x).sum(2).unsqueeze(-1)
-    # one matrix product per sample and group: [n,g,v·o,s] @ [n,g,s,i]
     v, n, s, g, o = S.shape
+    if s == 1:  # outer products: written once, and nothing is summed
+        return S[:, :, 0].unsqueeze(-1) * x[:, 0].unsqueeze(-2)
+    # one matrix product per sample and group: [n,g,v·o,s] @ [n,g,s,i]
     product = S.permute(1, 3, 0, 4, 2).reshape(n, g, v * o, s) @ x.transpose(1, 2)
     return product.view(n, g, v, o, -1).permute(2, 0, 1, 3, 4)
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxcurv.capture import Inputs, as_call, batch_size
 from fxcurv.contractions import Diagonal
 from fxcurv.errors import FxcurvError, QuantityError
-from fxcurv.forms import DiagonalByPairs, DiagonalBySample, DiagonalFused
+from fxcurv.forms import ColumnsBySample, DiagonalByPairs, DiagonalBySample, DiagonalFused
 from fxcurv.moments import SecondMoment
 from fxcurv.program import Program
 from fxcurv.pullback import Scaled
@@ -32,7 +32,7 @@ from fxcurv.quantities import Factor, most_columns
 from fxcurv.shapes import resolve
 from fxcurv.spec import output_of
 
-__all__ = ["Chunks", "Forecast", "bytes_of", "cut", "forecast", "show_bytes"]
+__all__ = ["MARGIN", "Chunks", "Forecast", "bytes_of", "cut", "forecast", "largest", "show_bytes"]
 
 
 # Budgets ----------------------------------------------------------------------------------------------------------
@@ -94,10 +94,13 @@ class Forecast:
         )
 
 
-def forecast(program: Program, inputs: Inputs, samples: int, columns: int | Mapping[Factor, int]) -> Forecast:
+def forecast(
+    program: Program, inputs: Inputs, samples: int, columns: int | Mapping[Factor, int], of: int | None = None
+) -> Forecast:
     """The memory of a call on a batch like `inputs`, of which only shapes and types are read.
 
-    `samples` of the batch are processed at once, and `columns` of every factor (at most as many as it has).
+    `samples` of the batch are processed at once, and `columns` of every factor (at most as many as it has), `of` so
+    many instead of all that it has.
     """
     asked = columns if isinstance(columns, Mapping) else dict.fromkeys(program.backwards, columns)
     live, given, place = _Live(), _tensors(as_call(inputs)), next(program.canonical.parameters())
@@ -114,7 +117,7 @@ def forecast(program: Program, inputs: Inputs, samples: int, columns: int | Mapp
         forward, highest, results = live.highest, dict[Factor, int](), [first]
         base = live.held - _bytes(sums)
         for factor, gm in zip(program.backwards, backwards, strict=True):
-            V = max(1, min(asked[factor], most := most_columns(factor, outputs)))
+            V = max(1, min(asked[factor], most := of or most_columns(factor, outputs)))
             live.again()
             live.charge(ROOT * V * _bytes(output))
             S = output.new_empty(V, *output.shape)
@@ -230,9 +233,13 @@ class _Run(fx.Interpreter):
         self.live = live
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A module's result; a diagonal, which loops over samples and columns, is charged what it says it costs."""
+        """A module's result; what loops over samples and columns is charged what it says it costs."""
         module: Any = self.fetch_attr(target)
         statistic = module.statistic if isinstance(module, Scaled) else module
+        if isinstance(statistic, ColumnsBySample):
+            entries = statistic.empty(*args)
+            self.live.charge(statistic.cost(*args).temporary)
+            return entries
         if not isinstance(statistic, Diagonal | DiagonalBySample | DiagonalByPairs | DiagonalFused):
             return super().call_module(target, args, kwargs)
         self.live.charge(module.cost(*args).temporary)
@@ -291,7 +298,7 @@ def cut(program: Program, inputs: Inputs, budget: int, columns: int) -> Chunks:
     All samples at once if a single column then fits, else as many as fit.
     """
     N, allowed, one = batch_size(inputs), MARGIN * budget, dict.fromkeys(program.backwards, 1)
-    samples = _largest(N, allowed, lambda n: forecast(program, inputs, n, 1).peak)
+    samples = largest(N, allowed, lambda n: forecast(program, inputs, n, 1).peak)
     if not samples:
         least = min((forecast(program, inputs, n, 1) for n in (1, N)), key=lambda found: found.peak)
         raise FxcurvError(
@@ -306,11 +313,11 @@ def cut(program: Program, inputs: Inputs, budget: int, columns: int) -> Chunks:
         def highest(v: int, factor: Factor = factor) -> int:
             return forecast(program, inputs, samples, {**one, factor: v}).backward[factor]
 
-        found[factor] = max(1, _largest(min(columns, most_columns(factor, outputs)), allowed, highest))
+        found[factor] = max(1, largest(min(columns, most_columns(factor, outputs)), allowed, highest))
     return Chunks(samples, found)
 
 
-def _largest(most: int, allowed: float, needs: Callable[[int], int]) -> int:
+def largest(most: int, allowed: float, needs: Callable[[int], int]) -> int:
     """The largest count up to `most` that needs no more than is `allowed`, or 0.
 
     What is needed grows with the count, nearly in proportion: where it is convex, the chord from a count that fits to

@@ -9,8 +9,10 @@ products with unit vectors: nothing is compiled, so that it serves any model tha
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +26,12 @@ from fxcurv.contractions import Statistic
 from fxcurv.errors import InputError, QuantityError
 from fxcurv.family import OfEach
 from fxcurv.losses import as_loss, unit_columns
+from fxcurv.memory import bytes_of
 from fxcurv.pairs import Kept, Strategy, kept, kept_of, products
+from fxcurv.program import Program
 from fxcurv.quantities import Factor, Identity, Sums, Used
 from fxcurv.run import Gathered, bind, default_columns, pull_back
+from fxcurv.tiles import Batch, Request, Tile, Tiles, tiles_for
 
 __all__ = ["NTK", "Linearized", "ntk"]
 
@@ -35,64 +40,128 @@ How = Literal["jacobian", "structured", "ntvp"]
 
 
 def ntk(
-    model: nn.Module, x1: Inputs, x2: Inputs | None = None, kind: Kind = "full", strategy: How | None = None
+    model: nn.Module,
+    x1: Inputs,
+    x2: Inputs | None = None,
+    kind: Kind = "full",
+    strategy: How | None = None,
+    *,
+    memory_budget: int | str | None = None,
 ) -> Tensor:
     """The kernel of two batches (or of one with itself), by entries c, d of one sample's output, flattened.
 
     `kind` is "full", `[N, M, C, C]`; "diagonal", K[n,m,c,c], `[N, M, C]`; or "trace", Σ_c K[n,m,c,c], `[N, M]`.
-    `NTK(model)` is compiled once for many batches, and has the summands of each parameter. Raises what `compile` does.
+    `memory_budget` is that of `fxcurv.compile`. `NTK(model)` is compiled once for many batches, and has the summands of
+    each parameter. Raises what `compile` does.
     """
-    return NTK(model, strategy)(x1, x2, kind)
+    return NTK(model, strategy, memory_budget=memory_budget)(x1, x2, kind)
 
 
 class NTK:
-    """The kernel of a model; its parameters are read when it is called."""
+    """The kernel of a model; its parameters are read when it is called.
 
-    def __init__(self, model: nn.Module, strategy: How | None = None, output: Output = None) -> None:
+    With a `memory_budget`, as "2GiB" or in bytes, a call raises memory no further, its result included: it is made of
+    tiles that a forecast says will fit (fxcurv/tiles.py). A budget that the kernel, and one column of one sample of
+    each batch, do not fit is refused (FXC503) before anything runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strategy: How | None = None,
+        output: Output = None,
+        *,
+        memory_budget: int | str | None = None,
+    ) -> None:
         if strategy is not None and strategy not in get_args(How):
             _refuse("strategy", strategy, get_args(How))
+        if strategy == "ntvp" and memory_budget is not None:
+            raise QuantityError(
+                "strategy='ntvp' is plain autograd, whose memory no budget bounds",
+                remedy="choose another strategy, or leave out memory_budget",
+                code="FXC409",
+            )
         self.model, self.strategy, self.select = model, strategy, selector(output)
-        forced = None if strategy == "ntvp" else strategy
-        self.compiled = Compiled(model, as_loss("mse"), chosen(_OutputColumns(forced)), Options(output))
+        self.budget = bytes_of(memory_budget)
+        self.forced: Strategy | None = None if strategy == "ntvp" else strategy
+        self.compiled = Compiled(model, as_loss("mse"), chosen(_OutputColumns(self.forced)), Options(output))
+        self._known: WeakKeyDictionary[Program, WeakKeyDictionary[Program, dict[object, Tiles]]] = WeakKeyDictionary()
 
     def __call__(self, x1: Inputs, x2: Inputs | None = None, kind: Kind = "full") -> Tensor:
         """The kernel, as in `ntk`."""
-        found = list(self.of_each(x1, x2, kind).values())
+        found = self._sums(x1, x2, kind, apart=False)
         if not found:
             raise InputError(
                 "the output depends on no trainable parameter", node="output", remedy="see requires_grad", code="FXC207"
             )
-        return sum(found[1:], start=found[0])
+        return found[""]
 
     def of_each(self, x1: Inputs, x2: Inputs | None = None, kind: Kind = "full") -> dict[str, Tensor]:
         """Each parameter's summand of the kernel."""
+        return self._sums(x1, x2, kind, apart=True)
+
+    def _sums(self, x1: Inputs, x2: Inputs | None, kind: Kind, apart: bool) -> dict[str, Tensor]:
+        """The kernel of each parameter by its name, or not `apart` that of all of them under no name."""
         if kind not in get_args(Kind):
             _refuse("kind", kind, get_args(Kind))
-        if self.strategy == "ntvp":
-            return {name: _reduced(K, kind) for name, K in self._by_products(x1, x2).items()}
-        left = self._columns(x1)
-        right = left if x2 is None else self._columns(x2)
-        forced = "structured" if self.strategy == "structured" else "jacobian" if self.strategy else None
         found: dict[str, Tensor] = {}
-        for name, columns in left.items():
-            K = products(columns, right[name], alike=kind != "full", strategy=forced)
-            full = kind == "full"
-            found[name] = K.permute(1, 3, 0, 2) if full else K.sum(0) if kind == "trace" else K.permute(1, 2, 0)
+        if self.strategy == "ntvp":
+            for name, K in self._by_products(x1, x2).items():
+                block = _reduced(K, kind)
+                _add(found, name if apart else "", block, block.shape, (...,))
+            return found
+        left = Batch(self.compiled.prepare(x1), x1)
+        right = None if x2 is None else Batch(self.compiled.prepare(x2), x2)
+        request = Request(kind != "full", kind == "trace", len(left.program.plan.jobs) if apart else 1, self.forced)
+        other, tiles = right or left, self._tiles(left, right, request)
+        shape = torch.Size((left.samples, other.samples, left.outputs, other.outputs))
+        for name, a, b, K in self._products(left, right, request, tiles):
+            block = K.sum(0) if request.traced else K.permute(1, 2, 0) if request.alike else K.permute(1, 3, 0, 2)
+            places, key = (a.samples, b.samples, a.columns, b.columns), name if apart else ""
+            _add(found, key, block, shape[: block.ndim], places[: block.ndim])
+            if right is None and a is not b:
+                mirrored, places = block.transpose(0, 1), (b.samples, a.samples, b.columns, a.columns)
+                mirrored = mirrored if request.alike else mirrored.transpose(2, 3)
+                _add(found, key, mirrored, shape[: block.ndim], places[: block.ndim])
         return found
 
-    def _columns(self, inputs: Inputs) -> dict[str, Kept]:
-        """The Jacobians of each parameter, as what is kept of them."""
-        program = self.compiled.prepare(inputs)
+    def _tiles(self, left: Batch, right: Batch | None, request: Request) -> Tiles:
+        """How the batches are cut, remembered for their sizes."""
+        other = right or left
+        key = (left.samples, right and right.samples, request)
+        known = self._known.setdefault(left.program, WeakKeyDictionary()).setdefault(other.program, {})
+        if key not in known:
+            known[key] = tiles_for(left, right, request, self.budget)
+        return known[key]
+
+    def _products(
+        self, left: Batch, right: Batch | None, request: Request, tiles: Tiles
+    ) -> Iterator[tuple[str, Tile, Tile, Tensor]]:
+        """Every parameter's products of every two tiles, of one batch with itself of every pair."""
+        ours = tiles.of(left)
+        for i, a in enumerate(ours):
+            L = self._columns(left, a)
+            for b in ours[i:] if right is None else tiles.of(right):
+                if request.alike and a.columns != b.columns:
+                    continue
+                R = L if b is a else self._columns(right or left, b)
+                for name, columns in L.items():
+                    yield name, a, b, products(columns, R[name], request.alike, request.strategy, tiles.room)
+                del R
+            del L
+
+    def _columns(self, batch: Batch, tile: Tile) -> dict[str, Kept]:
+        """The Jacobians of each parameter at a tile, as what is kept of them."""
+        program, (start, stop) = batch.program, (tile.columns.start, tile.columns.stop)
         with torch.no_grad(), without_autocast():
             bind(program.canonical, self.model)
-            output, saved, found = program.forward(
-                *(t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor))
-            )
-            count, chunk = output[0].numel(), default_columns(program, len(output))
+            tensors = (t for t in pytree.tree_leaves(as_call(batch.part(tile.samples))) if isinstance(t, Tensor))
+            output, saved, found = program.forward(*tensors)
+            chunk = default_columns(program, len(output))
             gathered = Gathered(program)
             gathered.add(found)
             for factor in program.backwards:
-                columns = (unit_columns(output, start, min(start + chunk, count)) for start in range(0, count, chunk))
+                columns = (unit_columns(output, at, min(at + chunk, stop)) for at in range(start, stop, chunk))
                 pull_back(program, factor, saved, columns, gathered)
             gathered.close()
         sums = gathered.whole
@@ -172,6 +241,17 @@ def _reduced(K: Tensor, kind: Kind) -> Tensor:
         return K
     diagonal = K.diagonal(dim1=2, dim2=3)
     return diagonal.sum(2) if kind == "trace" else diagonal
+
+
+def _add(found: dict[str, Tensor], key: str, block: Tensor, shape: Sequence[int], place: tuple[Any, ...]) -> None:
+    """Add a block to the tensor of that shape under `key`, at a place; or make it that tensor."""
+    if key not in found and block.shape == shape:
+        found[key] = block
+        return
+    if key not in found:
+        found[key] = block.new_zeros(shape)
+    found[key] = found[key].to(torch.promote_types(found[key].dtype, block.dtype))
+    found[key][place] += block
 
 
 def _refuse(what: str, given: object, choices: tuple[str, ...]) -> None:

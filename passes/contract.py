@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from fxcurv import contractions, forms, kernels
 from fxcurv.contractions import Statistic
 from fxcurv.costs import Cost, Rates, copying, rates_of
+from fxcurv.gemm import uses_onednn
 from fxcurv.patches import Patches
 from fxcurv.pullback import InputPositions, OutputPositions, Pull, PullToParameter
 from fxcurv.shapes import resolve
@@ -175,6 +176,17 @@ def _of_diagonal(op: contractions.Diagonal, node: fx.Node, setting: Setting) -> 
         yield _Form(forms.DiagonalBySample(), node.args)
 
 
+def _of_columns(op: contractions.Columns, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+    xs, Ss = _uses(node)
+    (x, *more), (S, *_) = xs, Ss
+    _, _, s, _, o = _sizes(S, setting)
+    if x is None or more or s == 1 or _sizes(x, setting)[-1] == o == 1 or not setting.loops:
+        return
+    if setting.forced == forms.ColumnsBySample.__name__ or uses_onednn(setting.dtype, setting.device):
+        patches = _patches_of(x) if _positions(x).place.parts == 1 else None
+        yield _Form(forms.ColumnsBySample(patches), node.args if patches is None else ([*x.all_input_nodes], Ss))
+
+
 def _of_norms(op: contractions.SquaredNorms, node: fx.Node, setting: Setting) -> Iterator[_Form]:
     xs: Any = node.args[0]
     if None not in xs:
@@ -192,6 +204,7 @@ _FORMS: dict[type[Statistic], Callable[[Any, fx.Node, Setting], Iterator[_Form]]
     contractions.OutputCovariance: _of_outputs,
     contractions.Gram: _of_gram,
     contractions.Gradient: _of_gradient,
+    contractions.Columns: _of_columns,
     contractions.Diagonal: _of_diagonal,
     contractions.DiagonalPerSample: _of_diagonal_per_sample,
     contractions.SquaredNorms: _of_norms,

@@ -63,9 +63,10 @@ def first_only(model: nn.Module) -> Any:
     )
 
 
+OURS = ("fxcurv grad", "fxcurv kfac", "fxcurv kfac dense", "fxcurv ntk (x,x)")
 ROWS = (
     *(row for row in rows.ROWS if row.library in ("torch", "functorch")),
-    *(row for row in rows.ROWS if row.name in ("fxcurv grad", "fxcurv kfac", "fxcurv kfac dense")),
+    *(row for row in rows.ROWS if row.name in OURS),
     rows.Row("toys", "refusing", refusing),
     rows.Row("toys", "greedy", greedy),
     rows.Row("toys", "deadly", deadly),
@@ -138,6 +139,24 @@ def test_every_named_quantity_is_a_row() -> None:
     assert {f"fxcurv {name}" for name in (*fxcurv.NAMES, "kfac dense", "kflr dense")} <= set(names)
     assert len(names) == len(set(names))
     assert all(names.index(row.cheaper) < names.index(row.name) for row in rows.ROWS if row.cheaper)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "package"),
+    [
+        ("fxcurv ntk (x,x)", "functorch ntk (x,x)", "torch"),
+        ("fxcurv GGN product", "curvlinops GGN product", "curvlinops"),
+    ],
+)
+def test_rows_side_by_side_compute_the_same(ours: str, theirs: str, package: str) -> None:
+    pytest.importorskip(package)
+    with torch.random.fork_rng(devices=[]):
+        model, x, y = PROBLEMS["tiny"].make()
+    named = {row.name: row for row in rows.ROWS}
+    left, right = (named[name].prepare(model).run(x, y) for name in (ours, theirs))
+    assert left.keys() == right.keys() == dict(model.named_parameters()).keys()
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_row_over_the_limit_is_stopped_and_its_relative_not_tried() -> None:

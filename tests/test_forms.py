@@ -16,6 +16,7 @@ import passes
 from fxcurv import forms, pages
 from fxcurv.choice import chosen
 from fxcurv.contractions import (
+    Columns,
     Diagonal,
     DiagonalPerSample,
     Gradient,
@@ -92,6 +93,8 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     if x.shape[1] <= 50:
         close(forms.DiagonalByPairs()([x], [S]), diagonal)
     close(DiagonalPerSample()([x], [S]).sum(0), diagonal)
+    close(forms.ColumnsBySample()([x], [S]), Columns()([x], [S]))
+    close(forms.ColumnsBySample(patches)([z], [S]), Columns()([x], [S]))
     close(forms.SquaredNormsByPairs()([x], [S]), SquaredNorms()([x], [S]))
 
 
@@ -105,6 +108,8 @@ def test_forms_of_positions(groups: int, positions: int) -> None:
         "outputs": (_sum(forms.KeptOutputs(), [S]), OutputCovariance()([S])),
         "pooled outputs": (_sum(forms.KeptOutputs(pooled=True), [S]), OutputCovariance(pooled=True)([S])),
         "entries": (_sum(forms.KeptEntries(), [x], [S]), Gram()([x], [S]).unsqueeze(0)),
+        "columns": (forms.ColumnsBySample()([x], [S]), Columns()([x], [S])),
+        "outer products": (Columns()([x], [S]), torch.einsum("vnsgo,nsgi->vngoi", S, x)),
         "by sample": (forms.DiagonalBySample()([x], [S]), Diagonal()([x], [S])),
         "norms by pairs": (forms.SquaredNormsByPairs()([x], [S]), SquaredNorms()([x], [S])),
         "by pairs": (forms.DiagonalByPairs()([x], [S]), Diagonal()([x], [S])),
@@ -251,6 +256,7 @@ QUANTITIES = [
     fxcurv.KFAC(fxcurv.Exact(), approx="reduce", joint=True),
     fxcurv.KFAC(fxcurv.Exact(), joint=True),
     fxcurv.BatchL2(),
+    fxcurv.BatchGrad(),
     fxcurv.BatchDiagGGN(),
 ]
 
@@ -277,7 +283,7 @@ def results(forced: str | None) -> dict[str, Tensor]:
 
 
 DEFINITIONS: list[Callable[[], Statistic]] = [
-    *(Diagonal, DiagonalPerSample, Gradient, Gram, InputCovariance, OutputCovariance, SquaredNorms)
+    *(Columns, Diagonal, DiagonalPerSample, Gradient, Gram, InputCovariance, OutputCovariance, SquaredNorms)
 ]
 FORMS = [*(d.__name__ for d in DEFINITIONS), *forms.__all__]
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +19,9 @@ from test_samples import assert_close
 from torch import Tensor, nn
 
 import fxcurv
+from fxcurv import pairs
+from fxcurv.memory import bytes_of
+from fxcurv.tiles import Batch, Peak, Request, Tile, tiles_for
 
 NAMES = (
     *("linear.vector", "linear.tokens", "conv2d.everything", "conv2d.plain", "conv2d.groups", "conv2d.depthwise"),
@@ -99,6 +107,115 @@ def test_the_cheaper_strategy_is_taken() -> None:
     small = Used("w", (4, 3, 3, 3), 1, 4, 27, 900, True)
     assert set(kept(wide)) == {"x", "S"}
     assert set(kept(small)) == {"entries"}
+
+
+@pytest.mark.parametrize("room", [1, 400, 3000])
+@pytest.mark.parametrize("name", ["linear.tokens", "conv2d.groups", "param.applied_twice_tokens"])
+def test_entries_are_formed_in_pieces(name: str, room: int) -> None:
+    """However little room there is, the products of positions and of the entries that they make are the same."""
+    model, x1, x2 = batches(samples.find(name))
+    kernel = fxcurv.NTK(model, "structured")
+    jobs = kernel.compiled.prepare(x1).plan.jobs
+    sides = [kernel._columns(Batch(kernel.compiled.prepare(x), x), Tile(slice(9), slice(0, 2))) for x in (x1, x2)]
+    for name in (job.used.name for job in jobs):
+        left, right = (side[name] for side in sides)
+        for alike in (False, True):
+            expected = pairs.products(left, right, alike, "structured")
+            cut = pairs.products(left, right, alike, "jacobian", room)
+            assert_close(cut, expected, f"{name} {alike}", 1e-10)
+            assert_close(pairs.products(left, right, alike, "structured", room), expected, f"{name} {alike}", 1e-10)
+            assert_close(pairs.products(left, left, alike, "jacobian", room), pairs.products(left, left, alike), name)
+
+
+# Memory -----------------------------------------------------------------------------------------------------------
+
+
+def convolutions(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Weights of which columns are kept as entries, and a last layer whose positions are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2))
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 6)).to(dtype).eval()
+
+
+def images(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, 3, 12, 12, generator=torch.Generator().manual_seed(n), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget", "samples", "columns"),
+    [("full", "2MiB", 7, 6), ("full", "1MiB", 3, 6), ("diagonal", "800KiB", 2, 6), ("trace", "200KiB", 1, 3)],
+)
+def test_a_budget_changes_the_tiles_and_not_the_kernel(kind: Any, budget: str, samples: int, columns: int) -> None:
+    model, x1, x2 = convolutions(), images(7), images(4)
+    free, bounded = fxcurv.NTK(model), fxcurv.NTK(model, memory_budget=budget)
+    for pair in ((x1, None), (x2, x1)):
+        assert_close(bounded(*pair, kind), free(*pair, kind), f"{kind} in {budget}", 1e-12)
+    left, request = Batch(bounded.compiled.prepare(x1), x1), Request(kind != "full", kind == "trace")
+    tiles = tiles_for(left, None, request, bytes_of(budget))
+    assert (tiles.samples, tiles.columns) == (samples, columns)
+    assert Peak.of(left, None, request, tiles).highest <= (bytes_of(budget) or 0)
+
+
+def test_a_budget_bounds_the_summands_too() -> None:
+    model, x1, x2 = convolutions(), images(7), images(4)
+    expected = fxcurv.NTK(model).of_each(x1, x2)
+    for name, K in fxcurv.NTK(model, memory_budget="400KiB").of_each(x1, x2).items():
+        assert_close(K, expected[name], name, 1e-12)
+
+
+def test_a_kernel_beyond_the_budget_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = convolutions(), images(2)
+    kernel = fxcurv.NTK(model, memory_budget="1MiB")
+    kernel(x)
+    monkeypatch.setattr(kernel, "_columns", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(
+        fxcurv.FxcurvError, match=r"the kernel takes 1\.056 MiB, .* memory_budget=1 MiB; allow .* MiB"
+    ) as e:
+        kernel(images(62))
+    assert e.value.code == "FXC503"
+    with pytest.raises(fxcurv.FxcurvError, match=r"one column of one sample of each batch .* at least .* KiB") as e:
+        fxcurv.ntk(model, x, memory_budget="10KiB")
+    assert e.value.code == "FXC503"
+
+
+def test_budgets_that_bound_nothing() -> None:
+    model, x = convolutions(), images(2)
+    with pytest.raises(fxcurv.QuantityError, match="plain autograd"):
+        fxcurv.ntk(model, x, strategy="ntvp", memory_budget="1GiB")
+    with pytest.raises(fxcurv.QuantityError, match=r"memory_budget='much'; give bytes"):
+        fxcurv.NTK(model, memory_budget="much")
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+from torch import nn
+import fxcurv
+from benchmark.measure import give_back_blocks, peak_bytes
+from benchmark.rows import Computation
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+give_back_blocks()
+layers = (nn.Conv2d(3, 32, 3, stride=2), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+model, x = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 10)).eval(), torch.randn(40, 3, 20, 20)
+for budget in (None, "20MiB"):
+    kernel = fxcurv.NTK(model, memory_budget=budget)
+    kernel(x)
+    print(json.dumps(peak_bytes(Computation(lambda x, y: {"K": kernel(x)}), x, x)))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system cannot tell a peak")
+def test_the_measured_peak_stays_inside_of_the_budget() -> None:
+    root = Path(fxcurv.__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tools")])}
+    done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True)
+    free, bounded = map(json.loads, done.stdout.split())
+    assert free > 30 << 20, "without a budget it takes more"
+    assert bounded <= 20 << 20
 
 
 @pytest.mark.parametrize(("argument", "value"), [("kind", "half"), ("strategy", "guess")])

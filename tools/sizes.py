@@ -27,6 +27,7 @@ MANY_PARAMETERS = {  # public verbs: each option a keyword of its own
     "fxcurv/api.py:compile",
     "fxcurv/api.py:Compiled.accumulate",
     "fxcurv/checks/levels.py:check",
+    "fxcurv/ntk.py:ntk",
     "fxcurv/products.py:fisher_operator",
     "fxcurv/products.py:ggn_operator",
     "fxcurv/products.py:hessian_operator",

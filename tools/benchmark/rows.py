@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jacrev, vmap
 
 import fxcurv
 
@@ -99,6 +99,23 @@ def per_sample(squared: bool) -> Prepare:
     return prepare
 
 
+def contracted_jacobians(model: nn.Module) -> Computation:
+    """The tangent kernel `[N, N, C, C]` of a batch with itself, as torch.func's tutorial has it: by Jacobians."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def output_of(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, (parameters, buffers), (x.unsqueeze(0),)).flatten()
+
+    jacobians = vmap(jacrev(output_of), in_dims=(None, 0))
+
+    def run(x: Tensor, y: Tensor) -> Result:
+        each = (J.flatten(2) for J in jacobians(parameters, x).values())
+        return dict.fromkeys(parameters, sum(torch.einsum("ncp,mdp->nmcd", J, J) for J in each))
+
+    return Computation(run)
+
+
 # fxcurv -----------------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +132,32 @@ def fxcurv_quantity(quantity: str | fxcurv.KFAC | fxcurv.DiagGGN, dense: bool = 
         return Computation(run, compiled.prepare, partial(forecast, compiled))
 
     return prepare
+
+
+def tangent_kernel(model: nn.Module) -> Computation:
+    """`[N, N, C, C]` of a batch with itself."""
+    kernel = fxcurv.NTK(model)
+    return Computation(lambda x, y: dict.fromkeys(trainable(model), kernel(x)), kernel.compiled.prepare)
+
+
+def trainable(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def vector(model: nn.Module) -> Tensor:
+    """What a matrix is multiplied with, the same for each library."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(sum(p.numel() for p in model.parameters() if p.requires_grad), generator=generator)
+
+
+def ggn_product(model: nn.Module) -> Computation:
+    v = vector(model)
+
+    def run(x: Tensor, y: Tensor) -> Result:
+        operator = fxcurv.ggn_operator(model, nn.CrossEntropyLoss(), [(x, y)])
+        return dict.fromkeys(trainable(model), operator @ v)
+
+    return Computation(run)
 
 
 def factors(block: Any) -> object:
@@ -163,8 +206,11 @@ def backpack_extension(extension: str, field: str) -> Prepare:
     return prepare
 
 
-def curvlinops_kfac(fisher: str) -> Prepare:
-    """The Kronecker factors of curvlinops, for the parameters of Linear and Conv2d: it refuses all others."""
+def curvlinops_kfac(fisher: str, corrected: bool = False) -> Prepare:
+    """The Kronecker factors of curvlinops, for the parameters of Linear and Conv2d: it refuses all others.
+
+    With `corrected`, EKFAC: their eigenvectors, and the diagonal in these.
+    """
 
     def prepare(model: nn.Module) -> Computation:
         curvlinops: Any = importlib.import_module("curvlinops")
@@ -173,7 +219,8 @@ def curvlinops_kfac(fisher: str) -> Prepare:
         parameters = {name: p for name, p in model.named_parameters() if id(p) in supported}
 
         def run(x: Tensor, y: Tensor) -> Result:
-            operator = curvlinops.KFACLinearOperator(
+            kind = curvlinops.EKFACLinearOperator if corrected else curvlinops.KFACLinearOperator
+            operator = kind(
                 model,
                 nn.CrossEntropyLoss(),
                 list(parameters.values()),
@@ -184,11 +231,27 @@ def curvlinops_kfac(fisher: str) -> Prepare:
                 num_per_example_loss_terms=y[0].numel(),
             )
             operator.compute_kronecker_factors()
+            if corrected:
+                operator.compute_eigenvalue_correction()
             return dict.fromkeys(parameters, operator)
 
         return Computation(run)
 
     return prepare
+
+
+def curvlinops_ggn_product(model: nn.Module) -> Computation:
+    curvlinops: Any = importlib.import_module("curvlinops")
+    v, parameters = vector(model), [p for p in model.parameters() if p.requires_grad]
+
+    def run(x: Tensor, y: Tensor) -> Result:
+        data, loss = [(x, y)], nn.CrossEntropyLoss()
+        operator = curvlinops.GGNLinearOperator(
+            model, loss, parameters, data, check_deterministic=False, num_data=len(x)
+        )
+        return dict.fromkeys(trainable(model), operator @ v)
+
+    return Computation(run)
 
 
 # The table --------------------------------------------------------------------------------------------------------
@@ -216,6 +279,18 @@ SAME = {
     "DiagGGNMC": "diag_ggn_mc",
     "BatchGrad": "per-sample grad",
     "SumGradSquared": "sum_grad_squared",
+    "BatchL2Grad": "batch_l2",
+    "Variance": "variance",
+    "BatchDiagGGNMC": "batch_diag_ggn_mc",
+    "BatchDiagGGNExact": "batch_diag_ggn",
+    "SqrtGGNMC": "sqrt_ggn_mc",
+    "SqrtGGNExact": "sqrt_ggn",
+    "KFRA": "kfra",
+    "DiagHessian": "diag_hessian",
+    "BatchDiagHessian": "batch_diag_hessian",
+    "EKFAC mc": "ekfac",
+    "EKFAC type-2": "ekfac_exact",
+    "EKFAC empirical": "ekfac_empirical",
 }
 """What the peers call what fxcurv has, or would have, under another name."""
 
@@ -240,7 +315,11 @@ def fxcurv_rows() -> list[Row]:
         Row("fxcurv", f"{name} dense", fxcurv_quantity(name, dense=True), "factors as matrices", f"fxcurv {name}")
         for name in ("kfac", "kflr")
     ]
-    return [*rows, *dense]
+    operators = [
+        Row("fxcurv", "ntk (x,x)", tangent_kernel, "full, [N, N, C, C]"),
+        Row("fxcurv", "GGN product", ggn_product, "with one vector, the operator made for it"),
+    ]
+    return [*rows, *dense, *operators]
 
 
 def backpack_row(extension: str, field: str, note: str = "and the gradient", cheaper: str = "") -> Row:
@@ -257,9 +336,23 @@ ROWS: tuple[Row, ...] = (
     backpack_row("DiagGGNExact", "diag_ggn_exact", cheaper="backpack DiagGGNMC"),
     backpack_row("BatchGrad", "grad_batch", "per-sample gradients, and the gradient"),
     backpack_row("SumGradSquared", "sum_grad_squared"),
+    backpack_row("BatchL2Grad", "batch_l2"),
+    backpack_row("Variance", "variance"),
+    backpack_row("BatchDiagGGNMC", "diag_ggn_mc_batch", cheaper="backpack DiagGGNMC"),
+    backpack_row("BatchDiagGGNExact", "diag_ggn_exact_batch", cheaper="backpack DiagGGNExact"),
+    backpack_row("SqrtGGNMC", "sqrt_ggn_mc"),
+    backpack_row("SqrtGGNExact", "sqrt_ggn_exact", cheaper="backpack SqrtGGNMC"),
+    backpack_row("KFRA", "kfra", PAIRED),
+    backpack_row("DiagHessian", "diag_h", cheaper="backpack DiagGGNExact"),
+    backpack_row("BatchDiagHessian", "diag_h_batch", cheaper="backpack DiagHessian"),
     Row("curvlinops", "KFAC mc", curvlinops_kfac("mc"), LAYERS),
     Row("curvlinops", "KFAC type-2", curvlinops_kfac("type-2"), LAYERS, "curvlinops KFAC mc"),
     Row("curvlinops", "KFAC empirical", curvlinops_kfac("empirical"), LAYERS),
+    Row("curvlinops", "EKFAC mc", curvlinops_kfac("mc", corrected=True), LAYERS, "curvlinops KFAC mc"),
+    Row("curvlinops", "EKFAC type-2", curvlinops_kfac("type-2", corrected=True), LAYERS, "curvlinops KFAC type-2"),
+    Row("curvlinops", "EKFAC empirical", curvlinops_kfac("empirical", corrected=True), LAYERS),
+    Row("curvlinops", "GGN product", curvlinops_ggn_product, "with one vector, the operator made for it"),
+    Row("functorch", "ntk (x,x)", contracted_jacobians, "Jacobian contraction"),
     Row("functorch", "per-sample grad", per_sample(squared=False), "vmap of grad"),
     Row("functorch", "sum_grad_squared", per_sample(squared=True), "vmap of grad"),
 )
