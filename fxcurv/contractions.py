@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fxcurv.costs import Cost, copying, product
 from fxcurv.gemm import times_transpose, transpose_times
 from fxcurv.moments import SecondMoment
+from fxcurv.pages import new_empty
 
 __all__ = [
     "CHUNK",
@@ -106,7 +107,8 @@ def _per_sample(x: Tensor | None, S: Tensor) -> Tensor:
         return (S * x).sum(2).unsqueeze(-1)
     v, n, s, g, o = S.shape
     if s == 1:  # outer products: written once, and nothing is summed
-        return S[:, :, 0].unsqueeze(-1) * x[:, 0].unsqueeze(-2)
+        result = new_empty(S, v, n, g, o, x.shape[-1])
+        return torch.mul(S[:, :, 0].unsqueeze(-1), x[:, 0].unsqueeze(-2), out=result)
     # one matrix product per sample and group: [n,g,v·o,s] @ [n,g,s,i]
     product = S.permute(1, 3, 0, 4, 2).reshape(n, g, v * o, s) @ x.transpose(1, 2)
     return product.view(n, g, v, o, -1).permute(2, 0, 1, 3, 4)

@@ -15,6 +15,7 @@ from fxcurv.costs import Cost, copying, moment, product
 from fxcurv.gemm import times_transpose, transpose_times
 from fxcurv.kernels import sum_of_squared_products
 from fxcurv.moments import SecondMoment
+from fxcurv.pages import new_empty
 from fxcurv.patches import Patches
 
 __all__ = [
@@ -187,7 +188,7 @@ class ColumnsBySample(Statistic):
         """The result without its numbers."""
         (x,), (S,) = xs, Ss
         inputs = x.shape[1] // self.patches.groups * self.patches.taps if self.patches else x.shape[-1]
-        return S.new_empty(*S.shape[:2], *S.shape[3:], inputs)
+        return new_empty(S, *S.shape[:2], *S.shape[3:], inputs)
 
     def forward(self, xs: Sequence[Tensor], Ss: Ss) -> Tensor:
         (x,), (S,), J = map(widened, xs), Ss, self.empty(xs, Ss)

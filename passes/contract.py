@@ -179,8 +179,8 @@ def _of_diagonal(op: contractions.Diagonal, node: fx.Node, setting: Setting) -> 
 def _of_columns(op: contractions.Columns, node: fx.Node, setting: Setting) -> Iterator[_Form]:
     xs, Ss = _uses(node)
     (x, *more), (S, *_) = xs, Ss
-    _, _, s, _, o = _sizes(S, setting)
-    if x is None or more or s == 1 or _sizes(x, setting)[-1] == o == 1 or not setting.loops:
+    _, _, s, _, o = setting.sizes(S)
+    if x is None or more or s == 1 or setting.sizes(x)[-1] == o == 1 or not setting.loops:
         return
     if setting.forced == forms.ColumnsBySample.__name__ or uses_onednn(setting.dtype, setting.device):
         patches = _patches_of(x) if _positions(x).place.parts == 1 else None
