@@ -69,7 +69,7 @@ def _normalized(S: Tensor, a: Named, wanted: str, axes: list[int], centred: bool
     x, weight, eps = a["input"], a["weight"], a["eps"]
     wide = torch.promote_types(x.dtype, torch.float32)
     x, S = x.to(wide), S.to(wide)
-    eps = torch.finfo(a["input"].dtype).eps if eps is None else eps
+    eps = torch.finfo(wide).eps if eps is None else eps
     centre = x - x.mean(axes, keepdim=True) if centred else x
     rate = (centre.square().mean(axes, keepdim=True) + eps).rsqrt()
     if wanted == "bias":
