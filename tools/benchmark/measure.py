@@ -277,9 +277,14 @@ MINIMUM = 3
 
 
 def in_rounds(able: Iterable[Ready], repeats: int, limit: float) -> None:
-    """Every computation once per round, `repeats` times; after three it stops once its times add up to the limit."""
+    """Every computation once per round, `repeats` times; after three it stops once its times add up to the limit.
+
+    The first runs once more, before it is timed: it is what the others are compared with, and follows the last.
+    """
     able = list(able)
     for done in tqdm(range(repeats), desc="rounds", disable=None, leave=False):
+        for warm in able[:1]:
+            warm.computation.run(*warm.batch)
         for k, warm in enumerate(able):
             if k == 0 or done < MINIMUM or sum(warm.times) < limit:
                 x, y = warm.batch
