@@ -44,12 +44,36 @@ def per_sample_jacobian(model: nn.Module, names: Iterable[str], x_n: Tensor) -> 
 
     def f(chosen: dict[str, Tensor]) -> Tensor:
         parameters = {**everything, **chosen}
-        return torch.func.functional_call(model, parameters, (x_n.unsqueeze(0),), tie_weights=True).flatten()
+        with PlainBatchNorm():
+            return torch.func.functional_call(model, parameters, (x_n.unsqueeze(0),), tie_weights=True).flatten()
 
     names = list(names)
     output, pullback, *_ = torch.func.vjp(f, {name: everything[name] for name in names})
     rows = [pullback(e_c)[0] for e_c in torch.eye(output.numel(), dtype=output.dtype)]
     return {name: torch.stack([row[name] for row in rows]) for name in names}
+
+
+class PlainBatchNorm(TorchFunctionMode):
+    """BatchNorm in eval mode as its formula: torch 2.15's own has a wrong gradient for one sample and cotangents that
+    are not contiguous, on the CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = {"weight": None, "bias": None, "training": False, "eps": 1e-5, **(kwargs or {})}
+        given |= dict(zip(names, args, strict=False))
+        if given["training"]:
+            return func(*args, **(kwargs or {}))
+        x = given["input"]
+        mean, var, weight, bias = (
+            None if t is None else t.view(-1, *(1,) * (x.ndim - 2)) for t in (given[name] for name in names[1:5])
+        )
+        x = (x - mean) / (var + given["eps"]).sqrt()
+        x = x if weight is None else x * weight
+        return x if bias is None else x + bias
 
 
 def jacobians(model: nn.Module, x: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -324,7 +348,7 @@ def uses(model: nn.Module, x_n: Tensor, S_n: Tensor) -> tuple[list[Use], dict[st
     _require_eval(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     name_of = {id(p): name for name, p in parameters.items()}
-    with _Recorder() as recorder, torch.enable_grad():
+    with _Recorder() as recorder, PlainBatchNorm(), torch.enable_grad():
         output = model(x_n.unsqueeze(0))
     calls = [call for call in recorder.calls if id(call.arguments["weight"]) in name_of]
     wanted = [call.z for call in calls] + list(parameters.values())
@@ -388,7 +412,8 @@ def diag_hessian(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, n: int | No
     held = outputs(model, x)
 
     def value(chosen: dict[str, Tensor]) -> Tensor:
-        f = torch.func.functional_call(model, {**everything, **chosen}, (x,), tie_weights=True)
+        with PlainBatchNorm():
+            f = torch.func.functional_call(model, {**everything, **chosen}, (x,), tie_weights=True)
         return loss(f if n is None else torch.cat([held[:n], f[n : n + 1], held[n + 1 :]]), y)
 
     found: dict[str, Tensor] = {}

@@ -159,6 +159,7 @@ PROBLEMS: dict[str, Problem] = {
     "resnet18_32": Problem(
         from_torchvision("resnet18", 10), batch=64, shape=CIFAR, quick_batch=2, package="torchvision"
     ),
+    "resnet18_32_n16": Problem(from_torchvision("resnet18", 10), batch=16, shape=CIFAR, package="torchvision"),
     "resnet18": Problem(from_torchvision("resnet18", 10), batch=16, shape=(3, 64, 64), package="torchvision"),
     "resnet50": Problem(
         from_torchvision("resnet50", 1000), batch=8, shape=IMAGENET, classes=1000, limit=120, package="torchvision"
