@@ -118,6 +118,15 @@ def test_the_files_begin_with_the_command_and_have_all_columns(folder: Path) -> 
     assert "## elsewhere\n\nN=4, 6, C=10\n\nskipped: no_such_package is not installed" in page
 
 
+def test_what_was_written_is_read_back_to_be_added_to(folder: Path, tmp_path: Path) -> None:
+    facts, lines = report.read(folder)
+    assert {line.problem for line in lines} == set(PROBLEMS)
+    report.write(tmp_path, facts, lines, PROBLEMS)
+    for name in ("bench.csv", "bench.md"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (folder / name).read_text(encoding="utf-8")
+    assert report.read(tmp_path / "nowhere") == ([], [])
+
+
 @pytest.mark.parametrize("row", [row.name for row in ROWS if row.library != "toys"])
 def test_a_row_is_measured(records: dict[str, dict[str, str]], row: str) -> None:
     record = records[row]

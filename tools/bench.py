@@ -3,6 +3,7 @@
     python tools/bench.py                                          every problem, every row
     python tools/bench.py --quick                                  a smoke test: small batches, few repetitions
     python tools/bench.py --problems 3c3d --rows 'fxcurv*' --repeats 25
+    python tools/bench.py --problems gpt2 --add                    this one anew, the others as the files have them
     python tools/bench.py --scaling                                slopes in batch, columns, depth and width
 
 A problem is a network, its inputs and labels; a row is a library and a quantity; benchmark/problems.py and
@@ -52,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the sources b
 import torch
 
 from benchmark import machine, picture, report, scaling
-from benchmark.measure import Line, Settings, apart, import_all, measured
+from benchmark.measure import Settings, apart, import_all, measured
 from benchmark.problems import PROBLEMS, Problem
 from benchmark.rows import GRADIENT, ROWS, Row
 from fxcurv.targets import MissingPackageError
@@ -71,6 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=12, help="GiB a row may take (default 12)")
     parser.add_argument("--roofline", action="store_true", help="also measure the machine's peaks")
     parser.add_argument("--scaling", action="store_true", help="instead of the problems: scaling.csv and scaling.md")
+    parser.add_argument("--add", action="store_true", help="keep what the files have of other problems")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the files")
     arguments = parser.parse_args(argv)
     quick = [name for name, problem in PROBLEMS.items() if problem.quick_batch is not None]
@@ -123,13 +125,15 @@ def facts(arguments: argparse.Namespace, argv: Sequence[str]) -> list[str]:
 def problems(arguments: argparse.Namespace, about: Sequence[str]) -> None:
     """Every problem, its lines written as soon as it is measured."""
     settings = Settings(arguments.repeats, arguments.limit, arguments.memory)
-    lines: list[Line] = []
+    earlier, kept = report.read(arguments.output) if arguments.add else ([], [])
+    lines = [line for line in kept if line.problem not in arguments.problems]
+    about = [*about, *(f"from an earlier run: {fact}" for fact in earlier)]
     paths: list[Path] = []
     for name, problem in arguments.problems.items():
         found = measured(name, problem, arguments.rows, settings)
         lines += found
         print(report.table(found, "simple", report.empty(found)), end="\n\n", flush=True)
-        paths = report.write(arguments.output, about, lines, arguments.problems)
+        paths = report.write(arguments.output, about, lines, PROBLEMS | arguments.problems)
     try:
         paths += picture.draw(lines, arguments.output)
     except MissingPackageError as error:

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -126,6 +127,21 @@ def as_csv(about: Sequence[str], names: Sequence[str], records: Iterable[Sequenc
     writer.writerow(names)
     writer.writerows(["" if c is None else f"{c:.3f}" if isinstance(c, float) else c for c in r] for r in records)
     return text.getvalue()
+
+
+def read(folder: Path) -> tuple[list[str], list[Line]]:
+    """The facts and the lines of a bench.csv; nothing where there is none."""
+    path = folder / "bench.csv"
+    text = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    facts = [line.removeprefix("# ") for line in text if line.startswith("# ")]
+    kinds = {field.name: str if "str" in str(field.type).split(" | ") else float for field in fields(Line)}
+    records = csv.DictReader(line for line in text if not line.startswith("# "))
+    return facts, [Line(**{name: parsed(kinds[name], value) for name, value in r.items()}) for r in records]
+
+
+def parsed(kind: type[str] | type[float], value: str) -> Any:
+    """A value of a table; an empty number is None."""
+    return value if kind is str else float(value) if value else None
 
 
 def write(folder: Path, about: Sequence[str], lines: Sequence[Line], problems: Mapping[str, Problem]) -> list[Path]:
