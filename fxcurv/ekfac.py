@@ -51,10 +51,6 @@ class EKFAC(KFAC):
         A = KFAC.statistics(self, used).get("A")
         return {"eigenvalues": RotatedDiagonal(A.ones)} if isinstance(A, InputCovariance) else {}
 
-    def _shape(self, used: Used) -> tuple[int, ...]:
-        """The block's: that of the parameter, or `[o,i+1]`."""
-        return (used.groups * used.outputs, used.inputs + 1) if self._joined(used) else used.shape
-
 
 @dataclass(frozen=True)
 class Eigenvalues(EKFAC):

@@ -335,9 +335,12 @@ class KFAC(WithOptions):
             return Diagonal(used.shape, formed(sums["diagonal"]).reshape(used.shape))
         positions = used.positions**2 if self.approx == "reduce" else used.positions
         A = sums["A"].div_(samples * positions) if isinstance(sums["A"], Tensor) else sums["A"] / (samples * positions)
-        shape = (used.groups * used.outputs, used.inputs + 1) if self._joined(used) else used.shape
         averaged = samples * (1 if self.approx == "reduce" else used.positions)
-        return Kronecker(shape, A, sums["G"], averaged=averaged)
+        return Kronecker(self._shape(used), A, sums["G"], averaged=averaged)
+
+    def _shape(self, used: Used) -> tuple[int, ...]:
+        """The block's: that of the parameter, or `[o,i+1]`."""
+        return (used.groups * used.outputs, used.inputs + 1) if self._joined(used) else used.shape
 
     def approximation(self, used: Used) -> str | None:
         return "diagonal" if self._form(used) == "diagonal" else None
