@@ -22,7 +22,7 @@ from torch._inductor.exc import InductorError
 from fxcurv.contractions import Statistic
 from fxcurv.errors import FxcurvError
 from fxcurv.program import Program
-from fxcurv.pullback import Pull, PullToParameter, Scaled
+from fxcurv.pullback import PullInputs, PullToParameter, Scaled
 from fxcurv.spec import module_of
 
 __all__ = ["Backend", "built"]
@@ -75,8 +75,7 @@ def _as_operator(module: nn.Module) -> nn.Module:
         return Scaled(_Sum(module.statistic), module.scale)
     if isinstance(module, Statistic):
         return _Sum(module)
-    opaque = isinstance(module, Pull) and module.rule.kind == "opaque"
-    return _ByAutograd(module) if opaque or isinstance(module, PullToParameter) else module
+    return _ByAutograd(module) if isinstance(module, PullInputs | PullToParameter) else module
 
 
 _MODULES: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
@@ -113,10 +112,11 @@ class _ByAutograd(nn.Module):
     def __init__(self, pull: nn.Module) -> None:
         super().__init__()
         self.calls = (pull,)
-        self.key = _named(pull)
+        self.key, self.several = _named(pull), isinstance(pull, PullInputs)
 
-    def forward(self, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
-        return torch.ops.fxcurv.pull(self.key, S, list(kept))
+    def forward(self, S: Tensor, kept: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        pulled = torch.ops.fxcurv.pull(self.key, S, list(kept))
+        return pulled if self.several else pulled[0]
 
 
 @torch.library.custom_op("fxcurv::statistic", mutates_args=())
@@ -142,18 +142,20 @@ _EAGER = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_loca
 
 
 @torch.library.custom_op("fxcurv::pull", mutates_args=())
-def _pull(key: str, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
+def _pull(key: str, S: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
     with torch._C._ForceDispatchKeyGuard(*_EAGER):  # pyright: ignore[reportPrivateUsage]
-        return _MODULES[key](S, kept).clone(memory_format=torch.contiguous_format)  # never S itself
+        pulled = _MODULES[key](S, kept)
+        several = [pulled] if isinstance(pulled, Tensor) else pulled
+        return [t.clone(memory_format=torch.contiguous_format) for t in several]  # never S itself
 
 
 @_pull.register_fake
-def _(key: str, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
-    """Columns at an input, of each sample where it is the same for all."""
+def _(key: str, S: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
+    """Columns at inputs, of each sample where they are the same for all."""
     pull: Any = _MODULES[key]
-    if isinstance(pull, PullToParameter):
-        place = pull.places[-1]
-        assert place is not None
-        S = place.apart(S, lead=1)
-    lead = S.shape[: 2 if isinstance(pull, PullToParameter) or pull.per_sample else 1]
-    return kept[pull.k].new_empty(*lead, *kept[pull.k].shape)
+    if isinstance(pull, PullInputs):
+        lead = S.shape[: 2 if pull.per_sample else 1]
+        return [kept[k].new_empty(*lead, *kept[k].shape) for k in pull.ks]
+    place = pull.places[-1]
+    assert place is not None
+    return [kept[pull.k].new_empty(*place.apart(S, lead=1).shape[:2], *kept[pull.k].shape)]

@@ -1,8 +1,9 @@
-"""Pullbacks of opaque operators in closed form, for all columns at once.
+"""Pullbacks of opaque operators in closed form, for all columns at once, and to all inputs that are asked for.
 
 Autograd runs an operator again to pull back through it, and torch's batching rules multiply its calls. Transformers are
 made of a few operators whose vector-Jacobian products are a line or two. They are used as batched ones are: where a
-trial on random numbers gives what autograd gives (passes/contract.py).
+trial on random numbers gives what autograd gives (passes/contract.py). On a CPU, columns and samples go in parts whose
+intermediate results stay in its cache.
 """
 
 from __future__ import annotations
@@ -15,23 +16,27 @@ import torch
 from torch import Tensor
 
 from fxcurv import ops
+from fxcurv.pages import new_empty
 
 __all__ = ["closed_form"]
 
 Named = dict[str, Any]
-Pullback = Callable[[Tensor, Named, str], Tensor | None]
-"""(S[v, *y.shape], arguments by name, which of them) -> S[v, *argument.shape], or None where it does not apply."""
+Pullback = Callable[[Tensor, Named, Sequence[str]], list[Tensor] | None]
+"""(S[v, *y.shape], arguments by name, which of them) -> S[v, *argument.shape] of each, or None where it does not apply."""
 
 FORMS: dict[str, Pullback] = {}
 
+CACHE = 1 << 18
+"""Entries of the largest intermediate result that stays in the cache of a core."""
 
-def closed_form(op: ops.Opaque, S: Tensor, xs: Sequence[Tensor], k: int) -> Tensor | None:
-    """S[v, *y.shape] -> S[v, *x_k.shape], or None where no form is known."""
+
+def closed_form(op: ops.Opaque, S: Tensor, xs: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor] | None:
+    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, or None where no form is known."""
     form = FORMS.get(str(getattr(op.function, "overloadpacket", "")).removeprefix("aten."))
     if form is None or op.part is not None or op.sized:
         return None
     named, inputs = _named(op, xs)
-    return form(S, named, inputs[k]) if len(inputs) == len(xs) else None
+    return form(S, named, [inputs[k] for k in ks]) if len(inputs) == len(xs) else None
 
 
 def _named(op: ops.Opaque, xs: Sequence[Tensor]) -> tuple[Named, list[str]]:
@@ -61,59 +66,85 @@ def _summed_to(S: Tensor, shape: Sequence[int]) -> Tensor:
     return S.sum(axes, keepdim=True) if axes else S
 
 
+def _in_parts(S: Tensor, entries: int, pull: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    """`pull` of S, on a CPU of so few columns at once that their intermediate results, `entries` each, stay small."""
+    size = max(1, CACHE // max(1, entries)) if S.device.type == "cpu" else len(S)
+    if size >= len(S):
+        return pull(S)
+    results: list[Tensor] = []
+    for start in range(0, len(S), size):
+        found = pull(S[start : start + size])
+        results = results or [new_empty(t, len(S), *t.shape[1:]) for t in found]
+        for result, part in zip(results, found, strict=True):
+            result[start : start + size] = part
+    return results
+
+
 # Normalization ----------------------------------------------------------------------------------------------------
 
 
-def _normalized(S: Tensor, a: Named, wanted: str, axes: list[int], centred: bool) -> Tensor:
-    """y = γ x̂ + β with x̂ = (x - mean) / deviation over the last `axes` of x: dx = (g - ḡ - x̂ mean(g x̂)) / deviation."""
-    x, weight, eps = a["input"], a["weight"], a["eps"]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x, S = x.to(wide), S.to(wide)
-    eps = torch.finfo(wide).eps if eps is None else eps
-    centre = x - x.mean(axes, keepdim=True) if centred else x
-    rate = (centre.square().mean(axes, keepdim=True) + eps).rsqrt()
-    if wanted == "bias":
-        return _summed_to(S, a["bias"].shape).to(a["bias"].dtype)
-    unit = centre * rate
-    if wanted == "weight":
-        return _summed_to(S * unit, weight.shape).to(weight.dtype)
-    g = S if weight is None else S * weight
-    inner = unit * (g * unit).mean(axes, keepdim=True)
-    return ((g - g.mean(axes, keepdim=True) - inner if centred else g - inner) * rate).to(a["input"].dtype)
-
-
-def _last(count: int) -> list[int]:
-    return list(range(-count, 0))
+def _scaled(S: Tensor, unit: Tensor, a: Named, wanted: Sequence[str], pull: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Of y = γ x̂ + β, from `unit` x̂ and the pullback from x̂ to x."""
+    weight = a["weight"]
+    found: list[Tensor] = []
+    for name in wanted:
+        if name == "bias":
+            pulled = _summed_to(S, a["bias"].shape)
+        elif name == "weight":
+            pulled = _summed_to(S * unit, weight.shape)
+        else:
+            (pulled,) = _in_parts(S, 3 * unit.numel(), lambda S: [pull(S if weight is None else S * weight)])
+        found.append(pulled.to(a[name].dtype))
+    return found
 
 
 @_form("layer_norm")
-def _layer_norm(S: Tensor, a: Named, wanted: str) -> Tensor:
-    return _normalized(S, a, wanted, _last(len(a["normalized_shape"])), centred=True)
+def _layer_norm(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
+    """x̂ = (x - mean)/deviation over the last axes: dx = (g - ḡ - x̂ mean(g x̂))/deviation, one kernel of torch's."""
+    shape = a["normalized_shape"]
+    x = a["input"].to(torch.promote_types(a["input"].dtype, torch.float32))
+    unit, mean, rate = torch.native_layer_norm(x, shape, None, None, a["eps"])
+
+    def pull(g: Tensor) -> Tensor:
+        centre, inverse = (t.expand(len(g), *t.shape).contiguous() for t in (mean, rate))
+        xs = x.expand(len(g), *x.shape)
+        mask = [True, False, False]
+        return torch.ops.aten.native_layer_norm_backward(g, xs, shape, centre, inverse, None, None, mask)[0]
+
+    return _scaled(S.to(x.dtype), unit, a, wanted, pull)
 
 
 @_form("rms_norm")
-def _rms_norm(S: Tensor, a: Named, wanted: str) -> Tensor:
-    return _normalized(S, a, wanted, _last(len(a["normalized_shape"])), centred=False)
+def _rms_norm(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
+    """x̂ = x/√(mean x² + ε) over the last axes: dx = (g - x̂ mean(g x̂))/√(mean x² + ε)."""
+    axes = list(range(-len(a["normalized_shape"]), 0))
+    x = a["input"].to(torch.promote_types(a["input"].dtype, torch.float32))
+    eps = torch.finfo(x.dtype).eps if a["eps"] is None else a["eps"]
+    rate = (x.square().mean(axes, keepdim=True) + eps).rsqrt()
+    unit = x * rate
+    return _scaled(
+        S.to(x.dtype), unit, a, wanted, lambda g: (g - unit * (g * unit).mean(axes, keepdim=True)) * rate
+    )
 
 
 @_form("softmax", "_softmax")
-def _softmax(S: Tensor, a: Named, wanted: str) -> Tensor:
+def _softmax(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
     """Sx = p (S - Σ p S)."""
     x = a["self"]
     p = torch.softmax(x.to(S.dtype), a["dim"])
     axis = a["dim"] % x.ndim - x.ndim
-    return (p * (S - (p * S).sum(axis, keepdim=True))).to(x.dtype)
+    return _in_parts(S, 2 * x.numel(), lambda S: [(p * (S - (p * S).sum(axis, keepdim=True))).to(x.dtype)])
 
 
 # Products ---------------------------------------------------------------------------------------------------------
 
 
 @_form("matmul", "mm", "bmm")
-def _matmul(S: Tensor, a: Named, wanted: str) -> Tensor | None:
+def _matmul(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor] | None:
     left, right = (a[name] for name in list(a)[:2])
     if min(left.ndim, right.ndim) < 2:
         return None
-    return _factor(S, left, right, first=wanted == next(iter(a)))
+    return [_factor(S, left, right, first=name == next(iter(a))) for name in wanted]
 
 
 def _factor(S: Tensor, left: Tensor, right: Tensor, first: bool) -> Tensor:
@@ -126,40 +157,71 @@ def _factor(S: Tensor, left: Tensor, right: Tensor, first: bool) -> Tensor:
 
 
 @_form("addmm")
-def _addmm(S: Tensor, a: Named, wanted: str) -> Tensor:
-    if wanted == "self":
-        pulled, factor = _summed_to(S, a["self"].shape), a["beta"]
-    else:
-        pulled, factor = _factor(S, a["mat1"], a["mat2"], first=wanted == "mat1"), a["alpha"]
-    return pulled if factor == 1 else pulled * factor
+def _addmm(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
+    def pulled(name: str) -> Tensor:
+        if name == "self":
+            S_x, factor = _summed_to(S, a["self"].shape), a["beta"]
+        else:
+            S_x, factor = _factor(S, a["mat1"], a["mat2"], first=name == "mat1"), a["alpha"]
+        return S_x if factor == 1 else S_x * factor
+
+    return [pulled(name) for name in wanted]
 
 
 @_form("scaled_dot_product_attention")
-def _attention(S: Tensor, a: Named, wanted: str) -> Tensor | None:
-    """y = P v with P = softmax(scale q kᵀ + mask); the same P serves all columns."""
+def _attention(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor] | None:
+    """y = P v with P = softmax(scale q kᵀ + mask), samples in parts whose probabilities stay in the cache."""
     q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
-    if a["dropout_p"] or a["enable_gqa"] or wanted == "attn_mask":
+    if a["dropout_p"] or a["enable_gqa"] or "attn_mask" in wanted:
         return None
+    each = q[:1].numel() // q.shape[-1] * k.shape[-2]  # probabilities of one sample
+    size = max(1, CACHE // max(1, each)) if S.device.type == "cpu" else len(q)
+    if not len(q) == len(k) == len(v) == S.shape[1] or size >= len(q):
+        return _attended(S, a, wanted)
+    results = [new_empty(S, len(S), *a[name].shape) for name in wanted]
+    masked = mask is not None and mask.ndim == q.ndim and len(mask) == len(q)
+    for start in range(0, len(q), size):
+        part = slice(start, start + size)
+        given = {**a, "query": q[part], "key": k[part], "value": v[part], "attn_mask": mask[part] if masked else mask}
+        for result, found in zip(results, _attended(S[:, part], given, wanted), strict=True):
+            result[:, part] = found
+    return results
+
+
+def _attended(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
+    """dv = Pᵀ S; dq = A k and dk = Aᵀ q with A = scale P (dP - Σ dP P), dP = S vᵀ; the same P serves all columns."""
+    q, k, v = a["query"], a["key"], a["value"]
     scale = 1 / math.sqrt(q.shape[-1]) if a["scale"] is None else a["scale"]
-    logits = (q * scale) @ k.mT
+    P = _probabilities((q * scale) @ k.mT, a)
+
+    def pull(S: Tensor) -> list[Tensor]:
+        A = None
+        if "query" in wanted or "key" in wanted:
+            dP = S @ v.mT
+            A = dP.sub_((dP * P).sum(-1, keepdim=True)).mul_(P).mul_(scale)
+        pulled = {"query": lambda: A @ k, "key": lambda: A.mT @ q, "value": lambda: P.mT @ S}
+        return [_summed_to(pulled[name](), a[name].shape) for name in wanted]
+
+    return _in_parts(S, P.numel(), pull)
+
+
+def _probabilities(logits: Tensor, a: Named) -> Tensor:
+    """softmax of the masked logits; a query that may look at nothing sees nothing."""
+    mask = a["attn_mask"]
     if a["is_causal"]:
-        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-    P = torch.ops.aten._safe_softmax(logits, -1)
-    if wanted == "value":
-        return _summed_to(P.mT @ S, v.shape)
-    dP = S @ v.mT
-    dA = P * (dP - (dP * P).sum(-1, keepdim=True)) * scale
-    return _summed_to(dA @ k if wanted == "query" else dA.mT @ q, a[wanted].shape)
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if mask is None:
+        return torch.softmax(logits, -1)
+    logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+    return torch.ops.aten._safe_softmax(logits, -1)
 
 
 # Tables -----------------------------------------------------------------------------------------------------------
 
 
 @_form("embedding")
-def _embedding(S: Tensor, a: Named, wanted: str) -> Tensor:
+def _embedding(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
     """Rows of S added at the indices that they were read from; nothing is added at the index of padding."""
     weight, indices = a["weight"], a["indices"].flatten()
     rows = S.flatten(1, -2) * (indices != a["padding_idx"]).unsqueeze(-1)
-    return S.new_zeros(len(S), *weight.shape).index_add(1, indices, rows)
+    return [S.new_zeros(len(S), *weight.shape).index_add(1, indices, rows)]

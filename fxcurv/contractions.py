@@ -109,7 +109,12 @@ def _per_sample(x: Tensor | None, S: Tensor) -> Tensor:
     if s == 1:  # outer products: written once, and nothing is summed
         result = new_empty(S, v, n, g, o, x.shape[-1])
         return torch.mul(S[:, :, 0].unsqueeze(-1), x[:, 0].unsqueeze(-2), out=result)
-    # one matrix product per sample and group: [n,g,v·o,s] @ [n,g,s,i]
+    if v == 1:  # one matrix product per sample and group, [o,s] @ [s,i], written where it stays
+        result = new_empty(S, 1, n, g, o, x.shape[-1])
+        left, right = S[0].permute(0, 2, 3, 1).flatten(0, 1), x.transpose(1, 2).flatten(0, 1)
+        torch.bmm(left, right, out=result.view(n * g, o, -1))
+        return result
+    # [n,g,v·o,s] @ [n,g,s,i]
     product = S.permute(1, 3, 0, 4, 2).reshape(n, g, v * o, s) @ x.transpose(1, 2)
     return product.view(n, g, v, o, -1).permute(2, 0, 1, 3, 4)
 

@@ -5,6 +5,7 @@ A form says in its docstring which definition it equals and when it applies; pas
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -171,41 +172,37 @@ class KeptEntries(Statistic):
 
 
 class ColumnsBySample(Statistic):
-    """`Columns` of one use of a weight, a product per sample: where oneDNN's are faster than a batch of MKL's.
+    """`Columns` of one use of a convolution's weight, from its input `z[n,c,…]`: the patches of one sample at a time.
 
-    With `patches` it reads the input of a convolution, `z[n,c,…]`, whose patches are then formed for one sample at a
-    time; every sample must be one input of the convolution.
+    It applies where every sample is one input of the convolution.
     """
 
     reads = "xS"
     samples, columns, grows = 1, 0, True
 
-    def __init__(self, patches: Patches | None = None) -> None:
+    def __init__(self, patches: Patches) -> None:
         super().__init__()
         self.patches = patches
 
-    def empty(self, xs: Sequence[Tensor], Ss: Ss) -> Tensor:
+    def empty(self, zs: Sequence[Tensor], Ss: Ss) -> Tensor:
         """The result without its numbers."""
-        (x,), (S,) = xs, Ss
-        inputs = x.shape[1] // self.patches.groups * self.patches.taps if self.patches else x.shape[-1]
-        return new_empty(S, *S.shape[:2], *S.shape[3:], inputs)
+        (z,), (S,) = zs, Ss
+        return new_empty(S, *S.shape[:2], *S.shape[3:], z.shape[1] // self.patches.groups * self.patches.taps)
 
-    def forward(self, xs: Sequence[Tensor], Ss: Ss) -> Tensor:
-        (x,), (S,), J = map(widened, xs), Ss, self.empty(xs, Ss)
-        v, n, groups, o, _ = J.shape
+    def forward(self, zs: Sequence[Tensor], Ss: Ss) -> Tensor:
+        (z,), (S,), J = map(widened, zs), Ss, self.empty(zs, Ss)
+        v, n, groups, _, _ = J.shape
         for a in range(n):
-            positions = self.patches.positions(x[a : a + 1])[0] if self.patches else x[a]  # [s,g,i]
-            for g in range(groups):
-                rows = S[:, a, :, g].mT.flatten(0, 1)  # [v·o,s]
-                J[:, a, g] = times_transpose(rows, positions[:, g].mT).view(v, o, -1)
+            x = self.patches.positions(z[a : a + 1])[0]  # [s,g,i]
+            for c, g in itertools.product(range(v), range(groups)):
+                torch.mm(S[c, a, :, g].mT, x[:, g], out=J[c, a, g])
         return J
 
-    def cost(self, xs: Sequence[Tensor], Ss: Ss) -> Cost:
-        (S,), i = Ss, self.empty(xs, Ss).shape[-1]
+    def cost(self, zs: Sequence[Tensor], Ss: Ss) -> Cost:
+        (S,), i = Ss, self.empty(zs, Ss).shape[-1]
         (v, n, s, g, o), size = S.shape, S.element_size()
-        each = product(v * o, i, s, size) + copying(v * o * s + v * o * i, size) + Cost(calls=3)
-        patches = copying(s * i, size) if self.patches else Cost()
-        return (each + patches) * (n * g) + Cost(temporary=size * (v * o * (i + s) + g * s * i))
+        patches = copying(s * g * i, size) + Cost(calls=8)
+        return (patches + product(o, i, s, size) * (v * g)) * n + Cost(temporary=2 * size * g * s * i)
 
     def extra_repr(self) -> str:
         return f"{self.patches}"

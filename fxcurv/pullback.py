@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,9 @@ __all__ = [
     "Keep",
     "OutputPositions",
     "ParameterPositions",
+    "Part",
     "Pull",
+    "PullInputs",
     "PullScaled",
     "PullToParameter",
     "Rotate",
@@ -69,23 +70,53 @@ class Selected(nn.Module):
 
 
 class Pull(_OfOp):
-    """S[v, *y.shape] -> S[v, *x_k.shape], before broadcasting is undone; with `per_sample`, S[v, n, …] at constants.
+    """S[v, *y.shape] -> S[v, *x_k.shape], before broadcasting is undone; with `per_sample`, S[v, n, …] at constants."""
 
-    With `together`, the columns of an opaque op are pulled back at once.
-    """
-
-    def __init__(self, op: nn.Module, k: int, per_sample: bool = False, together: bool = False) -> None:
+    def __init__(self, op: nn.Module, k: int, per_sample: bool = False) -> None:
         super().__init__(op)
-        self.k, self.per_sample, self.together = k, per_sample, together
+        self.k, self.per_sample = k, per_sample
 
     def forward(self, S: Tensor, kept: Any) -> Tensor:
-        pull = pull_together if self.together else self.rule.pull
         if not self.per_sample:
-            return pull(self.op, S, kept, self.k)
-        return pull(self.op, S.flatten(0, 1), kept, self.k).unflatten(0, S.shape[:2])
+            return self.rule.pull(self.op, S, kept, self.k)
+        return self.rule.pull(self.op, S.flatten(0, 1), kept, self.k).unflatten(0, S.shape[:2])
 
     def extra_repr(self) -> str:
-        return f"k={self.k}, per_sample={self.per_sample}, together={self.together}"
+        return f"k={self.k}, per_sample={self.per_sample}"
+
+
+class PullInputs(_OfOp):
+    """`Pull` through an opaque op to several of its inputs, from their values: [S[v, *x_k.shape] for k in ks].
+
+    By autograd, one column after the other, or all `together`.
+    """
+
+    def __init__(self, op: nn.Module, ks: Sequence[int], per_sample: bool = False, together: bool = False) -> None:
+        super().__init__(op)
+        self.ks, self.per_sample, self.together = tuple(ks), per_sample, together
+
+    def forward(self, S: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+        pull = pull_together if self.together else autograd_pull_each
+        if not self.per_sample:
+            return pull(self.op, S, xs, self.ks)
+        return [pulled.unflatten(0, S.shape[:2]) for pulled in pull(self.op, S.flatten(0, 1), xs, self.ks)]
+
+    def extra_repr(self) -> str:
+        return f"ks={self.ks}, per_sample={self.per_sample}, together={self.together}"
+
+
+class Part(nn.Module):
+    """One of several results."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def forward(self, results: Sequence[Tensor]) -> Tensor:
+        return results[self.index]
+
+    def extra_repr(self) -> str:
+        return str(self.index)
 
 
 class PullScaled(_OfOp):
@@ -141,12 +172,11 @@ class PullToParameter(_OfOp):
         assert last is not None
         S = last.apart(S, lead=1)  # [v, n, …]
         xs = [x if place is None else place.apart(x) for x, place in zip(kept, places, strict=True)]
-        pull = partial(pull_together if self.together else autograd_pull_each, self.op, k=self.k)
         if self.together:
             axes = [None if place is None else 0 for place in places]
-            return torch.func.vmap(lambda S, *xs: pull(S, xs), (1, *axes), 1)(S, *xs)
+            return torch.func.vmap(lambda S, *xs: pull_together(self.op, S, xs, [self.k])[0], (1, *axes), 1)(S, *xs)
         own = [[x if place is None else x[n] for x, place in zip(xs, places, strict=True)] for n in range(S.shape[1])]
-        return torch.stack([pull(S[:, n], inputs) for n, inputs in enumerate(own)], 1)
+        return torch.stack([autograd_pull_each(self.op, S[:, n], x, [self.k])[0] for n, x in enumerate(own)], 1)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, places=({', '.join(map(str, self.places))}), together={self.together}"

@@ -49,6 +49,8 @@ __all__ = [
     "selection",
 ]
 
+aten: Any = torch.ops.aten
+
 Kind = Literal["elementwise", "linear", "bilinear", "selection", "affine", "opaque", "parameter", "stop"]
 Shape = Sequence[int]
 M = TypeVar("M", bound=nn.Module)
@@ -156,7 +158,7 @@ def affine(
 
 def opaque(op: type[nn.Module]) -> None:
     """Any differentiable op without parameters; passes/contract.py vectorizes the columns where that is right."""
-    _declare(op, Rule("opaque", lambda op, xs, y: xs, autograd_pull_each))
+    _declare(op, Rule("opaque", lambda op, xs, y: xs, lambda op, S, xs, k: autograd_pull_each(op, S, xs, [k])[0]))
 
 
 def stop(op: type[nn.Module]) -> None:
@@ -171,38 +173,43 @@ def _autograd_derivative(op: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return torch.func.vjp(op, x)[1](torch.ones_like(y))[0]
 
 
-def _vjp(op: nn.Module, xs: Sequence[Tensor], k: int) -> Callable[[Tensor], tuple[Tensor]]:
-    return torch.func.vjp(lambda x: op(*xs[:k], x, *xs[k + 1 :]), xs[k])[1]
+def _vjp(op: nn.Module, xs: Sequence[Tensor], ks: Sequence[int]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The pullback to the inputs `ks`, which runs the op once, however many columns it then takes."""
+
+    def varied(*given: Tensor) -> Tensor:
+        return op(*(given[ks.index(k)] if k in ks else x for k, x in enumerate(xs)))
+
+    return torch.func.vjp(varied, *(xs[k] for k in ks))[1]
 
 
-def autograd_pull_each(op: nn.Module, S: Tensor, xs: Sequence[Tensor], k: int) -> Tensor:
-    """S[v, *y.shape] -> S[v, *x_k.shape], one column after the other.
+def autograd_pull_each(op: nn.Module, S: Tensor, xs: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor]:
+    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, one column after the other.
 
     Cotangents are contiguous: for one sample and others, torch 2.15's batch_norm has a wrong gradient on the CPU.
     """
-    pull = _vjp(op, xs, k)
-    return torch.stack([pull(column)[0] for column in S.contiguous()])
+    pull = _vjp(op, xs, ks)
+    return [torch.stack(columns) for columns in zip(*(pull(column) for column in S.contiguous()), strict=True)]
 
 
-def pull_together(op: nn.Module, S: Tensor, xs: Sequence[Tensor], k: int) -> Tensor:
-    """S[v, *y.shape] -> S[v, *x_k.shape], all columns at once: in closed form if one is known, else by autograd."""
-    pulled = closed_form(op, S, xs, k) if isinstance(op, ops.Opaque) else None
-    return autograd_pull(op, S, xs, k) if pulled is None else pulled
+def pull_together(op: nn.Module, S: Tensor, xs: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor]:
+    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, all columns at once: in closed form if known, else by autograd."""
+    pulled = closed_form(op, S, xs, ks) if isinstance(op, ops.Opaque) else None
+    return autograd_pull(op, S, xs, ks) if pulled is None else pulled
 
 
-def autograd_pull(op: nn.Module, S: Tensor, xs: Sequence[Tensor], k: int) -> Tensor:
-    """S[v, *y.shape] -> S[v, *x_k.shape], all columns at once: as right as the batching rules of torch for this op."""
-    return torch.func.vmap(_vjp(op, xs, k))(S.contiguous())[0]
+def autograd_pull(op: nn.Module, S: Tensor, xs: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor]:
+    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, all columns at once: as right as torch's batching rules are."""
+    return list(torch.func.vmap(_vjp(op, xs, ks))(S.contiguous()))
 
 
 def _autograd_transpose(op: nn.Module, S: Tensor, shapes: tuple[Shape, ...], k: int) -> Tensor:
-    return autograd_pull(op, S, [S.new_zeros(shape) for shape in shapes], k)
+    return autograd_pull(op, S, [S.new_zeros(shape) for shape in shapes], [k])[0]
 
 
 def _pool_transpose(op: nn.Module, S: Tensor, shapes: tuple[Shape, ...], k: int) -> Tensor:
     """Pools treat all entries of their first axis alike, so columns fold into it."""
     (first, *others) = shapes[0]
-    pull = _vjp(op, [S.new_zeros(S.shape[0] * first, *others)], 0)
+    pull = _vjp(op, [S.new_zeros(S.shape[0] * first, *others)], [0])
     return pull(S.flatten(0, 1).contiguous())[0].unflatten(0, S.shape[:2])
 
 
@@ -306,16 +313,17 @@ elementwise(nn.Sigmoid, lambda op, x, y: y * (1 - y))
 elementwise(nn.Tanh, lambda op, x, y: 1 - y * y)
 elementwise(nn.LogSigmoid, lambda op, x, y: torch.sigmoid(-x))
 elementwise(nn.SiLU, lambda op, x, y: torch.sigmoid(x) * (1 - y) + y)
+# elementwise: by autograd's kernels, without another run of the op
+elementwise(nn.GELU, lambda op, x, y: aten.gelu_backward(torch.ones_like(x), x, approximate=op.approximate))
+elementwise(nn.LeakyReLU, lambda op, x, y: aten.leaky_relu_backward(torch.ones_like(x), x, op.negative_slope, False))
+elementwise(nn.Mish, lambda op, x, y: aten.mish_backward(torch.ones_like(x), x))
+elementwise(nn.Softplus, lambda op, x, y: aten.softplus_backward(torch.ones_like(x), x, op.beta, op.threshold))
+elementwise(nn.Hardsigmoid, lambda op, x, y: aten.hardsigmoid_backward(torch.ones_like(x), x))
+elementwise(nn.Hardswish, lambda op, x, y: aten.hardswish_backward(torch.ones_like(x), x))
 # elementwise: by autograd
-elementwise(nn.LeakyReLU)
 elementwise(nn.ELU)
 elementwise(nn.SELU)
 elementwise(nn.CELU)
-elementwise(nn.GELU)
-elementwise(nn.Mish)
-elementwise(nn.Softplus)
-elementwise(nn.Hardsigmoid)
-elementwise(nn.Hardswish)
 elementwise(ops.Pointwise)
 
 # arithmetic

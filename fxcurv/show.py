@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tabulate import tabulate
 from torch import fx
 
-from fxcurv.pullback import Keep, Pull
+from fxcurv.pullback import Keep, Pull, PullInputs
 from fxcurv.rules import RULES
 from fxcurv.shapes import show_shape
 from fxcurv.spec import module_of
@@ -43,5 +43,5 @@ def _of_module(node: fx.Node, column: str) -> str:
     op = module_of(node)
     if column == "module":
         return op._get_name()  # pyright: ignore[reportPrivateUsage]
-    rule = op.rule if isinstance(op, Keep | Pull) else RULES.get(type(op))
+    rule = op.rule if isinstance(op, Keep | Pull | PullInputs) else RULES.get(type(op))
     return rule.kind if rule is not None else ""

@@ -9,7 +9,7 @@ back only where a wanted parameter lies below.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,9 @@ from fxcurv.pullback import (
     Keep,
     OutputPositions,
     ParameterPositions,
+    Part,
     Pull,
+    PullInputs,
     PullToParameter,
     Rotate,
     Unbroadcast,
@@ -136,26 +138,52 @@ class _Emitter:
             S = backward.accumulated(node, arriving[node])
             if node in using:
                 backward.S[node] = backward.output_positions(node, S)
-            for k, x in enumerate(node.args):
-                if isinstance(x, fx.Node) and x in pulled:
-                    arriving[x].append(self._pull(backward, node, S, k, x))
+            for x, pulled_S in self._pulls(backward, node, S, pulled):
+                arriving[x].append(pulled_S)
         return backward
 
-    def _pull(self, backward: _Backward, node: fx.Node, S: fx.Node, k: int, x: fx.Node) -> fx.Node:
-        """S at an input of a node; from there on for each sample alone where the input is the same for all samples."""
-        name = f"pull.{node.target}" if len(inputs_of(node)) == 1 else f"pull.{node.target}.{k}"
-        op, own = module_of(node), node.meta["samples"] is None
-        if x.meta["samples"] is None and not own:
-            places = [n.meta["samples"] for n in (*inputs_of(node), node)]
-            return backward.call(name, PullToParameter(op, k, places), (S, self._saved(backward, node)), _columns(x))
-        opaque = rule_of(op).kind == "opaque"
-        kept = self._saved(backward, node) if opaque else backward.placeholder(self.forward.keep(node))
+    def _pulls(
+        self, backward: _Backward, node: fx.Node, S: fx.Node, pulled: Collection[fx.Node]
+    ) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Every input of a node at which columns are needed, with S there."""
+        together: list[int] = []
+        own, opaque = node.meta["samples"] is None, rule_of(module_of(node)).kind == "opaque"
+        for k, x in enumerate(inputs_of(node)):
+            if x in pulled and x.meta["samples"] is None and not own:
+                yield x, self._pull_to_parameter(backward, node, S, k)
+            elif x in pulled and not opaque:
+                yield x, self._pull(backward, node, S, k)
+            elif x in pulled:
+                together.append(k)
+        if together:
+            yield from self._pull_inputs(backward, node, S, together)
+
+    def _pull(self, backward: _Backward, node: fx.Node, S: fx.Node, k: int) -> fx.Node:
+        """S at one input of a node."""
+        op, own, x, name = module_of(node), node.meta["samples"] is None, inputs_of(node)[k], _pull_name(node, k)
+        kept = backward.placeholder(self.forward.keep(node))
         lead, axes = _broadcast(x.meta["shape"], node)
         pulled = backward.call(name, Pull(op, k, own), (S, kept), _columns(node if lead or axes else x, own))
         if not lead and not axes:
             return pulled
         undo = Unbroadcast(lead, axes, 2 if own else 1)
         return backward.call(f"unbroadcast.{node.target}.{k}", undo, (pulled,), _columns(x))
+
+    def _pull_inputs(
+        self, backward: _Backward, node: fx.Node, S: fx.Node, ks: list[int]
+    ) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """S at several inputs of an opaque node, by one call."""
+        op, own, name = module_of(node), node.meta["samples"] is None, f"pull.{node.target}"
+        pulled = backward.call(name, PullInputs(op, ks, own), (S, self._saved(backward, node)))
+        for index, k in enumerate(ks):
+            x = inputs_of(node)[k]
+            yield x, backward.call(f"{name}.{k}", Part(index), (pulled,), _columns(x, own))
+
+    def _pull_to_parameter(self, backward: _Backward, node: fx.Node, S: fx.Node, k: int) -> fx.Node:
+        """S at an input that is the same for all samples, from there on for each sample alone."""
+        places, x = [n.meta["samples"] for n in (*inputs_of(node), node)], inputs_of(node)[k]
+        pull = PullToParameter(module_of(node), k, places)
+        return backward.call(_pull_name(node, k), pull, (S, self._saved(backward, node)), _columns(x))
 
     def _saved(self, backward: _Backward, node: fx.Node) -> list[fx.Node]:
         """The inputs of a node, as the backward graph finds them."""
@@ -193,6 +221,10 @@ class _Emitter:
     def _input(self, backward: _Backward, node: fx.Node) -> fx.Node:
         (x,) = node.all_input_nodes
         return backward.input_positions(node, backward.saved(self.forward.save(x), x))
+
+
+def _pull_name(node: fx.Node, k: int) -> str:
+    return f"pull.{node.target}" if len(inputs_of(node)) == 1 else f"pull.{node.target}.{k}"
 
 
 def _columns(node: fx.Node, own: bool = False) -> Shape:

@@ -6,6 +6,7 @@ batch at hand is taken. Any form is right for every batch.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,9 +20,8 @@ from torch import Tensor, fx, nn
 from fxcurv import contractions, forms, kernels
 from fxcurv.contractions import Statistic
 from fxcurv.costs import Cost, Rates, copying, rates_of
-from fxcurv.gemm import uses_onednn
 from fxcurv.patches import Patches
-from fxcurv.pullback import InputPositions, OutputPositions, Pull, PullToParameter
+from fxcurv.pullback import InputPositions, OutputPositions, PullInputs, PullToParameter
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of
 from passes.rewrite import rewrites
@@ -182,9 +182,9 @@ def _of_columns(op: contractions.Columns, node: fx.Node, setting: Setting) -> It
     _, _, s, _, o = setting.sizes(S)
     if x is None or more or s == 1 or setting.sizes(x)[-1] == o == 1 or not setting.loops:
         return
-    if setting.forced == forms.ColumnsBySample.__name__ or uses_onednn(setting.dtype, setting.device):
-        patches = _patches_of(x) if _positions(x).place.parts == 1 else None
-        yield _Form(forms.ColumnsBySample(patches), node.args if patches is None else ([*x.all_input_nodes], Ss))
+    patches = _patches_of(x)
+    if patches is not None and _positions(x).place.parts == 1 and setting.device.type == "cpu":
+        yield _Form(forms.ColumnsBySample(patches), ([*x.all_input_nodes], Ss))
 
 
 def _of_norms(op: contractions.SquaredNorms, node: fx.Node, setting: Setting) -> Iterator[_Form]:
@@ -252,8 +252,8 @@ def together(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
     """
     if isinstance(op, PullToParameter) and not op.together:
         candidate: nn.Module = PullToParameter(op.op, op.k, op.places, together=True)
-    elif isinstance(op, Pull) and op.rule.kind == "opaque" and not op.together:
-        candidate = Pull(op.op, op.k, op.per_sample, together=True)
+    elif isinstance(op, PullInputs) and not op.together:
+        candidate = PullInputs(op.op, op.ks, op.per_sample, together=True)
     else:
         return None
     inputs = tuple((n.meta["shape"], n.meta.get("dtype")) for n in node.all_input_nodes)
@@ -273,6 +273,14 @@ def _equal(op: nn.Module, candidate: nn.Module, node: fx.Node, device: torch.dev
             expected, value = op(*arguments), candidate(*arguments)
     except Exception:  # an operator without a batching rule, or not for float64
         return False
+    return all(itertools.starmap(_close, zip(_listed(expected), _listed(value), strict=True)))
+
+
+def _listed(pulled: Tensor | list[Tensor]) -> list[Tensor]:
+    return [pulled] if isinstance(pulled, Tensor) else pulled
+
+
+def _close(expected: Tensor, value: Tensor) -> bool:
     if value.shape != expected.shape or not expected.numel():
         return value.shape == expected.shape
     scale, error = float(expected.abs().max()), float((value - expected).abs().max())

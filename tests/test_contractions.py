@@ -30,6 +30,7 @@ def test_kernels_equal_their_definitions(positions: int, layout: Callable[[Tenso
     flat = J.flatten(2).flatten(0, 1)
     expected = {
         "per_sample": (per_sample([x], [S]), J),
+        "per_sample of one column": (per_sample([x], [S[:1]]), J[:1]),
         "gradient": (Gradient()([x], [S]), J.sum((0, 1))),
         "diagonal": (Diagonal()([x], [S]), J.square().sum((0, 1))),
         "gram": (Gram()([x], [S]), flat.T @ flat),

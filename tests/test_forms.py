@@ -93,7 +93,6 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     if x.shape[1] <= 50:
         close(forms.DiagonalByPairs()([x], [S]), diagonal)
     close(DiagonalPerSample()([x], [S]).sum(0), diagonal)
-    close(forms.ColumnsBySample()([x], [S]), Columns()([x], [S]))
     close(forms.ColumnsBySample(patches)([z], [S]), Columns()([x], [S]))
     close(forms.SquaredNormsByPairs()([x], [S]), SquaredNorms()([x], [S]))
 
@@ -108,7 +107,6 @@ def test_forms_of_positions(groups: int, positions: int) -> None:
         "outputs": (_sum(forms.KeptOutputs(), [S]), OutputCovariance()([S])),
         "pooled outputs": (_sum(forms.KeptOutputs(pooled=True), [S]), OutputCovariance(pooled=True)([S])),
         "entries": (_sum(forms.KeptEntries(), [x], [S]), Gram()([x], [S]).unsqueeze(0)),
-        "columns": (forms.ColumnsBySample()([x], [S]), Columns()([x], [S])),
         "outer products": (Columns()([x], [S]), torch.einsum("vnsgo,nsgi->vngoi", S, x)),
         "by sample": (forms.DiagonalBySample()([x], [S]), Diagonal()([x], [S])),
         "norms by pairs": (forms.SquaredNormsByPairs()([x], [S]), SquaredNorms()([x], [S])),
