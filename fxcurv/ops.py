@@ -39,6 +39,7 @@ __all__ = [
     "Repeat",
     "Reshape",
     "Scale",
+    "ScaleShift",
     "Select",
     "Shift",
     "Size",
@@ -224,6 +225,38 @@ class Affine(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.mean.numel()}, eps={self.eps}"
+
+
+class ScaleShift(nn.Module):
+    """y = γ x + β with γ and β of the shape of some axes of x, behind which there are `behind` more.
+
+    What normalizations end with. Its slots are γ `weight` and β `bias`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, behind: int = 0) -> None:
+        super().__init__()
+        self.register_parameter("bias", None)
+        self.behind = behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.along(self.weight)
+        return x * scale if self.bias is None else torch.addcmul(self.along(self.bias), x, scale)
+
+    def along(self, vector: Tensor) -> Tensor:
+        """γ or β, as it is broadcast to x."""
+        return vector.view(*vector.shape, *(1,) * self.behind) if self.behind else vector
+
+    def channels(self, x: Tensor, lead: int) -> Tensor:
+        """`[*lead, …, *γ.shape, *behind] -> [*lead, s, g, 1]`: what is scaled alike are positions of one channel."""
+        behind, own = x.ndim - self.behind, x.ndim - self.behind - self.weight.ndim
+        order = [*range(own), *range(behind, x.ndim), *range(own, behind)]
+        return x.permute(order).reshape(*x.shape[:lead], -1, self.weight.numel(), 1)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, behind={self.behind}"
 
 
 class Reshape(nn.Module):

@@ -20,6 +20,7 @@ from fxcurv.shapes import Samples
 __all__ = [
     "Accumulate",
     "InputPositions",
+    "Joined",
     "Keep",
     "OutputPositions",
     "ParameterPositions",
@@ -208,6 +209,20 @@ class Accumulate(nn.Module):
         for S in Ss[1:]:
             total = total + S
         return total
+
+
+class Joined(nn.Module):
+    """The cotangents of parts that tile a tensor -> that of the whole: side by side along `dim`, which may be `new`."""
+
+    def __init__(self, dim: int, new: bool) -> None:
+        super().__init__()
+        self.dim, self.new = dim, new
+
+    def forward(self, *Ss: Tensor) -> Tensor:
+        return torch.stack(Ss, self.dim) if self.new else torch.cat(Ss, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, new={self.new}"
 
 
 class InputPositions(_OfOp):

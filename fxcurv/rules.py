@@ -6,7 +6,7 @@ An affine rule also says how the op uses its parameters, as `y[n,s,g,o] = Σ_i W
 
 | kind        | y                          | keeps          | pulls back                                  |
 |-------------|----------------------------|----------------|---------------------------------------------|
-| elementwise | f(x)                       | f'(x)          | S · f'(x)                                   |
+| elementwise | f(x)                       | f'(x), or x    | S · f'(x)                                   |
 | linear      | L x                        | shapes         | Lᵀ S                                        |
 | bilinear    | B(a, b)                    | a, b           | B(·, b)ᵀ S, B(a, ·)ᵀ S                      |
 | selection   | x[indices]                 | indices, shape | S scattered to the indices                  |
@@ -42,6 +42,7 @@ __all__ = [
     "autograd_pull_each",
     "bilinear",
     "elementwise",
+    "fused",
     "linear",
     "opaque",
     "pull_together",
@@ -68,6 +69,8 @@ class Use:
     pull: Callable[[Any, Tensor, Tensor, Shape], Tensor]
     batch_first: bool = True
     """Whether the samples must lie along axis 0 of the input; otherwise any axis but the last will do."""
+    per_channel: bool = False
+    """Whether the weight is a scale of every channel g: a vector, whatever its shape, and no matrix."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,16 @@ def _times(op: nn.Module, S: Tensor, slope: Tensor, k: int) -> Tensor:
     return S * (slope.view(torch.uint8) if slope.dtype == torch.bool else slope)
 
 
+def fused(op: type[M], backward: Callable[[M, Tensor, Tensor], Tensor]) -> None:
+    """y = f(x) entry by entry, with S, x -> S · f'(x) as one kernel: of one column, or of ones for the slope of many."""
+
+    def pull(op: M, S: Tensor, x: Tensor, k: int) -> Tensor:
+        x = x.to(S.dtype)
+        return backward(op, S[0], x).unsqueeze(0) if len(S) == 1 else S * backward(op, torch.ones_like(x), x)
+
+    _declare(op, Rule("elementwise", lambda op, xs, y: xs[0], pull))
+
+
 def linear(op: type[M], transpose: Callable[[M, Tensor, tuple[Shape, ...], int], Tensor] | None = None) -> None:
     """y = L x, with Lᵀ given as a function of (op, S, input shapes, k), or taken from autograd."""
     _declare(op, Rule("linear", lambda op, xs, y: tuple(x.shape for x in xs), transpose or _autograd_transpose))
@@ -143,6 +156,7 @@ def affine(
     x: Callable[[M, Tensor], Tensor],
     S: Callable[[M, Tensor], Tensor],
     batch_first: bool = True,
+    per_channel: bool = False,
 ) -> None:
     """y = W x + b: the pullback of S to x, and the positions `x[n,s,g,i]`, `S[v,n,s,g,o]` at which W and b are used."""
     _declare(
@@ -151,7 +165,7 @@ def affine(
             "affine",
             lambda op, xs, y: xs[0].shape,
             lambda op, S, shape, k: pull(op, op.weight, S, shape),
-            Use(x, S, pull, batch_first),
+            Use(x, S, pull, batch_first, per_channel),
         ),
     )
 
@@ -300,6 +314,15 @@ affine(
     pull=lambda op, weight, S, shape: S * _per_channel(op.slope(), len(shape)),
     x=lambda op, x: _channels(op.normalized(x), 1, x.shape[1]),
     S=lambda op, S: _channels(S, 2, S.shape[2]),
+    per_channel=True,
+)
+affine(
+    ops.ScaleShift,  # y[n,s,c] = γ[c] x[n,s,c] + β[c]
+    pull=lambda op, weight, S, shape: S * op.along(weight),
+    x=lambda op, x: op.channels(x, lead=1),
+    S=lambda op, S: op.channels(S, lead=2),
+    batch_first=False,
+    per_channel=True,
 )
 
 # elementwise: a mask or the output is all they need
@@ -313,13 +336,13 @@ elementwise(nn.Sigmoid, lambda op, x, y: y * (1 - y))
 elementwise(nn.Tanh, lambda op, x, y: 1 - y * y)
 elementwise(nn.LogSigmoid, lambda op, x, y: torch.sigmoid(-x))
 elementwise(nn.SiLU, lambda op, x, y: torch.sigmoid(x) * (1 - y) + y)
-# elementwise: by autograd's kernels, without another run of the op
-elementwise(nn.GELU, lambda op, x, y: aten.gelu_backward(torch.ones_like(x), x, approximate=op.approximate))
-elementwise(nn.LeakyReLU, lambda op, x, y: aten.leaky_relu_backward(torch.ones_like(x), x, op.negative_slope, False))
-elementwise(nn.Mish, lambda op, x, y: aten.mish_backward(torch.ones_like(x), x))
-elementwise(nn.Softplus, lambda op, x, y: aten.softplus_backward(torch.ones_like(x), x, op.beta, op.threshold))
-elementwise(nn.Hardsigmoid, lambda op, x, y: aten.hardsigmoid_backward(torch.ones_like(x), x))
-elementwise(nn.Hardswish, lambda op, x, y: aten.hardswish_backward(torch.ones_like(x), x))
+# elementwise: by autograd's kernels S, x -> S · f'(x)
+fused(nn.GELU, lambda op, S, x: aten.gelu_backward(S, x, approximate=op.approximate))
+fused(nn.LeakyReLU, lambda op, S, x: aten.leaky_relu_backward(S, x, op.negative_slope, False))
+fused(nn.Mish, lambda op, S, x: aten.mish_backward(S, x))
+fused(nn.Softplus, lambda op, S, x: aten.softplus_backward(S, x, op.beta, op.threshold))
+fused(nn.Hardsigmoid, lambda op, S, x: aten.hardsigmoid_backward(S, x))
+fused(nn.Hardswish, lambda op, S, x: aten.hardswish_backward(S, x))
 # elementwise: by autograd
 elementwise(nn.ELU)
 elementwise(nn.SELU)

@@ -204,6 +204,8 @@ def bind(canonical: fx.GraphModule, model: nn.Module) -> None:
 
 
 def _hold(op: nn.Module, slot: str, tensor: Tensor) -> None:
+    if op._parameters.get(slot) is tensor or op._buffers.get(slot) is tensor:
+        return
     is_parameter = isinstance(tensor, nn.Parameter) or slot not in dict(op.named_parameters(recurse=False))
     setattr(op, slot, tensor if is_parameter else nn.Parameter(tensor, requires_grad=False))
 

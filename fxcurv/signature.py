@@ -9,8 +9,9 @@ an object holds, and global variables, are read when the model is traced.
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ __all__ = ["PROGRAMS_KEPT", "kept_program", "question", "signature"]
 PROGRAMS_KEPT = 16
 """How many programs of one model are kept: a model that counts its calls in an attribute is new at every call."""
 
-_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[object, Program]] = weakref.WeakKeyDictionary()
+_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[_Hashed, Program]] = weakref.WeakKeyDictionary()
 
 
 def kept_program(model: nn.Module, key: object, make: Callable[[], Program]) -> Program:
@@ -35,11 +36,11 @@ def kept_program(model: nn.Module, key: object, make: Callable[[], Program]) -> 
     Programs are made by one thread at a time: torch cannot trace in several.
     """
     with TRACING:
-        programs, key = _PROGRAMS.setdefault(model, {}), (_Same(model), key)
-        programs[key] = programs.pop(key) if key in programs else make()  # the latest used is the last
+        programs, key = _PROGRAMS.setdefault(model, {}), _Hashed((_Same(model), key))
+        program = programs[key] = programs.pop(key, None) or make()  # the latest used is the last
         while len(programs) > PROGRAMS_KEPT:
             del programs[next(iter(programs))]
-        return programs[key]
+        return program
 
 
 def question(choice: Choice, output: Output, *options: object) -> object:
@@ -63,22 +64,40 @@ _ELSEWHERE = {"_parameters", "_buffers", "_modules"}
 
 
 def _attributes(module: nn.Module) -> object:
-    return tuple((name, _frozen(value)) for name, value in vars(module).items() if name not in _ELSEWHERE)
+    return tuple([(name, _frozen(value)) for name, value in vars(module).items() if name not in _ELSEWHERE])
 
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN = frozenset((bool, int, str, bytes, type(None), torch.dtype, torch.device))
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+_EMPTY = frozenset((*_CONTAINERS, OrderedDict))  # hooks that nobody registered, of which every module has a dozen
 
 
 def _frozen(value: Any, depth: int = 4) -> object:
     """A value that is equal for as long as a model can tell no difference."""
-    if isinstance(value, _PLAIN):
-        return type(value), repr(value)
+    kind = type(value)
+    if kind in _PLAIN:
+        return kind, value
+    if kind in _EMPTY and not value:
+        return kind
     if isinstance(value, Tensor):
         return _Same(value), None if value.is_inference() else value._version
-    if depth and isinstance(value, list | tuple | set | frozenset | dict):
-        items = cast("Any", value).items() if isinstance(value, dict) else cast("Any", value)
-        return type(value), tuple(_frozen(item, depth - 1) for item in items)
-    return _Same(value)
+    if depth and isinstance(value, _CONTAINERS):
+        items: Any = value.items() if isinstance(value, dict) else value
+        return kind, tuple(_frozen(item, depth - 1) for item in items)
+    return (kind, repr(value)) if isinstance(value, (*_PLAIN, float, complex)) else _Same(value)
+
+
+class _Hashed:
+    """A key whose hash is computed once."""
+
+    def __init__(self, key: object) -> None:
+        self.key, self.hash = key, hash(key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashed) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return self.hash
 
 
 class _Same:

@@ -9,6 +9,7 @@ locate    which axis holds the samples; mixing is refused       canonical
 plan      what every parameter gets, and of which sums
 augment   + what is kept and summed; the pullback per factor    forward, backward
 share     what is computed alike is computed once
+join      parts of a tensor are laid side by side, and not added
 contract  definitions -> cheaper equal contractions
 scales    scales are folded into the pullback
 schedule  every sum as soon as it can be taken                  forward, backward
@@ -37,6 +38,7 @@ from passes.contract import Setting, contract
 from passes.fold import fold
 from passes.functionalize import functionalize
 from passes.inline import inline
+from passes.join import join
 from passes.locate import locate
 from passes.lower import lower
 from passes.plan import plan
@@ -90,6 +92,6 @@ def compile_program(
 
 
 def _optimized(gm: fx.GraphModule, stage: Stage, setting: Setting) -> fx.GraphModule:
-    for rewrite in (share, partial(contract, setting=setting), partial(fold_scales, setting=setting), schedule):
+    for rewrite in (share, join, partial(contract, setting=setting), partial(fold_scales, setting=setting), schedule):
         gm = rewrite(verify(gm, stage))
     return verify(gm, stage)

@@ -222,6 +222,26 @@ def _batch_norm(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     return low.emit(node, _hold(op, weight=weight, bias=bias), low.value(a["input"], node), slots=slots)
 
 
+@lowers("layer_norm", "rms_norm", "group_norm")
+def _normalization(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    """The normalization itself, and γ x̂ + β behind it."""
+    slots: Slots = {"weight": a["weight"], "bias": a.get("bias")}
+    if a["weight"] is None or not low.depends(_first(a)) or not low.holdable(*slots.values()):
+        return _generic(ops.Opaque)(low, node, a)
+    op, *inputs = _call(ops.Opaque, low, node)
+    names = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore[reportFunctionMemberAccess]
+    given = [None if name in slots else value for name, value in zip(names, op.args, strict=False)]
+    kwargs = {name: None if name in slots else value for name, value in op.kwargs.items()}
+    unit = low.emit(node, ops.Opaque(op.function, given, kwargs, op.sized), inputs[0])
+    behind = _rank(_first(a)) - 2 if "num_groups" in a else 0
+    return _scale_shift(low, node, unit, slots, behind)
+
+
+def _scale_shift(low: Builder, node: fx.Node, x: fx.Node, slots: Slots, behind: int = 0) -> fx.Node:
+    tensors = {slot: low.slot(argument) for slot, argument in slots.items()}
+    return low.emit(node, _hold(ops.ScaleShift(behind), **tensors), x, slots=slots)
+
+
 # Elementwise ------------------------------------------------------------------------------------------------------
 
 unary("relu", lambda a: nn.ReLU())
@@ -367,7 +387,19 @@ def _sub(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 def _mul(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     if not isinstance(a["other"], fx.Node):
         return low.emit(node, ops.Scale(a["other"]), low.value(a["self"], node))
+    for x, scale in ((a["self"], a["other"]), (a["other"], a["self"])):
+        if low.depends(x) and _scales(low, scale, x):
+            return _scale_shift(low, node, low.value(x, node), {"weight": scale, "bias": None})
     return low.emit(node, ops.Mul(), low.value(a["self"], node), low.value(a["other"], node))
+
+
+def _scales(low: Builder, scale: fx.Node, x: fx.Node) -> bool:
+    """Whether it is a parameter with one entry for each along the last axes of x."""
+    if scale.op != "placeholder" or low.depends(scale) or not isinstance(low.slot(scale), nn.Parameter):
+        return False
+    own, shape = scale.meta["val"].shape, x.meta["val"].shape
+    last = shape[len(shape) - len(own) :]
+    return 0 < len(own) < len(shape) and all(isinstance(size, int) for size in last) and tuple(own) == tuple(last)
 
 
 # Shape ------------------------------------------------------------------------------------------------------------

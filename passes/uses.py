@@ -90,7 +90,7 @@ def used(name: str, uses: Uses) -> Used:
     shape = tuple(getattr(module_of(node), role).shape)
     _, groups, outputs = layouts[0]
     roles = {role for _, role in uses[name]}
-    matrix = len(shape) > 1 and len({layout[1:] for layout in layouts}) == 1 and roles == {"weight"}
+    matrix = _is_matrix(node) and len({layout[1:] for layout in layouts}) == 1 and roles == {"weight"}
     inputs = math.prod(shape) // (groups * outputs) if role == "weight" else 1
     positions = sum(layout[0] for layout in layouts)
     return Used(name, shape, groups, outputs, inputs, positions, matrix, _partner(name, uses))
@@ -119,5 +119,11 @@ def _partner(name: str, uses: Uses) -> str | None:
         weight, bias = (name, other) if uses[name][0][1] == "weight" else (other, name)
         roles = {role for _, role in uses[weight]} == {"weight"} and {role for _, role in uses[bias]} == {"bias"}
         if other != name and roles and [node for node, _ in uses[other]] == nodes:
-            return other if getattr(module_of(nodes[0]), "weight").ndim > 1 else None  # noqa: B009
+            return other if _is_matrix(nodes[0]) else None
     return None
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    """Whether the weight of a use maps several inputs to an output, and does not scale them one by one."""
+    op, use = module_of(node), rule_of(module_of(node)).use
+    return use is not None and not use.per_channel and getattr(op, "weight").ndim > 1  # noqa: B009
