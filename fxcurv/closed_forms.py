@@ -22,7 +22,7 @@ __all__ = ["closed_form"]
 
 Named = dict[str, Any]
 Pullback = Callable[[Tensor, Named, Sequence[str]], list[Tensor] | None]
-"""(S[v, *y.shape], arguments by name, which of them) -> S[v, *argument.shape] of each, or None where it does not apply."""
+"""(S[v, *y.shape], arguments by name, the wanted) -> S[v, *argument.shape] of each, or None where it does not apply."""
 
 FORMS: dict[str, Pullback] = {}
 
@@ -122,9 +122,7 @@ def _rms_norm(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
     eps = torch.finfo(x.dtype).eps if a["eps"] is None else a["eps"]
     rate = (x.square().mean(axes, keepdim=True) + eps).rsqrt()
     unit = x * rate
-    return _scaled(
-        S.to(x.dtype), unit, a, wanted, lambda g: (g - unit * (g * unit).mean(axes, keepdim=True)) * rate
-    )
+    return _scaled(S.to(x.dtype), unit, a, wanted, lambda g: (g - unit * (g * unit).mean(axes, keepdim=True)) * rate)
 
 
 @_form("softmax", "_softmax")
@@ -179,10 +177,12 @@ def _attention(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor] | Non
     if not len(q) == len(k) == len(v) == S.shape[1] or size >= len(q):
         return _attended(S, a, wanted)
     results = [new_empty(S, len(S), *a[name].shape) for name in wanted]
-    masked = mask is not None and mask.ndim == q.ndim and len(mask) == len(q)
+    apart = mask is not None and mask.ndim == q.ndim and len(mask) == len(q)
     for start in range(0, len(q), size):
         part = slice(start, start + size)
-        given = {**a, "query": q[part], "key": k[part], "value": v[part], "attn_mask": mask[part] if masked else mask}
+        given = {**a, "query": q[part], "key": k[part], "value": v[part]}
+        if apart:
+            given["attn_mask"] = a["attn_mask"][part]
         for result, found in zip(results, _attended(S[:, part], given, wanted), strict=True):
             result[:, part] = found
     return results
@@ -195,12 +195,12 @@ def _attended(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
     P = _probabilities((q * scale) @ k.mT, a)
 
     def pull(S: Tensor) -> list[Tensor]:
-        A = None
-        if "query" in wanted or "key" in wanted:
+        found = {"value": P.mT @ S} if "value" in wanted else {}
+        if wanted != ["value"]:
             dP = S @ v.mT
             A = dP.sub_((dP * P).sum(-1, keepdim=True)).mul_(P).mul_(scale)
-        pulled = {"query": lambda: A @ k, "key": lambda: A.mT @ q, "value": lambda: P.mT @ S}
-        return [_summed_to(pulled[name](), a[name].shape) for name in wanted]
+            found |= {"query": A @ k, "key": A.mT @ q}
+        return [_summed_to(found[name], a[name].shape) for name in wanted]
 
     return _in_parts(S, P.numel(), pull)
 

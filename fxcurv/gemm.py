@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxcurv.pages import new_empty
 
-__all__ = ["times_transpose", "transpose_times", "uses_onednn"]
+__all__ = ["times", "times_transpose", "transpose_times", "uses_onednn"]
 
 SMALL = 1e6
 """Multiplications below which a call of oneDNN costs more than it saves."""
@@ -37,6 +37,13 @@ def transpose_times(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ b: `[k,m], [k,n] -> [m,n]`."""
     left = a.mT
     return times_transpose(left, left if a is b else b.mT)
+
+
+def times(x: Tensor, weight: Tensor) -> Tensor:
+    """x W over all leading axes: `[…, o], [o, i] -> […, i]`."""
+    if torch.compiler.is_compiling():
+        return x @ weight
+    return _product(x.reshape(-1, x.shape[-1]), weight.mT).view(*x.shape[:-1], -1)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

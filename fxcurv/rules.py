@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fxcurv import ops
 from fxcurv.closed_forms import closed_form
 from fxcurv.errors import SpecError
+from fxcurv.gemm import times
 from fxcurv.patches import Patches
 
 __all__ = [
@@ -119,7 +120,7 @@ def _times(op: nn.Module, S: Tensor, slope: Tensor, k: int) -> Tensor:
 
 
 def fused(op: type[M], backward: Callable[[M, Tensor, Tensor], Tensor]) -> None:
-    """y = f(x) entry by entry, with S, x -> S · f'(x) as one kernel: of one column, or of ones for the slope of many."""
+    """y = f(x) entry by entry, with S, x -> S · f'(x) as one kernel: of one column, or of ones, for many."""
 
     def pull(op: M, S: Tensor, x: Tensor, k: int) -> Tensor:
         x = x.to(S.dtype)
@@ -206,7 +207,7 @@ def autograd_pull_each(op: nn.Module, S: Tensor, xs: Sequence[Tensor], ks: Seque
 
 
 def pull_together(op: nn.Module, S: Tensor, xs: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor]:
-    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, all columns at once: in closed form if known, else by autograd."""
+    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, all columns at once: in closed form, or else by autograd."""
     pulled = closed_form(op, S, xs, ks) if isinstance(op, ops.Opaque) else None
     return autograd_pull(op, S, xs, ks) if pulled is None else pulled
 
@@ -300,7 +301,7 @@ def _per_channel(vector: Tensor, ndim: int) -> Tensor:
 # parameters
 affine(
     nn.Linear,  # y[n,…,o] = W[o,i] x[n,…,i] + b[o]
-    pull=lambda op, weight, S, shape: S @ weight,
+    pull=lambda op, weight, S, shape: times(S, weight),
     x=lambda op, x: positions(x, lead=1),
     S=lambda op, S: positions(S, lead=2),
     batch_first=False,

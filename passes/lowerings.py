@@ -229,7 +229,7 @@ def _normalization(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     if a["weight"] is None or not low.depends(_first(a)) or not low.holdable(*slots.values()):
         return _generic(ops.Opaque)(low, node, a)
     op, *inputs = _call(ops.Opaque, low, node)
-    names = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore[reportFunctionMemberAccess]
+    names = list(a)
     given = [None if name in slots else value for name, value in zip(names, op.args, strict=False)]
     kwargs = {name: None if name in slots else value for name, value in op.kwargs.items()}
     unit = low.emit(node, ops.Opaque(op.function, given, kwargs, op.sized), inputs[0])

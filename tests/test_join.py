@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,10 +11,15 @@ from torch import Tensor, nn
 import fxcurv
 from fxcurv.pullback import Accumulate, Joined
 
+
+def gated(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] * parts[1].sigmoid()
+
+
 PARTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "halves": (lambda y: (lambda a, b: a * b.sigmoid())(*y.chunk(2, -1)), "dim=2, new=False"),
+    "halves": (lambda y: gated(y.chunk(2, -1)), "dim=2, new=False"),
     "halves, the second first": (lambda y: y[:, 4:].tanh() * y[:, :4], "dim=2, new=False"),
-    "unbound": (lambda y: (lambda q, k: q * k.tanh())(*y.view(-1, 2, 4).unbind(1)), "dim=2, new=True"),
+    "unbound": (lambda y: gated(y.view(-1, 2, 4).unbind(1)), "dim=2, new=True"),
     "one is left out": (lambda y: y[:, :4] * y[:, 4:7].sum(1, keepdim=True), ""),
     "they overlap": (lambda y: y[:, :5].tanh() * y[:, 3:], ""),
     "every other": (lambda y: y[:, ::2] * y[:, 1::2].tanh(), ""),
