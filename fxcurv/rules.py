@@ -66,6 +66,8 @@ class Use:
     pull: Callable[[Any, Tensor, Tensor, Shape], Tensor]
     batch_first: bool = True
     """Whether the samples must lie along axis 0 of the input; otherwise any axis but the last will do."""
+    inputs_first: bool = False
+    """Whether the weight lies as `W[i,o]`."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def affine(
     x: Callable[[M, Tensor], Tensor],
     S: Callable[[M, Tensor], Tensor],
     batch_first: bool = True,
+    inputs_first: bool = False,
 ) -> None:
     """y = W x + b: the pullback of S to x, and the positions `x[n,s,g,i]`, `S[v,n,s,g,o]` at which W and b are used."""
     _declare(
@@ -149,7 +152,7 @@ def affine(
             "affine",
             lambda op, xs, y: xs[0].shape,
             lambda op, S, shape, k: pull(op, op.weight, S, shape),
-            Use(x, S, pull, batch_first),
+            Use(x, S, pull, batch_first, inputs_first),
         ),
     )
 
@@ -283,6 +286,14 @@ affine(
     x=lambda op, x: positions(x, lead=1),
     S=lambda op, S: positions(S, lead=2),
     batch_first=False,
+)
+affine(
+    ops.MatMul,  # y[n,…,o] = x[n,…,i] W[i,o] + b[o]
+    pull=lambda op, weight, S, shape: S @ weight.mT,
+    x=lambda op, x: positions(x, lead=1),
+    S=lambda op, S: positions(S, lead=2),
+    batch_first=False,
+    inputs_first=True,
 )
 for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):  # y[n,o,s] = W[o,i] patches(x)[n,s,i] + b[o]
     affine(

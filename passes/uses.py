@@ -14,7 +14,7 @@ from fxcurv import ops
 from fxcurv.errors import FxcurvError
 from fxcurv.pullback import OutputPositions
 from fxcurv.quantities import Used
-from fxcurv.rules import rule_of
+from fxcurv.rules import Use, rule_of
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of, output_of
 
@@ -93,7 +93,15 @@ def used(name: str, uses: Uses) -> Used:
     matrix = len(shape) > 1 and len({layout[1:] for layout in layouts}) == 1 and roles == {"weight"}
     inputs = math.prod(shape) // (groups * outputs) if role == "weight" else 1
     positions = sum(layout[0] for layout in layouts)
-    return Used(name, shape, groups, outputs, inputs, positions, matrix, _partner(name, uses))
+    inputs_first = role == "weight" and _use_of(node).inputs_first
+    return Used(name, shape, groups, outputs, inputs, positions, matrix, _partner(name, uses), inputs_first)
+
+
+def _use_of(node: fx.Node) -> Use:
+    """How the op of a node uses its parameters."""
+    use = rule_of(module_of(node)).use
+    assert use is not None
+    return use
 
 
 def layout_of(node: fx.Node) -> tuple[int, int, int]:
