@@ -201,7 +201,7 @@ class Used:
         """Entries `[*lead, g, o, i]` as the parameter lies: `[*lead, *shape]`."""
         if self.inputs_first:
             entries = entries.reshape(*lead, self.outputs, self.inputs).mT
-        return entries.reshape(*lead, *self.shape)
+        return entries.reshape((*lead, *self.shape))
 
     def flat(self, laid: Tensor) -> Tensor:
         """The entries `[g·o·i]` of what lies as the parameter."""
@@ -326,12 +326,12 @@ class DiagGGN(WithOptions):
 
 @dataclass(frozen=True)
 class KFAC(WithOptions):
-    """G ⊗ A per weight, A ⊗ G for one that lies as `W[i,o]` (Martens & Grosse 2015; Grosse & Martens 2016; expand and reduce: Eschenhagen et al. 2023).
+    """G ⊗ A per weight (Martens & Grosse 2015; Grosse & Martens 2016; expand and reduce: Eschenhagen et al. 2023).
 
     expand: A = 1/(N·S_l) Σ_ns x xᵀ, G = Σ_vns S Sᵀ; reduce: A = 1/N Σ_n x̄ x̄ᵀ with x̄ = mean_s x, G = Σ_vn ŝ ŝᵀ with
-    ŝ = Σ_s S. One pair per group of a grouped convolution. A bias has its exact dense block, or with `joint` the
-    constant 1 is appended to x and weight and bias share one block over the rows `[W | b]`, or W with b below it. A
-    scale has its exact dense block.
+    ŝ = Σ_s S. One pair per group of a grouped convolution; A ⊗ G for a weight that lies as `W[i,o]`. A bias has its
+    exact dense block, or with `joint` the constant 1 is appended to x and weight and bias share one block over the rows
+    `[W | b]`, or W with b below it. A scale has its exact dense block.
     """
 
     factor: Factor = Sampled(1)

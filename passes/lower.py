@@ -82,7 +82,8 @@ class _Lowering:
             self.values[node] = self._lowered(node)  # else a size or several tensors: lowered where it is read
 
     def _input(self, node: fx.Node) -> None:
-        if shape_of(node.meta["val"], node.name)[0] != Batch():
+        value = node.meta["val"]
+        if shape_of(value, node.name)[0] != Batch():
             raise CaptureError(
                 f"the model works for one batch size only, {value.shape[0]}",
                 node=f"'{node.name}'",

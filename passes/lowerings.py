@@ -153,7 +153,7 @@ def _hold(op: nn.Module, **slots: Tensor | None) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Product:
-    """x Wᵀ + b, or with `inputs_first` x W + b; what a call takes for W is its `operand`, the weight or its transpose."""
+    """x Wᵀ + b, or with `inputs_first` x W + b; `operand` is what the call takes for W, the weight or its transpose."""
 
     x: fx.Node
     operand: fx.Node
@@ -187,11 +187,11 @@ def _product(low: Builder, node: fx.Node) -> _Product | None:
 
 def _swaps(node: fx.Node) -> bool:
     """Whether a node is the transpose of a matrix."""
-    return packet_of(node) in PERMUTES and _order(node) == [1, 0]
+    return node.op == "call_function" and packet_of(node) in PERMUTES and _order(node) == [1, 0]
 
 
 def _rows_are_inputs(low: Builder, weight: fx.Node) -> bool:
-    """Whether x W is all that a parameter is read for: one that is read otherwise too has no layout for all its uses."""
+    """Whether a weight is read for x W alone: one that is read otherwise too has no layout for all its uses."""
     forms = [form for p in low.placeholders(weight) for form in (p, *filter(_swaps, p.users))]
     readers = [(form, user) for form in forms for user in form.users if user not in forms]
     found = [(form, _product(low, user)) for form, user in readers]
@@ -206,12 +206,12 @@ def _linear(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     weight = low.slot(found.weight)
     assert weight is not None
     inputs, outputs = weight.shape if found.inputs_first else reversed(weight.shape)
-    added = found.bias is not None and (not low.holdable(found.bias) or _shape(found.bias, node) != (outputs,))
-    held = None if added else found.bias
+    bias = found.bias
+    held = bias if bias is not None and low.holdable(bias) and _shape(bias, node) == (outputs,) else None
     op = ops.MatMul(inputs, outputs) if found.inputs_first else nn.Linear(inputs, outputs, device="meta")
     slots: Slots = {"weight": found.weight, "bias": held}
     y = low.emit(node, _hold(op, weight=weight, bias=low.slot(held)), low.value(found.x, node), slots=slots)
-    return _biased(low, node, y, found.bias) if added else y
+    return y if bias is None or held is not None else _biased(low, node, y, bias)
 
 
 @lowers("conv1d", "conv2d", "conv3d")
