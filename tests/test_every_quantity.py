@@ -72,7 +72,7 @@ class Tied(nn.Module):
 
 
 class Swapped(nn.Module):
-    """Weights on the right: of a layer as GPT-2's, which folds positions into the batch, used twice, and transposed."""
+    """Weights on the right: of a layer as GPT-2's, which folds positions into the batch, and used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Swapped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.addmm(self.bias, x.reshape(-1, 4), self.first).reshape(-1, 3, 2)
         h = torch.tanh(torch.tanh(h @ self.twice) @ self.twice)
-        return self.head(torch.tanh(F.linear(h, self.given.t())).mean(1))
+        return self.head(torch.tanh(h @ self.given).mean(1))
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
