@@ -163,6 +163,7 @@ def test_gpt2_is_saved_merged_and_accumulated(tmp_path: Path) -> None:
     merged = fxcurv.merge(*(tmp_path / f"{k}.safetensors" for k in range(2)))
     for other in (merged, compiled.accumulate(batches)):
         for entry in whole.entries:
+            assert entry.value is not None
             again = other[entry.quantity][entry.parameter]
             value, again = (v.dense() if isinstance(v, fxcurv.Block) else v for v in (entry.value, again))
             assert_close(again, value, f"{entry.quantity} of {entry.parameter}")
