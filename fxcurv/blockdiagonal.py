@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -196,10 +195,10 @@ def _block(entry: Entry) -> Block | None:
 
 
 def _entries_of(block: Block, space: Space) -> slice | Tensor:
-    """Where the entries of a block lie in a flat vector; a joint one acts on the rows [W | b]."""
+    """Where the entries of a block lie in a flat vector; a joint one acts on [W | b], or on W with b below."""
     if len(block.parameters) == 1:
         return space.slices[block.parameters[0]]
-    rows = math.prod(space.shapes[block.parameters[-1]])
     index = torch.arange(space.numel, device=block.device)
-    columns = [index[space.slices[name]].view(rows, -1) for name in block.parameters]
-    return torch.cat(columns, 1).flatten()
+    W, b = (index[space.slices[name]] for name in block.parameters)
+    rows = space.shapes[block.parameters[0]][0]
+    return torch.cat([W, b]) if block.shape[0] != rows else torch.cat([W.view(rows, -1), b.view(-1, 1)], 1).flatten()

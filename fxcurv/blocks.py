@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -28,10 +28,12 @@ Damping = Literal["plain", "pi", "exact"]
 Function = Callable[[Tensor], Tensor]
 """Of eigenvalues, elementwise."""
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, eq=False)
 class Block(ABC):
-    """An operator on vectors of `shape` (the parameter's, or `[o, i+1]` for a joint weight and bias).
+    """An operator on vectors of `shape` (the parameter's, or `[o, i+1]` or `[i+1, o]` for a joint weight and bias).
 
     `parameters` says whose block it is, `status` whether it is exact to its definition, and `reduction` how the loss
     scales it.
@@ -386,13 +388,15 @@ class Dense(Block):
 class Kronecker(Block):
     """G ⊗ A with `A[i,i]` and `G[o,o]`, or blockdiag_g(G_g ⊗ A_g) with a leading group axis on both.
 
-    A factor with fewer vectors than entries is kept as these vectors; `.A` and `.G` are formed when they are read.
-    `averaged` is the number of input vectors whose mean A is, 0 where that is not known.
+    With `inputs_first` it is A ⊗ G: the block of a weight that lies as `W[i,o]`. A factor with fewer vectors than
+    entries is kept as these vectors; `.A` and `.G` are formed when they are read. `averaged` is the number of input
+    vectors whose mean A is, 0 where that is not known.
     """
 
     input_moment: Tensor | SecondMoment
     output_moment: Tensor | SecondMoment
     averaged: int = field(default=0, kw_only=True)
+    inputs_first: bool = field(default=False, kw_only=True)
 
     @cached_property
     def A(self) -> Tensor:
@@ -418,16 +422,17 @@ class Kronecker(Block):
         return moment_of(self.input_moment), moment_of(self.output_moment)
 
     def _mm(self, matrix: Tensor) -> Tensor:
-        A, G = self._factors
-        return _along_factors(matrix, (G.shape[-1], A.shape[-1]), A.mm, G.mm)
+        first, second = _ordered(self, *self._factors)
+        return _along_factors(matrix, (first.shape[-1], second.shape[-1]), first.mm, second.mm)
 
     def dense(self) -> Tensor:
         A, G = (f if f.ndim == 3 else f.unsqueeze(0) for f in (self.A, self.G))
-        return torch.block_diag(*(torch.kron(g, a) for g, a in zip(G.contiguous(), A.contiguous(), strict=True)))
+        pairs = zip(*_ordered(self, A.contiguous(), G.contiguous()), strict=True)
+        return torch.block_diag(*(torch.kron(first, second) for first, second in pairs))
 
     def diag(self) -> Tensor:
-        A, G = (f.diagonal() for f in self._factors)
-        return (G.unsqueeze(-1) * A.unsqueeze(-2)).reshape(self.shape)
+        first, second = _ordered(self, *(f.diagonal() for f in self._factors))
+        return (first.unsqueeze(-1) * second.unsqueeze(-2)).reshape(self.shape)
 
     def trace(self) -> Tensor:
         A, G = (f.diagonal().sum(-1) for f in self._factors)
@@ -440,8 +445,13 @@ class Kronecker(Block):
     @cached_property
     def eigenbasis(self) -> Eigenbasis:
         """The block in the eigenvectors of its factors, where it is diagonal: eigenvalues are products of theirs."""
-        (a, U), (g, Q) = self._eigen
-        return Eigenbasis(self.shape, U, Q, g.unsqueeze(-1) * a.unsqueeze(-2), **self._labels)
+        return self._in_eigenvectors(*self._eigen)
+
+    def _in_eigenvectors(self, inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> Eigenbasis:
+        """The block in eigenvectors of A and of G, from these and their eigenvalues."""
+        (a, U), (g, Q) = inputs, outputs
+        values = g.unsqueeze(-1) * a.unsqueeze(-2)
+        return Eigenbasis(self.shape, U, Q, values, inputs_first=self.inputs_first, **self._labels)
 
     def decomposed(self) -> Block:
         return self.eigenbasis
@@ -468,8 +478,8 @@ class Kronecker(Block):
         return self.eigenbasis.eigvalsh()
 
     def eigh(self) -> tuple[Tensor, Tensor]:
-        (a, U), (g, Q) = (Matrix(f.dense()).eigen() for f in self._factors)
-        return Eigenbasis(self.shape, U, Q, g.unsqueeze(-1) * a.unsqueeze(-2)).eigh()
+        A, G = (Matrix(f.dense()).eigen() for f in self._factors)
+        return self._in_eigenvectors(A, G).eigh()
 
     def inverse(self, damping: float = 0.0, method: Damping = "exact") -> Block:
         """(G ⊗ A + δI)⁻¹, exactly or with damped factors, per group.
@@ -489,14 +499,14 @@ class Kronecker(Block):
         pi = torch.where((a > 0) & (g > 0), (a / g).sqrt(), 1.0) if method == "pi" else torch.ones_like(a)
         inputs = _inverted(A, pi * root, f"the factor A of {self.name}")
         outputs = _inverted(G, root / pi, f"the factor G of {self.name}")
-        return Kronecker(self.shape, _ungrouped(inputs), _ungrouped(outputs), **self._labels)
+        return replace(self, input_moment=_ungrouped(inputs), output_moment=_ungrouped(outputs), averaged=0)
 
     def power(self, exponent: float) -> Kronecker:
         if exponent < 0:
             self._require_regular(0.0)
         A, G = ((values**exponent, vectors) for values, vectors in (Matrix(f.dense()).eigen() for f in self._factors))
-        powers = (_ungrouped(vectors * values.unsqueeze(-2) @ vectors.mT) for values, vectors in (A, G))
-        return Kronecker(self.shape, *powers, **self._labels)
+        inputs, outputs = (_ungrouped(vectors * values.unsqueeze(-2) @ vectors.mT) for values, vectors in (A, G))
+        return replace(self, input_moment=inputs, output_moment=outputs, averaged=0)
 
     def _changed(self, change: Callable[[Tensor | SecondMoment], Any]) -> Self:
         return replace(self, input_moment=change(self.input_moment), output_moment=change(self.output_moment))
@@ -506,7 +516,7 @@ class Kronecker(Block):
         return replace(self, output_moment=self.output_moment * self._factor(factor))
 
     def plus(self, other: Block) -> Block | None:
-        if not isinstance(other, Kronecker):
+        if not isinstance(other, Kronecker) or other.inputs_first != self.inputs_first:
             return None
         if other.input_moment is self.input_moment:
             return replace(self, output_moment=self.output_moment + other.output_moment)
@@ -520,14 +530,15 @@ class Eigenbasis(Block):
     """Q diag(values) Qᵀ + rest (I - Q Qᵀ) with Q = blockdiag_g(Q_g ⊗ U_g) of orthonormal columns.
 
     `input_vectors` are U `[g,i,a]`, `output_vectors` Q `[g,o,b]`, `values` `[g,b,a]`; `rest` is the eigenvalue of what
-    the columns do not span (George et al. 2018 call it the Kronecker-factored eigenbasis). The damped inverse and every
-    function of a Kronecker product are of this form.
+    the columns do not span (George et al. 2018 call it the Kronecker-factored eigenbasis). With `inputs_first` Q is
+    U_g ⊗ Q_g. The damped inverse and every function of a Kronecker product are of this form.
     """
 
     input_vectors: Tensor
     output_vectors: Tensor
     values: Tensor
     rest: float = 0.0
+    inputs_first: bool = field(default=False, kw_only=True)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -538,24 +549,35 @@ class Eigenbasis(Block):
         """Whether the columns span everything."""
         return self.values.numel() == self.numel
 
+    @property
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        """Q and U in the order of the product."""
+        return _ordered(self, self.input_vectors, self.output_vectors)
+
+    @property
+    def _values(self) -> Tensor:
+        """The values in the order of the product: `[g,b,a]` or `[g,a,b]`."""
+        return self.values.mT if self.inputs_first else self.values
+
     def _mm(self, matrix: Tensor) -> Tensor:
-        U, Q = self.input_vectors, self.output_vectors
-        inside = _along_factors(matrix, (Q.shape[1], U.shape[1]), U.mT.matmul, Q.mT.matmul)
-        scaled = self._back(self.values.reshape(-1, 1) * inside)
+        first, second = self._vectors
+        inside = _along_factors(matrix, (first.shape[1], second.shape[1]), first.mT.matmul, second.mT.matmul)
+        scaled = self._back(self._values.reshape(-1, 1) * inside)
         if self._full or not self.rest:
             return scaled
         return scaled + self.rest * (matrix - self._back(inside))
 
     def _back(self, inside: Tensor) -> Tensor:
         """Q times coefficients `[g·b·a, k]`."""
-        U, Q = self.input_vectors, self.output_vectors
-        return _along_factors(inside, (Q.shape[2], U.shape[2]), U.matmul, Q.matmul)
+        first, second = self._vectors
+        return _along_factors(inside, (first.shape[2], second.shape[2]), first.matmul, second.matmul)
 
     def dense(self) -> Tensor:
         return self._mm(torch.eye(self.numel, dtype=self.values.dtype, device=self.values.device))
 
     def diag(self) -> Tensor:
-        squares = self.output_vectors.square() @ (self.values - self.rest) @ self.input_vectors.square().mT
+        first, second = self._vectors
+        squares = first.square() @ (self._values - self.rest) @ second.square().mT
         return (squares + self.rest).reshape(self.shape)
 
     def _mapped(self, f: Function) -> Eigenbasis:
@@ -574,7 +596,7 @@ class Eigenbasis(Block):
         if not self._full:
             return torch.linalg.eigh(self.dense())
         columns = self._back(torch.eye(self.numel, dtype=self.values.dtype, device=self.values.device))
-        values, order = self.values.flatten().sort()
+        values, order = self._values.flatten().sort()
         return values, columns[:, order]
 
     def _changed(self, change: Callable[[Tensor | SecondMoment], Any]) -> Self:
@@ -585,15 +607,20 @@ class Eigenbasis(Block):
         return replace(self, values=self.values * self._factor(factor), rest=self.rest * factor)
 
 
+def _ordered(block: Kronecker | Eigenbasis, inputs: T, outputs: T) -> tuple[T, T]:
+    """What belongs to a block's inputs and outputs, in the order of its product."""
+    return (inputs, outputs) if block.inputs_first else (outputs, inputs)
+
+
 def _along_factors(
-    matrix: Tensor, sides: tuple[int, int], inputs: Callable[[Tensor], Tensor], outputs: Callable[[Tensor], Tensor]
+    matrix: Tensor, sides: tuple[int, int], first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """(outputs ⊗ inputs) of columns `[g·o·i, k]`, each a function from `[g,d,m]` to `[g,d',m]`."""
-    o, i = sides
+    """(first ⊗ second) of columns `[g·p·q, k]`, each a function from `[g,d,m]` to `[g,d',m]`."""
+    p, q = sides
     k = matrix.shape[-1]
-    right = inputs(matrix.reshape(-1, o, i, k).transpose(1, 2).flatten(2))  # [g, i', o·k]
-    right = right.unflatten(2, (o, k)).transpose(1, 2)  # [g, o, i', k]
-    return outputs(right.flatten(2)).reshape(-1, k)
+    right = second(matrix.reshape(-1, p, q, k).transpose(1, 2).flatten(2))  # [g, q', p·k]
+    right = right.unflatten(2, (p, k)).transpose(1, 2)  # [g, p, q', k]
+    return first(right.flatten(2)).reshape(-1, k)
 
 
 def _inverted(moment: Moment, damping: Tensor | float, what: str) -> Tensor:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from fxcurv import ops
 from fxcurv.capture import Inputs, Output, as_call, batch_size, selector, structural_copy, without_autocast
 from fxcurv.choice import Choice
 from fxcurv.contractions import RotatedDiagonal, Statistic, Sum, combined, per_sample
@@ -160,7 +161,7 @@ def _summands(jobs: Sequence[Job], pulled: _Pulled) -> Iterator[tuple[str, Stati
             if module.reads == "S" and job.used.matrix:
                 yield job.sums[statistic], module, module(pulled.positions(job.used.name))
             elif module.reads in ("S", "xS") and not isinstance(module, RotatedDiagonal):
-                entries = pulled.gradients[job.used.name].reshape(1, 1, 1, 1, -1)  # [v,n,s,g,o]
+                entries = job.used.flat(pulled.gradients[job.used.name]).view(1, 1, 1, 1, -1)  # [v,n,s,g,o]
                 summand = module([entries]) if module.reads == "S" else module([None], [entries])
                 yield job.sums[statistic], module, summand
 
@@ -195,7 +196,8 @@ def _used(wanted: Mapping[str, Tensor], passes: Sequence[_Pass]) -> dict[str, Us
 
 def _matrix(name: str, weight: Tensor, passes: Sequence[_Pass], pulled: Sequence[_Pulled]) -> Used | None:
     """The description of a weight that is used by linear layers and convolutions alone, each sample by itself."""
-    if not all(one.single and one.calls_of(name) for one in passes):
+    inputs_first, *more = {call.inputs_first for one in passes for call in one.calls_of(name)} or (False,)
+    if more or not all(one.single and one.calls_of(name) for one in passes):
         return None
     inputs = [one.inputs(name) for one in passes]
     layouts = {tuple(x.shape[1:] for x in xs) for xs in inputs}
@@ -203,13 +205,14 @@ def _matrix(name: str, weight: Tensor, passes: Sequence[_Pass], pulled: Sequence
     shared = len(passes) > 1 and not reads and all(_equal(xs, inputs[0]) for xs in inputs[1:])
     if shared or len(layouts) > 1 or len({x.shape[2:] for x in inputs[0]}) > 1:
         return None
-    for xs, p in zip(inputs, pulled, strict=True):
-        if not _close(per_sample(xs, p.positions(name))[0, 0].reshape(weight.shape), p.gradients[name]):
-            return None
-    groups, size = inputs[0][0].shape[2:]
-    return Used(
-        name, tuple(weight.shape), groups, len(weight) // groups, size, sum(x.shape[1] for x in inputs[0]), True
+    (groups, size), s = inputs[0][0].shape[2:], sum(x.shape[1] for x in inputs[0])
+    outputs = weight.numel() // (groups * size)
+    used = Used(name, tuple(weight.shape), groups, outputs, size, s, True, inputs_first=inputs_first)
+    alike = (
+        _close(used.laid(per_sample(xs, p.positions(name))[0, 0]), p.gradients[name])
+        for xs, p in zip(inputs, pulled, strict=True)
     )
+    return used if all(alike) else None
 
 
 def _partner(name: str, reached: Collection[str], passes: Sequence[_Pass], pulled: Sequence[_Pulled]) -> str | None:
@@ -235,6 +238,10 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS: Mapping[Any, type[Convolution]] = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
+PRODUCTS: Mapping[Any, Sequence[str]] = {
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), ("input", "weight")),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), ("bias", "input", "weight")),
+}
 NORMS = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
@@ -243,7 +250,7 @@ ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups
 class _Call:
     """One call of a linear layer or convolution, whose output has the zero `z` added: its input, its parameters."""
 
-    op: nn.Linear | Convolution
+    op: nn.Linear | ops.MatMul | Convolution
     x: Tensor
     weight: str
     bias: str | None
@@ -257,15 +264,20 @@ class _Call:
         assert use is not None
         return use
 
+    @property
+    def inputs_first(self) -> bool:
+        """Whether the weight lies as `W[i,o]`."""
+        return self._use.weight == "inputs_first"
+
     def input_positions(self) -> Tensor:
         """x[1,s,g,i]: what the layer sees, all rows of it positions of one sample."""
-        if isinstance(self.op, nn.Linear):
+        if isinstance(self.op, nn.Linear | ops.MatMul):
             return positions(self.x.reshape(1, -1, self.x.shape[-1]), lead=1)
         return self._use.x(self.op, self.x).flatten(0, 1).unsqueeze(0)
 
     def output_positions(self, S: Tensor) -> Tensor:
         """S[1,1,s,g,o]: what arrives at the layer's output."""
-        if isinstance(self.op, nn.Linear):
+        if isinstance(self.op, nn.Linear | ops.MatMul):
             return positions(S.reshape(1, 1, -1, S.shape[-1]), lead=2)
         batched = S.reshape(1, -1, *S.shape[-len(self.op.kernel_size) - 1 :])
         return self._use.S(self.op, batched).flatten(1, 2).unsqueeze(1)
@@ -397,18 +409,25 @@ class _Recorder(TorchFunctionMode):
         y = func(*args, **kwargs)
         if func in NORMS and y.requires_grad:  # see `autograd_pull_each`
             y.register_hook(torch.Tensor.contiguous)
-        if func is not F.linear and func not in CONVOLUTIONS:
+        if func is not F.linear and func not in CONVOLUTIONS and func not in PRODUCTS:
             return y
-        given: dict[str, Any] = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
-        if id(given["weight"]) not in self.names:
+        given: dict[str, Any] = {**dict(zip(PRODUCTS.get(func, ARGUMENTS), args, strict=False)), **kwargs}
+        weight, swapped = self._weight(given.get("weight"))
+        if weight is None or not given.keys().isdisjoint(("alpha", "beta")):
             return y
         z = torch.zeros_like(y, requires_grad=True)
-        op, x = (
-            _convolution(func, **given) if func in CONVOLUTIONS else (nn.Linear(1, 1, device="meta"), given["input"])
-        )
+        op, x = _convolution(func, **given) if func in CONVOLUTIONS else (_product(func, swapped), given["input"])
         bias = self.names.get(id(given.get("bias")))
-        self.calls.append(_Call(op, x.detach(), self.names[id(given["weight"])], bias, z, self._reads(x.grad_fn)))
+        self.calls.append(_Call(op, x.detach(), weight, bias, z, self._reads(x.grad_fn)))
         return y + z
+
+    def _weight(self, given: Any) -> tuple[str | None, bool]:
+        """The name of a parameter that is given, and whether it is given as its transpose."""
+        base = getattr(given, "_base", None)
+        if base is None or id(base) not in self.names or base.ndim != 2:
+            return self.names.get(id(given)), False
+        swapped = given.shape == base.mT.shape and given.stride() == base.mT.stride()
+        return (self.names[id(base)], True) if swapped else (None, False)
 
     def _reads(self, end: Any) -> bool:
         """Whether the graph of autograd leads from a node to an input of the model; `reading` remembers."""
@@ -424,6 +443,11 @@ class _Recorder(TorchFunctionMode):
             self.reading[node] = any(t is leaf for t in self.inputs) or any(self.reading.get(n, False) for n in before)
             stack.pop()
         return self.reading[end]
+
+
+def _product(func: Any, swapped: bool) -> nn.Linear | ops.MatMul:
+    """The module that a call with a matrix, or its transpose, amounts to."""
+    return ops.MatMul(1, 1) if (func in PRODUCTS) != swapped else nn.Linear(1, 1, device="meta")
 
 
 def _body(func: FunctionType) -> FunctionType:

@@ -44,7 +44,8 @@ class EKFAC(KFAC):
         if "eigenvalues" not in sums:
             return super().finish(used, sums, samples)
         U_A, U_G, values = (formed(sums[name]) for name in ("A", "G", "eigenvalues"))
-        return Eigenbasis(self._shape(used), U_A, U_G, values.view(len(U_A), U_G.shape[-1], U_A.shape[-1]))
+        values = values.view(len(U_A), U_G.shape[-1], U_A.shape[-1])
+        return Eigenbasis(self._shape(used), U_A, U_G, values, inputs_first=used.inputs_first)
 
     def _second(self, used: Used) -> dict[str, Statistic]:
         """What the second pass sums."""
@@ -54,7 +55,7 @@ class EKFAC(KFAC):
 
 @dataclass(frozen=True)
 class Eigenvalues(EKFAC):
-    """Λ alone, in bases that are given (`Bases`): a `Diagonal` in them, which adds over batches."""
+    """Λ alone, in bases that are given (`Bases`), `[g,o,i]`: a `Diagonal` in them, which adds over batches."""
 
     def statistics(self, used: Used) -> dict[str, Statistic]:
         return self._second(used)

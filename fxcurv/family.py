@@ -124,7 +124,7 @@ class SumGradSquared(OfEach):
         return {"diagonal": DiagonalOf()}
 
     def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        return _tensor(sums, "diagonal").reshape(used.shape)
+        return used.laid(_tensor(sums, "diagonal"))
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Variance(OfEach):
 
     def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
         squares, mean = _tensor(sums, "diagonal") / samples, _tensor(sums, "gradient") / samples
-        return (squares - mean.view_as(squares).square()).clamp_(min=0).reshape(used.shape)
+        return used.laid((squares - mean.view_as(squares).square()).clamp_(min=0))
 
 
 # Of the GGN ---------------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class BatchDiagGGN(OfEach):
         return {"diagonal": DiagonalPerSample()}
 
     def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        return _tensor(sums, "diagonal").reshape(samples, *used.shape)
+        return used.laid(_tensor(sums, "diagonal"), samples)
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,8 @@ class GGNBlock(OfEach):
 
     def finish(self, used: Used, sums: Sums, samples: int) -> Block:
         if "matrix" in sums:
-            return Dense(used.shape, sums["matrix"])
-        return Dense(used.shape, SecondMoment((_tensor(sums, "entries").flatten(2)[:, :, None, None, :],)))
+            return Dense(used.shape, used.laid_matrix(sums["matrix"]))
+        return Dense(used.shape, SecondMoment((_columns(sums, used).flatten(2)[:, :, None, None, :],)))
 
 
 @dataclass(frozen=True)
@@ -313,4 +313,4 @@ def _tensor(sums: Sums, name: str) -> Tensor:
 def _columns(sums: Sums, used: Used) -> Tensor:
     """`[V, N, *θ]`."""
     entries = _tensor(sums, "entries")
-    return torch.reshape(entries, (*entries.shape[:2], *used.shape))
+    return used.laid(entries, *entries.shape[:2])

@@ -33,8 +33,8 @@ from fxcurv.result import Curvature, Entries, Entry
 
 __all__ = ["SCHEMA", "Json", "checksum", "load", "read", "save"]
 
-SCHEMA = 2
-"""The version of the manifest; 1 had none, and could not be read back."""
+SCHEMA = 3
+"""The version of the manifest; 1 had none, and could not be read back, 2 knew one order of Kronecker factors."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,12 @@ FORMS: dict[str, Form] = {
     for form in (
         Form(Diagonal, {"values": "values"}),
         Form(Dense, {"matrix": "moment"}),
-        Form(Kronecker, {"A": "input_moment", "G": "output_moment"}, {"averaged": int}),
-        Form(Eigenbasis, {"U": "input_vectors", "Q": "output_vectors", "values": "values"}, {"rest": float}),
+        Form(Kronecker, {"A": "input_moment", "G": "output_moment"}, {"averaged": int, "inputs_first": bool}),
+        Form(
+            Eigenbasis,
+            {"U": "input_vectors", "Q": "output_vectors", "values": "values"},
+            {"rest": float, "inputs_first": bool},
+        ),
     )
 }
 

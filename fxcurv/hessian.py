@@ -57,7 +57,8 @@ def hessian_diagonals(
         for job, statistic, module in wanted:
             name, key = job.used.name, job.sums[statistic]
             if name in each:
-                found[key] = each[name].clone() if module.per_sample else each[name].sum(0)
+                laid = job.used.laid(each[name], len(each[name]))
+                found[key] = laid.clone() if module.per_sample else laid.sum(0)
             elif module.per_sample:
                 found[key] = _each_sample(program.canonical, parameters[name], inputs, loss)
             else:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcurv.blocks import Block, Dense, Diagonal, Kronecker
+from fxcurv.blocks import Block, Dense, Diagonal, Eigenbasis, Kronecker
 from fxcurv.contractions import Sum
 from fxcurv.errors import FxcurvError
 from fxcurv.family import APART
@@ -157,6 +157,7 @@ class _Merge:
             or isinstance(its, Tensor)
             or type(mine) is not type(its)
             or mine.shape != its.shape
+            or _order(mine) != _order(its)
         ):
             raise _unfit(f"{self.name} has another form in each of the results")
         return replace(mine, status=status, **self._changes(mine, its.to(device=mine.device)))
@@ -185,6 +186,11 @@ class _Merge:
         """The weighted sum."""
         first, second = self.weights
         return (mine if first == 1 else mine * first) + (its if second == 1 else its * second)
+
+
+def _order(block: Block) -> bool:
+    """Whether a product of factors has that of the inputs first."""
+    return isinstance(block, Kronecker | Eigenbasis) and block.inputs_first
 
 
 def _name(entry: Entry) -> str:

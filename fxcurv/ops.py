@@ -28,6 +28,7 @@ __all__ = [
     "Detach",
     "Discrete",
     "Expand",
+    "MatMul",
     "Mean",
     "Mul",
     "Neg",
@@ -190,6 +191,25 @@ class Scale(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.value)
+
+
+class MatMul(nn.Module):
+    """y[…,o] = Σ_i x[…,i] W[i,o] + b[o]: a linear layer whose weight lies the other way; slots `weight` and `bias`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.mT, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class Affine(nn.Module):

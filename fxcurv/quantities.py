@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, Protocol, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from fxcurv.blocks import Block, Dense, Diagonal, Kronecker
 from fxcurv.contractions import Diagonal as DiagonalOf
 from fxcurv.contractions import Gradient, Gram, InputCovariance, OutputCovariance, Statistic, Sum
 from fxcurv.errors import QuantityError
-from fxcurv.moments import formed
+from fxcurv.moments import SecondMoment, formed
 
 __all__ = [
     "KFAC",
@@ -173,7 +173,8 @@ def most_columns(factor: Factor, outputs: int) -> int:
 class Used:
     """A parameter as its uses see it, over `positions` in all: `W[g,o,i]`, or a vector (a bias, a scale).
 
-    `partner` is the wanted bias that exactly the uses of this matrix add, and for that bias the matrix.
+    `partner` is the wanted bias that exactly the uses of this matrix add, and for that bias the matrix. With
+    `inputs_first` the parameter itself lies as `W[i,o]`; only the methods here say what that means.
     """
 
     name: str
@@ -184,10 +185,36 @@ class Used:
     positions: int
     matrix: bool
     partner: str | None = None
+    inputs_first: bool = False
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def joint_shape(self) -> tuple[int, int]:
+        """The shape of this matrix with a bias beside it: `[W | b]`, or W with b below."""
+        o, i = self.groups * self.outputs, self.inputs + 1
+        return (i, o) if self.inputs_first else (o, i)
+
+    def laid(self, entries: Tensor, *lead: int) -> Tensor:
+        """Entries `[*lead, g, o, i]` as the parameter lies: `[*lead, *shape]`."""
+        if self.inputs_first:
+            entries = entries.reshape(*lead, self.outputs, self.inputs).mT.contiguous()
+        return entries.reshape((*lead, *self.shape))
+
+    def flat(self, laid: Tensor) -> Tensor:
+        """The entries `[g·o·i]` of what lies as the parameter."""
+        return (laid.mT if self.inputs_first else laid).reshape(-1)
+
+    def laid_matrix(self, matrix: Sum) -> Sum:
+        """A matrix over the entries `[g·o·i]` as one over those of the parameter, flattened."""
+        if not self.inputs_first:
+            return matrix
+        if isinstance(matrix, SecondMoment):
+            return replace(matrix, kept=tuple(self.laid(t, *t.shape[:-1]).flatten(-2) for t in matrix.kept))
+        sides = (self.outputs, self.inputs)
+        return matrix.view(*sides, *sides).permute(1, 0, 3, 2).reshape(self.numel, self.numel)
 
 
 Sums = Mapping[str, Sum]
@@ -271,7 +298,7 @@ class Grad(WithOptions):
         return {"gradient": Gradient()}
 
     def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        return formed(sums["gradient"]).reshape(used.shape)
+        return used.laid(formed(sums["gradient"]))
 
     def approximation(self, used: Used) -> str | None:
         return None
@@ -291,7 +318,7 @@ class DiagGGN(WithOptions):
         return {"diagonal": DiagonalOf()}
 
     def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        return formed(sums["diagonal"]).reshape(used.shape)
+        return used.laid(formed(sums["diagonal"]))
 
     def approximation(self, used: Used) -> str | None:
         return None
@@ -302,9 +329,9 @@ class KFAC(WithOptions):
     """G ⊗ A per weight (Martens & Grosse 2015; Grosse & Martens 2016; expand and reduce: Eschenhagen et al. 2023).
 
     expand: A = 1/(N·S_l) Σ_ns x xᵀ, G = Σ_vns S Sᵀ; reduce: A = 1/N Σ_n x̄ x̄ᵀ with x̄ = mean_s x, G = Σ_vn ŝ ŝᵀ with
-    ŝ = Σ_s S. One pair per group of a grouped convolution. A bias has its exact dense block, or with `joint` the
-    constant 1 is appended to x and weight and bias share one block over the rows `[W | b]`. A scale has its exact dense
-    block.
+    ŝ = Σ_s S. One pair per group of a grouped convolution; A ⊗ G for a weight that lies as `W[i,o]`. A bias has its
+    exact dense block, or with `joint` the constant 1 is appended to x and weight and bias share one block over the rows
+    `[W | b]`, or W with b below it. A scale has its exact dense block.
     """
 
     factor: Factor = Sampled(1)
@@ -330,17 +357,17 @@ class KFAC(WithOptions):
 
     def finish(self, used: Used, sums: Sums, samples: int) -> Block:
         if self._form(used) == "dense":
-            return Dense(used.shape, sums["matrix"])
+            return Dense(used.shape, used.laid_matrix(sums["matrix"]))
         if self._form(used) == "diagonal":
-            return Diagonal(used.shape, formed(sums["diagonal"]).reshape(used.shape))
+            return Diagonal(used.shape, used.laid(formed(sums["diagonal"])))
         positions = used.positions**2 if self.approx == "reduce" else used.positions
         A = sums["A"].div_(samples * positions) if isinstance(sums["A"], Tensor) else sums["A"] / (samples * positions)
         averaged = samples * (1 if self.approx == "reduce" else used.positions)
-        return Kronecker(self._shape(used), A, sums["G"], averaged=averaged)
+        return Kronecker(self._shape(used), A, sums["G"], averaged=averaged, inputs_first=used.inputs_first)
 
     def _shape(self, used: Used) -> tuple[int, ...]:
-        """The block's: that of the parameter, or `[o,i+1]`."""
-        return (used.groups * used.outputs, used.inputs + 1) if self._joined(used) else used.shape
+        """The block's: that of the parameter, or of a weight with its bias."""
+        return used.joint_shape if self._joined(used) else used.shape
 
     def approximation(self, used: Used) -> str | None:
         return "diagonal" if self._form(used) == "diagonal" else None

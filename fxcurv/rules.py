@@ -54,6 +54,7 @@ __all__ = [
 aten: Any = torch.ops.aten
 
 Kind = Literal["elementwise", "linear", "bilinear", "selection", "affine", "opaque", "parameter", "stop"]
+Layout = Literal["outputs_first", "inputs_first", "per_channel"]
 Shape = Sequence[int]
 M = TypeVar("M", bound=nn.Module)
 
@@ -70,8 +71,8 @@ class Use:
     pull: Callable[[Any, Tensor, Tensor, Shape], Tensor]
     batch_first: bool = True
     """Whether the samples must lie along axis 0 of the input; otherwise any axis but the last will do."""
-    per_channel: bool = False
-    """Whether the weight is a scale of every channel g: a vector, whatever its shape, and no matrix."""
+    weight: Layout = "outputs_first"
+    """How the weight lies: as W[g·o,i], as `W[i,o]`, or as a scale for every channel g, of whatever shape."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def affine(
     x: Callable[[M, Tensor], Tensor],
     S: Callable[[M, Tensor], Tensor],
     batch_first: bool = True,
-    per_channel: bool = False,
+    weight: Layout = "outputs_first",
 ) -> None:
     """y = W x + b: the pullback of S to x, and the positions `x[n,s,g,i]`, `S[v,n,s,g,o]` at which W and b are used."""
     _declare(
@@ -166,7 +167,7 @@ def affine(
             "affine",
             lambda op, xs, y: xs[0].shape,
             lambda op, S, shape, k: pull(op, op.weight, S, shape),
-            Use(x, S, pull, batch_first, per_channel),
+            Use(x, S, pull, batch_first, weight),
         ),
     )
 
@@ -306,6 +307,14 @@ affine(
     S=lambda op, S: positions(S, lead=2),
     batch_first=False,
 )
+affine(
+    ops.MatMul,  # y[n,…,o] = x[n,…,i] W[i,o] + b[o]
+    pull=lambda op, weight, S, shape: times(S, weight.mT),
+    x=lambda op, x: positions(x, lead=1),
+    S=lambda op, S: positions(S, lead=2),
+    batch_first=False,
+    weight="inputs_first",
+)
 for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):  # y[n,o,s] = W[o,i] patches(x)[n,s,i] + b[o]
     affine(
         conv, pull=_conv_pull, x=lambda op, x: Patches.of(op).positions(x), S=lambda op, S: _channels(S, 2, op.groups)
@@ -315,7 +324,7 @@ affine(
     pull=lambda op, weight, S, shape: S * _per_channel(op.slope(), len(shape)),
     x=lambda op, x: _channels(op.normalized(x), 1, x.shape[1]),
     S=lambda op, S: _channels(S, 2, S.shape[2]),
-    per_channel=True,
+    weight="per_channel",
 )
 affine(
     ops.ScaleShift,  # y[n,s,c] = γ[c] x[n,s,c] + β[c]
@@ -323,7 +332,7 @@ affine(
     x=lambda op, x: op.channels(x, lead=1),
     S=lambda op, S: op.channels(S, lead=2),
     batch_first=False,
-    per_channel=True,
+    weight="per_channel",
 )
 
 # elementwise: a mask or the output is all they need

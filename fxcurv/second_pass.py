@@ -150,7 +150,7 @@ def _eigenbases(blocks: Mapping[Key, Kronecker], bases: Bases, second: Curvature
         assert isinstance(diagonal, Diagonal)
         U_A, U_G = (U.to(diagonal.values) for U in bases.vectors[key])
         values = diagonal.values.view(len(U_A), U_G.shape[-1], U_A.shape[-1])
-        found[key] = Eigenbasis(block.shape, U_A, U_G, values, **block._labels)
+        found[key] = Eigenbasis(block.shape, U_A, U_G, values, inputs_first=block.inputs_first, **block._labels)
     return found
 
 

@@ -27,6 +27,8 @@ def lower(captured: Captured, model: nn.Module) -> fx.GraphModule:
     """The canonical graph of a captured model; its modules hold the model's own live tensors."""
     low = _Lowering(captured, model)
     for node in captured.graph.graph.nodes:
+        low.mark(node)
+    for node in captured.graph.graph.nodes:
         low.visit(node)
     return fx.GraphModule(low.modules, low.graph, class_name="Canonical")
 
@@ -52,29 +54,35 @@ class _Lowering:
         self.tensors: dict[str, Tensor] = {**dict(named[0]), **dict(named[1])}
         self.trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
 
-    # The walk
+    # The walks
+
+    def mark(self, node: fx.Node) -> None:
+        """Note on what an ATen node depends, those before it being marked."""
+        if node.op == "placeholder":
+            source = self.captured.sources.get(node.name)
+            if source is None and isinstance(node.meta.get("val"), Tensor):  # else a number: a constant of the graph
+                self.data.add(node)
+            if node in self.data or source in self.trainable:
+                self.live.add(node)
+        elif node.op != "output" and any(n in self.live for n in node.all_input_nodes) and not _is_blank(node):
+            self.live.add(node)
+            if any(n in self.data and isinstance(n.meta.get("val"), Tensor | Sequence) for n in node.all_input_nodes):
+                self.data.add(node)
 
     def visit(self, node: fx.Node) -> None:
         """Lower one ATen node, if it depends on an input or a trainable parameter."""
         if node.op == "output":
             self.graph.output(self.value(node.args[0], node))
         elif node.op == "placeholder":
-            if node.name not in self.captured.sources:
+            if node in self.data:
                 self._input(node)
-            elif self.captured.sources[node.name] in self.trainable:
+            elif node in self.live:
                 _check_real(self.captured.sources[node.name], node)
-                self.live.add(node)
-        elif any(n in self.live for n in node.all_input_nodes) and not _is_blank(node):
-            self.live.add(node)
-            if any(n in self.data and isinstance(n.meta.get("val"), Tensor | Sequence) for n in node.all_input_nodes):
-                self.data.add(node)
-            if isinstance(node.meta.get("val"), Tensor):  # else a size or several tensors: lowered where it is read
-                self.values[node] = self._lowered(node)
+        elif node in self.live and isinstance(node.meta.get("val"), Tensor):
+            self.values[node] = self._lowered(node)  # else a size or several tensors: lowered where it is read
 
     def _input(self, node: fx.Node) -> None:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor):
-            return  # a number is a constant of the graph
+        value = node.meta["val"]
         if shape_of(value, node.name)[0] != Batch():
             raise CaptureError(
                 f"the model works for one batch size only, {value.shape[0]}",
@@ -82,8 +90,6 @@ class _Lowering:
                 remedy="use -1 or x.shape[0] where it reshapes",
                 code="FXC106",
             )
-        self.live.add(node)
-        self.data.add(node)
         self.values[node] = _annotated(self.graph.placeholder(node.name), node)
 
     def _lowered(self, node: fx.Node) -> fx.Node:
@@ -131,6 +137,11 @@ class _Lowering:
     def holdable(self, *arguments: fx.Node | None) -> bool:
         """Whether an op can hold these tensors: parameters as they are, constants, nothing computed from either."""
         return all(n is None or n.op == "placeholder" or n not in self.live for n in arguments)
+
+    def placeholders(self, argument: fx.Node) -> list[fx.Node]:
+        """All placeholders of a trainable parameter, of which one is given; none for anything else."""
+        source, nodes = self.captured.sources.get(argument.name), self.captured.graph.graph.find_nodes(op="placeholder")
+        return [n for n in nodes if source in self.trainable and self.captured.sources.get(n.name) == source]
 
     def slot(self, argument: fx.Node | None) -> Tensor | None:
         """The live tensor that an op holds: a parameter itself, or an expression of constants."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -37,6 +38,8 @@ class Builder(Protocol):
 
     def depends(self, argument: Any) -> bool: ...
 
+    def placeholders(self, argument: fx.Node) -> list[fx.Node]: ...
+
     def batch(self) -> fx.Node: ...
 
 
@@ -46,7 +49,7 @@ LOWERINGS: dict[str, Lowering] = {}
 
 FILLS = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as")
-PERMUTES = ("permute", "transpose", "t", "movedim", "swapaxes", "T", "numpy_T")
+PERMUTES = ("permute", "transpose", "t", "movedim", "swapaxes", "T", "numpy_T", "mT")
 MOVES = {*RESHAPES, *PERMUTES, "expand", "expand_as", "slice", "narrow", "select", "cat", "copy", "index"}
 """Operators that put entries elsewhere, and so are lowered alike for every type of entry."""
 
@@ -148,17 +151,67 @@ def _hold(op: nn.Module, **slots: Tensor | None) -> nn.Module:
     return op
 
 
-@lowers("linear")
+@dataclass(frozen=True)
+class _Product:
+    """x Wᵀ + b, or with `inputs_first` x W + b; `operand` is what the call takes for W, the weight or its transpose."""
+
+    x: fx.Node
+    operand: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    inputs_first: bool
+
+
+PRODUCTS = {
+    "linear": ("input", "weight", "bias", False),
+    "matmul": ("self", "other", None, True),
+    "mm": ("self", "mat2", None, True),
+    "addmm": ("mat1", "mat2", "self", True),
+}
+"""Operators that multiply rows x with a matrix: what they call x, W and b, and whether W lies as `[i,o]`."""
+
+
+def _product(low: Builder, node: fx.Node) -> _Product | None:
+    """A call as the product of data with a matrix that an op can hold, if that is what it is."""
+    if packet_of(node) not in PRODUCTS:
+        return None
+    rows, matrix, added, inputs_first = PRODUCTS[packet_of(node)]
+    a = arguments(node)
+    x, operand, swapped = a[rows], a[matrix], _swaps(a[matrix])
+    weight = operand.args[0] if swapped else operand
+    plain = a.get("alpha", 1) == a.get("beta", 1) == 1 and _rank(weight) == 2 <= _rank(x)
+    if not plain or not low.depends(x) or not low.holdable(weight):
+        return None
+    return _Product(x, operand, weight, a[added] if added else None, inputs_first != swapped)
+
+
+def _swaps(node: fx.Node) -> bool:
+    """Whether a node is the transpose of a matrix."""
+    return node.op == "call_function" and packet_of(node) in PERMUTES and _order(node) == [1, 0]
+
+
+def _rows_are_inputs(low: Builder, weight: fx.Node) -> bool:
+    """Whether a weight is read for x W alone: one that is read otherwise too has no layout for all its uses."""
+    forms = [form for p in low.placeholders(weight) for form in (p, *filter(_swaps, p.users))]
+    readers = [(form, user) for form in forms for user in form.users if user not in forms]
+    found = [(form, _product(low, user)) for form, user in readers]
+    return all(p is not None and p.inputs_first and p.operand is form is not p.bias for form, p in found)
+
+
+@lowers(*PRODUCTS)
 def _linear(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    if not low.depends(a["input"]) or not low.holdable(a["weight"]):
+    found = _product(low, node)
+    if found is None or (found.inputs_first and not _rows_are_inputs(low, found.weight)):
         return _generic(ops.Opaque)(low, node, a)
-    if not low.holdable(a["bias"]):
-        return _biased(low, node, _linear(low, node, {**a, "bias": None}), a["bias"])
-    weight, bias = low.slot(a["weight"]), low.slot(a["bias"])
+    weight = low.slot(found.weight)
     assert weight is not None
-    op = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    x = low.value(a["input"], node)
-    return low.emit(node, _hold(op, weight=weight, bias=bias), x, slots={"weight": a["weight"], "bias": a["bias"]})
+    inputs, outputs = weight.shape if found.inputs_first else reversed(weight.shape)
+    bias = found.bias
+    held = bias if bias is not None and low.holdable(bias) and _shape(bias, node) == (outputs,) else None
+    op = ops.MatMul(inputs, outputs) if found.inputs_first else nn.Linear(inputs, outputs, device="meta")
+    slots: Slots = {"weight": found.weight, "bias": held}
+    y = low.emit(node, _hold(op, weight=weight, bias=low.slot(held)), low.value(found.x, node), slots=slots)
+    return y if bias is None or held is not None else _biased(low, node, y, bias)
 
 
 @lowers("conv1d", "conv2d", "conv3d")
@@ -426,10 +479,14 @@ def _flexible(shape: Shape) -> list[int]:
 
 @lowers(*PERMUTES)
 def _permute(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    return low.emit(node, ops.Permute(_order(node)), low.value(_first(a), node))
+
+
+def _order(node: fx.Node) -> list[int]:
+    """The axes of what a node permutes, in their new order."""
     axes = torch.empty(tuple(range(1, 1 + _rank(node))), device="meta")  # every axis has a size of its own
     operator: Any = node.target
-    moved = operator(axes, *node.args[1:], **node.kwargs)
-    return low.emit(node, ops.Permute([size - 1 for size in moved.shape]), low.value(_first(a), node))
+    return [size - 1 for size in operator(axes, *node.args[1:], **node.kwargs).shape]
 
 
 @lowers("expand", "expand_as")

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxcurv import ops
 from fxcurv.contractions import Statistic
 from fxcurv.patches import Patches
 from fxcurv.pullback import InputPositions, Keep, Selected
@@ -52,7 +53,7 @@ def _reading(op: nn.Module) -> object:
     """All that an op's positions depend on, besides the input."""
     if isinstance(op, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return Patches.of(op)
-    return nn.Linear if isinstance(op, nn.Linear) else op
+    return nn.Linear if isinstance(op, nn.Linear | ops.MatMul) else op
 
 
 def selections(gm: fx.GraphModule) -> None:

@@ -14,7 +14,7 @@ from fxcurv import ops
 from fxcurv.errors import FxcurvError
 from fxcurv.pullback import OutputPositions
 from fxcurv.quantities import Used
-from fxcurv.rules import rule_of
+from fxcurv.rules import Use, rule_of
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of, output_of
 
@@ -93,7 +93,15 @@ def used(name: str, uses: Uses) -> Used:
     matrix = _is_matrix(node) and len({layout[1:] for layout in layouts}) == 1 and roles == {"weight"}
     inputs = math.prod(shape) // (groups * outputs) if role == "weight" else 1
     positions = sum(layout[0] for layout in layouts)
-    return Used(name, shape, groups, outputs, inputs, positions, matrix, _partner(name, uses))
+    inputs_first = role == "weight" and _use_of(node).weight == "inputs_first"
+    return Used(name, shape, groups, outputs, inputs, positions, matrix, _partner(name, uses), inputs_first)
+
+
+def _use_of(node: fx.Node) -> Use:
+    """How the op of a node uses its parameters."""
+    use = rule_of(module_of(node)).use
+    assert use is not None
+    return use
 
 
 def layout_of(node: fx.Node) -> tuple[int, int, int]:
@@ -126,4 +134,4 @@ def _partner(name: str, uses: Uses) -> str | None:
 def _is_matrix(node: fx.Node) -> bool:
     """Whether the weight of a use maps several inputs to an output, and does not scale them one by one."""
     op, use = module_of(node), rule_of(module_of(node)).use
-    return use is not None and not use.per_channel and getattr(op, "weight").ndim > 1  # noqa: B009
+    return use is not None and use.weight != "per_channel" and getattr(op, "weight").ndim > 1  # noqa: B009

@@ -244,12 +244,16 @@ def rotated_diagonal(u: Tensor, U_A: Tensor, U_G: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Use:
-    """A use `y[s, g, o] = Σ_i W[g, o, i] x[s, g, i] (+ b[g, o])` of a weight by one sample; S is `[v, s, g, o]`."""
+    """A use `y[s, g, o] = Σ_i W[g, o, i] x[s, g, i] (+ b[g, o])` of a weight by one sample; S is `[v, s, g, o]`.
+
+    With `inputs_first` the parameter is Wᵀ, `[i, o]`.
+    """
 
     weight: str
     bias: str | None
     x: Tensor
     S: Tensor
+    inputs_first: bool
 
 
 @dataclass(frozen=True)
@@ -260,9 +264,37 @@ class _Call:
     arguments: dict[str, Any]
     z: Tensor
 
+    @property
+    def swapped(self) -> bool:
+        """Whether the weight is the transpose of a matrix."""
+        weight, base = self.arguments["weight"], self.arguments["weight"]._base
+        return (
+            base is not None and base.ndim == 2 and weight.stride() == base.T.stride() and weight.shape == base.T.shape
+        )
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight, or that whose transpose it is."""
+        weight, base = self.arguments["weight"], self.arguments["weight"]._base
+        again = base is not None and weight.stride() == base.stride() and weight.shape == base.shape  # (Wᵀ)ᵀ
+        return base if base is not None and (self.swapped or again) else weight
+
 
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.addmm)
+
+
+def _as_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """A call as one of a layer: x @ W (+ b) of what depends on the data, with a matrix W, is F.linear with Wᵀ."""
+    if func is F.linear or func in CONVOLUTIONS:
+        return func, {"bias": None, **dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+    if func not in PRODUCTS or kwargs:
+        return None
+    *bias, x, W = args
+    if W.ndim != 2 or x.ndim < 2 or not x.requires_grad:
+        return None
+    return F.linear, {"input": x, "weight": W.T, "bias": bias[0] if bias else None}
 
 
 class _Recorder(TorchFunctionMode):
@@ -281,11 +313,12 @@ class _Recorder(TorchFunctionMode):
             with patch.object(F, "has_torch_function", return_value=False), self:
                 return func(*args, **(kwargs or {}))
         y = func(*args, **(kwargs or {}))
-        if func is not F.linear and func not in CONVOLUTIONS:
+        call = _as_linear(func, args, kwargs or {})
+        if call is None:
             return y
-        arguments: dict[str, Any] = {"bias": None, **dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
+        function, arguments = call
         z = torch.zeros_like(y, requires_grad=True)
-        self.calls.append(_Call(func, {**arguments, "input": arguments["input"].detach().clone()}, z))
+        self.calls.append(_Call(function, {**arguments, "input": arguments["input"].detach().clone()}, z))
         return y + z
 
 
@@ -309,8 +342,13 @@ def kfac(
     return {name: ungrouped[name] for name in trainable(model) if name in ungrouped}
 
 
-def kronecker_block(A: Tensor, G: Tensor) -> Tensor:
-    """G ⊗ A, for groups blockdiag_g(G_g ⊗ A_g): acts on `W.flatten()`, for a joint pair on `[W | b].flatten()`."""
+def kronecker_block(A: Tensor, G: Tensor, inputs_first: bool = False) -> Tensor:
+    """G ⊗ A, for groups blockdiag_g(G_g ⊗ A_g): acts on `W.flatten()`, for a joint pair on `[W | b].flatten()`.
+
+    With `inputs_first` A ⊗ G: acts on a matrix `[i, o]`, and for a joint pair on that with b below it.
+    """
+    if inputs_first:
+        return torch.kron(A, G)
     if A.ndim == 2:
         return torch.kron(G, A)
     return torch.block_diag(*[torch.kron(G_g, A_g) for G_g, A_g in zip(G, A, strict=True)])
@@ -329,14 +367,23 @@ def _positions(model: nn.Module, x_n: Tensor, S_n: Tensor, joint: bool) -> dict[
     result: dict[str, tuple[Tensor, Tensor]] = {}
     for name in dict.fromkeys(use.weight for use in all_uses):
         mine = [use for use in all_uses if use.weight == name]
+        if len({use.inputs_first for use in mine}) > 1:
+            continue
         x, S = torch.cat([use.x for use in mine]), torch.cat([use.S for use in mine], dim=1)
-        if not _same(torch.einsum("vsgo,sgi->vgoi", S, x).flatten(1), gradients[name].flatten(1)):
+        product = "vsgo,sgi->vgio" if mine[0].inputs_first else "vsgo,sgi->vgoi"
+        if not _same(torch.einsum(product, S, x).flatten(1), gradients[name].flatten(1)):
             continue  # this weight is also consumed in another form
         bias = mine[0].bias
         if joint and bias is not None and _same(S.sum(1).flatten(1), gradients[bias].flatten(1)):
             x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
         result[name] = (x, S)
     return result
+
+
+def inputs_first(model: nn.Module, x: Tensor) -> set[str]:
+    """The weights that lie as `[i, o]`."""
+    found, _ = uses(model, x[0], torch.zeros_like(outputs(model, x[:1])))
+    return {use.weight for use in found if use.inputs_first}
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
@@ -349,16 +396,18 @@ def uses(model: nn.Module, x_n: Tensor, S_n: Tensor) -> tuple[list[Use], dict[st
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     name_of = {id(p): name for name, p in parameters.items()}
     with _Recorder() as recorder, PlainBatchNorm(), torch.enable_grad():
-        output = model(x_n.unsqueeze(0))
-    calls = [call for call in recorder.calls if id(call.arguments["weight"]) in name_of]
+        seen = x_n.clone().requires_grad_(x_n.is_floating_point()).unsqueeze(0).clone()
+        output = model(seen)
+    calls = [call for call in recorder.calls if id(call.parameter) in name_of]
     wanted = [call.z for call in calls] + list(parameters.values())
     pulled = _pull(output, wanted, S_n)  # one [v, ...] for each of `wanted`
     found = [
         Use(
-            weight=name_of[id(call.arguments["weight"])],
+            weight=name_of[id(call.parameter)],
             bias=name_of.get(id(call.arguments["bias"])),
             x=_unfolded_input(call),
             S=torch.stack([_split_groups(_features_last(call, S_v), call) for S_v in S_z]),
+            inputs_first=call.swapped,
         )
         for call, S_z in zip(calls, pulled, strict=False)
         if S_z is not None
@@ -435,27 +484,32 @@ def kfra(model: nn.Module, x: Tensor, columns: Tensor) -> dict[str, Tensor]:
     G(f) = Σ_vn S_vn S_vnᵀ; G(v) = 1/N Σ_n J_nᵀ G(u) J_n with u the first node that all paths from v to the output pass
     and J_n = ∂u_n/∂v_n. A weight has (Σ_s G[s, s]) ⊗ A, anything else 1/N Σ_n J_nᵀ G J_n; uses add. No groups.
     """
-    walk, factors = _Recursion(model, x, columns), kfac(model, x, columns)
+    walk, factors, swapped = _Recursion(model, x, columns), kfac(model, x, columns), inputs_first(model, x)
     name_of = {id(p): name for name, p in model.named_parameters()}
     blocks: dict[str, Tensor] = {}
     for node in walk.nodes:
         for key, p in walk.held(node).items():
             name = name_of[id(p)]
-            G = walk.matrix(node)
             if name in factors:
-                o, s = len(p), len(G) // len(p)
-                last = isinstance(walk.module(node), nn.Linear)  # the features of y, which are first for a convolution
-                G = (
-                    torch.einsum("sosp->op", G.view(s, o, s, o))
-                    if last
-                    else torch.einsum("osps->op", G.view(o, s, o, s))
+                A, o = factors[name][0], len(factors[name][1])
+                last = not isinstance(walk.module(node), nn.Conv1d | nn.Conv2d | nn.Conv3d)  # the features of y
+                ends = node.users if name in swapped else [node]  # of W itself each x @ W
+                block = kronecker_block(
+                    A, sum_of_positions([walk.matrix(end) for end in ends], o, last), name in swapped
                 )
-                block = torch.kron(G, factors[name][0])
             else:
                 J = walk.of_parameter(node, key, p)
-                block = torch.einsum("nai,ab,nbj->ij", J, G, J) / len(x)
+                block = torch.einsum("nai,ab,nbj->ij", J, walk.matrix(node), J) / len(x)
             blocks[name] = blocks.get(name, 0) + block
     return {name: block.detach() for name, block in blocks.items()}
+
+
+def sum_of_positions(Gs: list[Tensor], o: int, last: bool) -> Tensor:
+    """Σ_s G[s, s] `[o, o]` over the positions of a layer's outputs, whose features are last or first; layers add."""
+    s = len(Gs[0]) // o
+    if last:
+        return torch.stack([torch.einsum("sosp->op", G.view(s, o, s, o)) for G in Gs]).sum(0)
+    return torch.stack([torch.einsum("osps->op", G.view(o, s, o, s)) for G in Gs]).sum(0)
 
 
 class _Recursion:

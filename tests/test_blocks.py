@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -47,6 +48,10 @@ BLOCKS: dict[str, fxcurv.Block] = {
 }
 BLOCKS["eigenbasis"] = BLOCKS["grouped"].inverse(0.1)
 BLOCKS["eigenbasis_kept"] = BLOCKS["kronecker_one_kept"].inverse(0.1)
+BLOCKS["swapped"] = fxcurv.Kronecker((3, 4), psd(3), psd(4), inputs_first=True, parameters=("w",))
+BLOCKS["swapped_kept"] = fxcurv.Kronecker((6, 5), kept(1, 2, 1, 6), psd(5), inputs_first=True, parameters=("w",))
+BLOCKS["eigenbasis_swapped"] = BLOCKS["swapped"].inverse(0.1)
+BLOCKS["eigenbasis_swapped_kept"] = BLOCKS["swapped_kept"].inverse(0.1)
 REGULAR = [name for name in BLOCKS if "kept" not in name or "eigenbasis" in name]
 
 each = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
@@ -89,6 +94,30 @@ def test_a_grouped_block_is_block_diagonal() -> None:
     assert isinstance(block, fxcurv.Kronecker)
     expected = torch.block_diag(*(torch.kron(g, a) for g, a in zip(block.G, block.A, strict=True)))
     close(block.dense(), expected)
+
+
+@pytest.mark.parametrize("name", ["swapped", "swapped_kept"])
+def test_inputs_first_acts_on_the_transpose(name: str) -> None:
+    """A ⊗ G of W[i,o] is what G ⊗ A is of Wᵀ."""
+    block = BLOCKS[name]
+    assert isinstance(block, fxcurv.Kronecker)
+    other = replace(block, shape=block.shape[::-1], inputs_first=False)
+    close(block.dense(), torch.kron(block.A, block.G))
+    close(other.dense(), torch.kron(block.G, block.A))
+    W = draw(*block.shape)
+    pairs = (
+        (block, other),
+        (block.eigenbasis, other.eigenbasis),
+        (block.sqrt(), other.sqrt()),
+        *((block.inverse(0.1, method), other.inverse(0.1, method)) for method in get_args(Damping)),
+        (2 * block, 2 * other),
+        (block + block, other + other),
+    )
+    for ours, theirs in pairs:
+        close(ours.mv(W), theirs.mv(W.T.contiguous()).T)
+        close(ours.solve(W, 0.2), theirs.solve(W.T.contiguous(), 0.2).T)
+        close(ours.diag(), theirs.diag().T)
+    assert block.plus(replace(block, inputs_first=False)) is None
 
 
 # Damped -----------------------------------------------------------------------------------------------------------

@@ -71,10 +71,26 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
+class Swapped(nn.Module):
+    """Weights on the right: of a layer as GPT-2's, which folds positions into the batch, and used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bias = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2))
+        self.twice, self.given = nn.Parameter(torch.randn(2, 2)), nn.Parameter(torch.randn(2, 3))
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.addmm(self.bias, x.reshape(-1, 4), self.first).reshape(-1, 3, 2)
+        h = torch.tanh(torch.tanh(h @ self.twice) @ self.twice)
+        return self.head(torch.tanh(h @ self.given).mean(1))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual": (Residual, (2, 4, 4)),
     "attention": (Attention, (3, 4)),
     "tied": (Tied, (4,)),
+    "swapped": (Swapped, (3, 4)),
 }
 LOSS = nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))
 TARGET = torch.tensor([0, 2, 1])
@@ -129,7 +145,9 @@ class Oracle:
                 return None
             case fxcurv.KFAC():
                 kronecker = self.factors(quantity.factor).items()
-                return {**self.dense(quantity.factor), **{p: reference.kronecker_block(*f) for p, f in kronecker}}
+                swapped = reference.inputs_first(self.model, self.x)
+                blocks = {p: reference.kronecker_block(*f, p in swapped) for p, f in kronecker}
+                return {**self.dense(quantity.factor), **blocks}
             case family.DiagHessian():
                 parts = range(len(self.x)) if quantity.per_sample else (None,)
                 each = [reference.diag_hessian(self.model, LOSS, self.x, TARGET, n) for n in parts]

@@ -26,6 +26,7 @@ NAMES = (
     *("act.gelu", "join.add", "join.mul", "pool2d.max", "cut.cat_same", "param.applied_twice_tokens"),
     *("param.tied_weight", "param.conv_reused", "param.grouped_reused", "param.siamese", "param.frozen_weight"),
     *("param.dense_residual", "free.additive", "free.scale", "free.matmul", "free.computed_weight", "free.layer_norm"),
+    *("right.conv1d", "right.samples_behind", "right.twice", "right.autoencoder", "right.tied_embedding"),
     *("generic.attention", "attention.causal", "transformer.encoder_pre_norm", "recurrent.gru", "image.windows"),
 )
 ROWS = (*map(samples.find, NAMES), *samples.LOSSES)

@@ -279,15 +279,15 @@ def test_files_that_are_none_are_refused(file: Path, tmp_path: Path) -> None:
         (2**62).to_bytes(8, "little") + content[8:]: "truncated, or no safetensors file",
         content[:8] + b"[" * length + content[8 + length :]: "JSON is malformed",
         b"\x80\x04pickle, not safetensors": "truncated, or no safetensors file",
-        framed('{"__metadata__": {"format": "fxcurv 1"}}'): "is of the older schema 1, not 2; compute and save it anew",
-        framed('{"__metadata__": {"format": "fxcurv 3"}}'): "is of the newer schema 3, not 2; update fxcurv",
+        framed('{"__metadata__": {"format": "fxcurv 1"}}'): "is of the older schema 1, not 3; compute and save it anew",
+        framed('{"__metadata__": {"format": "fxcurv 4"}}'): "is of the newer schema 4, not 3; update fxcurv",
         framed('{"__metadata__": {"format": "pt"}}'): "holds no result of fxcurv",
-        framed('{"__metadata__": {"format": "fxcurv 2"}}'): "JSON is malformed",
+        framed('{"__metadata__": {"format": "fxcurv 3"}}'): "JSON is malformed",
         framed("{}"): "holds no result of fxcurv",
         framed("[]"): "holds no result of fxcurv",
         framed('{"a": 1, "a": 2}'): "the key 'a' is there twice",
         framed(
-            '{"__metadata__": {"format": "fxcurv 2", "manifest": "{\\"a\\": 1, \\"a\\": 2}"}}'
+            '{"__metadata__": {"format": "fxcurv 3", "manifest": "{\\"a\\": 1, \\"a\\": 2}"}}'
         ): "'a' is there twice",
     }
     for written, text in cases.items():

@@ -55,8 +55,8 @@ class Case:
     tolerance: float = TOLERANCE
 
 
-def check(case: Case) -> None:
-    """Gradient, diagonal and dense blocks of every parameter equal the oracle's."""
+def check(case: Case) -> fxcurv.Curvature:
+    """Gradient, diagonal and dense blocks of every parameter equal the oracle's, and so do Kronecker factors."""
     model = samples.seeded(case.build, "inputs")
     result = fxcurv.compile(model, case.loss, ["grad", "diag_ggn", "kflr"], output=case.output)(
         case.inputs, case.target
@@ -66,6 +66,7 @@ def check(case: Case) -> None:
     assert_close(result.output, reference.outputs(packed, x), "output", case.tolerance)
     columns = reference.exact_columns(case.loss, reference.outputs(packed, x), case.target)
     gradient, diagonal = (f(packed, case.loss, x, case.target) for f in (reference.grad, reference.diag_ggn))
+    factors, swapped = reference.kfac(packed, x, columns), reference.inputs_first(packed, x)
     for name, _ in model.named_parameters():
         assert_close(result["grad"][name], gradient[f"inner.{name}"], f"gradient {name}", case.tolerance)
         assert_close(result["diag_ggn"][name], diagonal[f"inner.{name}"], f"diagonal {name}", case.tolerance)
@@ -73,6 +74,12 @@ def check(case: Case) -> None:
         if isinstance(block, fxcurv.Dense):
             matrix = reference.dense_block(packed, x, columns, f"inner.{name}")
             assert_close(block.matrix, matrix, f"block {name}", case.tolerance)
+        else:
+            A, G = factors[f"inner.{name}"]
+            assert_close(block.A, A, f"A of {name}", case.tolerance)
+            assert_close(block.G, G, f"G of {name}", case.tolerance)
+            assert block.inputs_first == (f"inner.{name}" in swapped)
+    return result
 
 
 G = torch.Generator().manual_seed(0)

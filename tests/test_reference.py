@@ -386,6 +386,9 @@ OTHERWISE = {
     "weight.standardized": {"op.weight"},
     "weight.bias_of_weight": {"op.c.weight"},
     "tricky.weight_through_batch_norm": {"op.weight"},
+    **{
+        f"right.{name}": {"fc.weight"} for name in ("autoencoder", "autoencoder_rows", "and_left", "own_bias", "scaled")
+    },
     "transformer.weights": {"op.attention.in_proj_weight"},
     "transformer.decoder": {"op.layer.multihead_attn.in_proj_weight"},
 }
@@ -397,7 +400,7 @@ def test_uses_carry_the_whole_gradient(sample: Sample) -> None:
     """All trainable weights of linear and convolution layers are found, and Σ_s S, Σ_s S x are the gradients."""
     model, loss, x, y = drawn(sample)
     S = exact(model, loss, x, y)
-    layers = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    layers = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | samples.Right
     weights = {id(layer.weight) for layer in model.modules() if isinstance(layer, layers)}
     for attention in (m for m in model.modules() if isinstance(m, nn.MultiheadAttention)):
         packed = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -406,6 +409,8 @@ def test_uses_carry_the_whole_gradient(sample: Sample) -> None:
     expected = {name for name, p in model.named_parameters() if id(p) in weights and name in reached}
     if sample.name in ("linear.functional", "norm.functional"):
         expected |= {"op.kernel", "op.matrix"} & reached
+    if sample.name == "free.matmul":
+        expected |= {"op.free"}
     expected -= OTHERWISE.get(sample.name, set())
     factors = ref.kfac(model, x, S)
     assert set(factors) == expected

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import samples
 import torch
+from comparison import assert_close
 from test_inputs import Case, check
 from torch import Tensor, nn
+
+import fxcurv
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,12 +33,12 @@ def bert(attention: str) -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
-def gpt2(attention: str) -> nn.Module:
+def gpt2(attention: str, width: int = 4) -> nn.Module:
     """A language model with its output layer tied to its embedding."""
     config = transformers.GPT2Config(
         vocab_size=7,
         n_positions=4,
-        n_embd=4,
+        n_embd=width,
         n_layer=1,
         n_head=2,
         n_inner=3,
@@ -127,3 +132,49 @@ MODELS: dict[str, Case] = {
 @pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
 def test_model(case: Case) -> None:
     check(case)
+
+
+# Conv1D, whose weights are [in, out] -------------------------------------------------------------------------------
+
+CONV1D = [f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2_classifier"])
+def test_every_weight_of_gpt2_has_kronecker_factors(name: str) -> None:
+    """`check` compares them with brute force; here, that none of them is left to another form."""
+    blocks = check(MODELS[name])["kflr"]
+    for layer in CONV1D:
+        block = blocks[f"{layer}.weight"]
+        assert isinstance(block, fxcurv.Kronecker)
+        assert block.inputs_first
+        assert blocks.status[f"{layer}.weight"] == "exact"
+
+
+def test_gpt2_is_saved_merged_and_accumulated(tmp_path: Path) -> None:
+    model, quantities = (
+        samples.seeded(lambda: gpt2("sdpa"), "gpt2"),
+        ["kflr", "grad", fxcurv.KFAC(fxcurv.Exact(), joint=True)],
+    )
+    compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), quantities, output=logits_second)
+    batches = [(TOKENS[:1], NEXT[:1]), (TOKENS[1:], NEXT[1:])]
+    whole, parts = compiled(TOKENS, NEXT), [compiled(*batch) for batch in batches]
+    for k, part in enumerate(parts):
+        part.save(tmp_path / f"{k}.safetensors")
+    merged = fxcurv.merge(*(tmp_path / f"{k}.safetensors" for k in range(2)))
+    for other in (merged, compiled.accumulate(batches)):
+        for entry in whole.entries:
+            assert entry.value is not None
+            again = other[entry.quantity][entry.parameter]
+            value, again = (v.dense() if isinstance(v, fxcurv.Block) else v for v in (entry.value, again))
+            assert_close(again, value, f"{entry.quantity} of {entry.parameter}")
+    joint = whole["kfac"][f"{CONV1D[0]}.weight"]
+    assert joint.shape == (5, 12)
+    assert joint is whole["kfac"][f"{CONV1D[0]}.bias"]
+
+
+@pytest.mark.parametrize(("level", "width"), [("static", 64), ("shape", 64), ("numeric", 4)])
+def test_check_finds_gpt2_exact(level: Any, width: int) -> None:
+    """At every level, for weights too large for dense blocks; the last finds the same factors by autograd."""
+    model, inputs = samples.seeded(lambda: gpt2("sdpa", width), "gpt2"), {"input_ids": TOKENS}
+    report = fxcurv.check(model, inputs, ["kfac", "diag_ggn"], output=logits_second, level=level)
+    assert {(row.status, row.code) for row in report.rows} == {("exact", "")}

@@ -219,15 +219,14 @@ def _projected(old: Eigenbasis, new: Eigenbasis) -> Tensor:
 def _saved(part: Part) -> dict[str, Any]:
     block = part.block
     at = part.at if isinstance(part.at, Tensor) else (part.at.start, part.at.stop)
-    rest = block.rest if isinstance(block, Eigenbasis) else 0.0
-    named = {"form": type(block).__name__, "shape": block.shape, "parameters": block.parameters, "rest": rest, "at": at}
-    return {**named, "tensors": list(block.tensors.values())}
+    options = {name: getattr(block, name) for name in ("rest", "inputs_first") if hasattr(block, name)}
+    named = {"form": type(block).__name__, "shape": block.shape, "parameters": block.parameters, "at": at}
+    return {**named, "options": options, "tensors": list(block.tensors.values())}
 
 
 def _loaded(saved: dict[str, Any], device: torch.device) -> Part:
     form = {kind.__name__: kind for kind in (Kronecker, Dense, Diagonal, Eigenbasis)}[saved["form"]]
     tensors = [t.to(device) for t in saved["tensors"]]
-    last = (saved["rest"],) if form is Eigenbasis else ()
-    block = form(tuple(saved["shape"]), *tensors, *last, parameters=tuple(saved["parameters"]))
+    block = form(tuple(saved["shape"]), *tensors, parameters=tuple(saved["parameters"]), **saved["options"])
     at = saved["at"]
     return Part(block, at.to(device) if isinstance(at, Tensor) else slice(*at))

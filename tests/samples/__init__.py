@@ -17,7 +17,7 @@ from samples.indexing import INDEXING
 from samples.layers import CONVS, LINEAR, NORMS
 from samples.losses import LOSSES
 from samples.networks import MODELS
-from samples.parameters import FREE, PARAMETERS, freeze, two_layers
+from samples.parameters import FREE, PARAMETERS, Right, freeze, two_layers
 from samples.pools import POOLS, REDUCTIONS
 from samples.products import PRODUCTS
 from samples.resampling import RESAMPLING
@@ -56,6 +56,7 @@ __all__ = [
     "VECTOR",
     "VOLUME",
     "Model",
+    "Right",
     "Sample",
     "constant",
     "find",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -125,6 +126,33 @@ def loop_over_time() -> nn.Module:
     return Model(forward, **parts)
 
 
+class Right(nn.Module):
+    """x W + b with W[i,o], all axes of x but the last folded into one, as transformers' Conv1D."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(i, o) / 2), nn.Parameter(torch.randn(o) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return y.view(*x.shape[:-1], self.weight.shape[1])
+
+
+def right(forward: Callable[[Any, Tensor], Tensor], i: int = 3) -> Callable[[], nn.Module]:
+    """A model whose `fc` holds `weight[i,4]` and `bias[4]`, and its head."""
+    return lambda: Model(forward, fc=Right(i, 4), head=nn.Linear(4, 3))
+
+
+def tied_embedding() -> nn.Module:
+    """Rows of a table, picked and multiplied with."""
+    picked = torch.tensor([0, 5, 5])
+    return Model(
+        lambda m, x: m.fc(x + m.rows.weight[picked]).tanh() @ m.rows.weight.T,
+        rows=nn.Embedding(6, 4),
+        fc=nn.Linear(4, 4),
+    )
+
+
 PARAMETERS = (
     sample("param.applied_twice", applied_twice, (3,)),
     sample("param.applied_twice_tokens", applied_twice, (4, 3), out=(4, 3), loss=nn.MSELoss, target=normal),
@@ -139,6 +167,30 @@ PARAMETERS = (
     sample("param.dense_residual", dense_residual, (3,)),
     sample("param.loop_over_time", loop_over_time, (3, 2)),
     sample("param.never_called", never_called, (3,)),
+    sample("right.conv1d", right(lambda m, x: m.head(m.fc(x).tanh().mean(1))), (2, 3)),
+    sample("right.vector", right(lambda m, x: m.head(m.fc(x).tanh())), (3,)),
+    sample("right.mm", right(lambda m, x: m.head((torch.mm(x, m.fc.weight) + m.fc.bias).tanh())), (3,)),
+    sample("right.matmul", right(lambda m, x: m.head((x @ m.fc.weight + m.fc.bias).tanh().mean((1, 2)))), (2, 2, 3)),
+    sample("right.linear", right(lambda m, x: m.head(F.linear(x, m.fc.weight.t(), m.fc.bias).tanh().mean(1))), (2, 3)),
+    sample(
+        "right.reshaped_bias", right(lambda m, x: m.head(torch.addmm(m.fc.bias[None], x, m.fc.weight).tanh())), (3,)
+    ),
+    sample("right.scaled", right(lambda m, x: m.head(torch.addmm(m.fc.bias, x, m.fc.weight, beta=2, alpha=3))), (3,)),
+    sample(
+        "right.samples_behind",
+        right(lambda m, x: m.head((x.mT.movedim(0, 1) @ m.fc.weight + m.fc.bias).tanh().mean(0))),
+        (3, 2),
+    ),
+    sample("right.one_feature", right(lambda m, x: m.head(m.fc(x.unsqueeze(-1)).tanh().mean(1)), 1), (3,)),
+    sample("right.twice", right(lambda m, x: m.head(m.fc(m.fc(x)[:, 1:].tanh()))), (3,)),
+    sample("right.autoencoder", right(lambda m, x: m.head(m.fc(F.linear(m.fc(x).tanh(), m.fc.weight)))), (3,)),
+    sample("right.autoencoder_rows", right(lambda m, x: m.head(m.fc(m.fc(x).tanh() @ m.fc.weight.mT))), (3,)),
+    sample("right.and_left", right(lambda m, x: m.head(m.fc(x) * m.fc.weight.sum(0))), (3,)),
+    sample("right.transposed", right(lambda m, x: m.fc(x).tanh() @ m.head.weight.T + m.head.bias), (3,)),
+    sample("right.own_bias", right(lambda m, x: m.head(m.fc.bias + torch.addmm(m.fc.weight, x, m.fc.weight)), 1), (1,)),
+    sample("right.tied_embedding", tied_embedding, (3, 4), out=(3, 6)),
+    sample("right.frozen_weight", lambda: freeze(right(lambda m, x: m.head(m.fc(x)))(), "fc.weight"), (3,)),
+    sample("right.frozen_bias", lambda: freeze(right(lambda m, x: m.head(m.fc(x)))(), "fc.bias"), (3,)),
     sample("param.frozen_body", lambda: freeze(two_layers(4), "fc1.weight", "fc1.bias"), (3,)),
     sample("param.frozen_head", lambda: freeze(two_layers(4), "fc2.weight", "fc2.bias"), (3,)),
     sample("param.frozen_weight", lambda: freeze(two_layers(4), "fc1.weight"), (3,)),
