@@ -32,7 +32,7 @@ from fxcurv.kfra import recursive
 from fxcurv.losses import loss_terms, loss_value
 from fxcurv.program import Job, Plan, jobs_for
 from fxcurv.pullback import Rotate
-from fxcurv.quantities import Used
+from fxcurv.quantities import Exact, Factor, Used
 from fxcurv.result import Curvature
 from fxcurv.rules import Use, positions, rule_of
 from fxcurv.run import Batch, assembled, fresh_generator
@@ -75,6 +75,8 @@ def by_autograd(
         factors = dict.fromkeys(quantity.factor for quantity in choice.quantities.values())
         for factor in factors if batch.bases is None else batch.bases.factors:
             mine = [job for job in jobs if job.quantity.factor == factor]
+            if _idle(factor, mine):
+                continue
             again = generator.clone_state()
             if batch.bases is None:
                 columns = tqdm(terms.columns(factor, 1, generator), str(factor), terms.count(factor), disable=quiet)
@@ -90,6 +92,11 @@ def by_autograd(
             stacked = torch.cat(each)
             sums[job.sums[name]] = stacked if statistic.per_sample else stacked.sum(0)
     return assembled(Plan.of(model, choice, jobs, {}), sums, terms, whole, str(loss.reduction))
+
+
+def _idle(factor: Factor, jobs: Sequence[Job]) -> bool:
+    """Whether no column of a factor is read, or drawn."""
+    return isinstance(factor, Exact) and all(statistic.reads == "loss" for _, statistic in _statistics(jobs))
 
 
 def _over_columns(

@@ -235,23 +235,27 @@ class Jacobian(OfEach):
 class DiagHessian(OfEach):
     """diag ∂²loss/∂θ², a tensor like the parameter, or with `per_sample` that of each sample's part, `[N, *θ]`.
 
-    Not a Gauss-Newton: where the network bends, entries may be negative (Dangel et al. 2020). Scaled as the loss is.
+    Not a Gauss-Newton: where the network bends, entries may be negative (Dangel et al. 2020). Where it does not bend in
+    a parameter, as behind a layer that ReLUs and other layers follow, the diagonal is that of the GGN, and is computed
+    so. Scaled as the loss is.
     """
 
     per_sample: bool = False
-    factor: Factor = field(default=LossGradient(), init=False)
+    factor: Factor = field(default=Exact(), init=False)
 
     @property
     def family(self) -> str:
         return "batch_diag_hessian" if self.per_sample else "diag_hessian"
 
     def statistics(self, used: Used) -> dict[str, Statistic]:
-        return {"hessian": HessianDiagonal(self.per_sample)}
+        if used.bends:
+            return {"hessian": HessianDiagonal(self.per_sample)}
+        return {"hessian": DiagonalPerSample() if self.per_sample else DiagonalOf()}
 
     def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        diagonal = sums["hessian"]
-        assert isinstance(diagonal, Tensor)
-        return diagonal.reshape(samples, *used.shape) if self.per_sample else diagonal.reshape(used.shape)
+        lead = (samples,) if self.per_sample else ()
+        diagonal = _tensor(sums, "hessian")
+        return diagonal.reshape(*lead, *used.shape) if used.bends else used.laid(diagonal, *lead)
 
 
 # Of the inputs ------------------------------------------------------------------------------------------------------

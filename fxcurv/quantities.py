@@ -174,7 +174,8 @@ class Used:
     """A parameter as its uses see it, over `positions` in all: `W[g,o,i]`, or a vector (a bias, a scale).
 
     `partner` is the wanted bias that exactly the uses of this matrix add, and for that bias the matrix. With
-    `inputs_first` the parameter itself lies as `W[i,o]`; only the methods here say what that means.
+    `inputs_first` the parameter itself lies as `W[i,o]`; only the methods here say what that means. Unless it `bends`,
+    the output is piecewise linear in it.
     """
 
     name: str
@@ -186,6 +187,7 @@ class Used:
     matrix: bool
     partner: str | None = None
     inputs_first: bool = False
+    bends: bool = True
 
     @property
     def numel(self) -> int:

@@ -45,6 +45,7 @@ __all__ = [
     "elementwise",
     "fused",
     "linear",
+    "masked",
     "opaque",
     "pull_together",
     "rule_of",
@@ -83,6 +84,8 @@ class Rule:
     keep: Callable[[Any, tuple[Tensor, ...], Tensor], Any]
     pull: Callable[[Any, Tensor, Any, int], Tensor]
     use: Use | None = None
+    bends: bool = False
+    """Whether y has a second derivative, where it has a first."""
     axes: int = 0
     """The last axes of x whose entries a selection's indices count."""
 
@@ -112,7 +115,12 @@ def _declare(op: type[nn.Module], rule: Rule) -> None:
 def elementwise(op: type[M], derivative: Callable[[M, Tensor, Tensor], Tensor] | None = None) -> None:
     """y = f(x) entry by entry, with f'(x) given as a function of (op, x, y), or taken from autograd."""
     slope: Callable[[M, Tensor, Tensor], Tensor] = derivative or _autograd_derivative
-    _declare(op, Rule("elementwise", lambda op, xs, y: slope(op, xs[0], y), _times))
+    _declare(op, Rule("elementwise", lambda op, xs, y: slope(op, xs[0], y), _times, bends=True))
+
+
+def masked(op: type[M], mask: Callable[[M, Tensor, Tensor], Tensor]) -> None:
+    """y = f(x) entry by entry, piecewise linear, with f'(x), 0 or 1, as a function of (op, x, y)."""
+    _declare(op, Rule("elementwise", lambda op, xs, y: mask(op, xs[0], y), _times))
 
 
 def _times(op: nn.Module, S: Tensor, slope: Tensor, k: int) -> Tensor:
@@ -127,7 +135,7 @@ def fused(op: type[M], backward: Callable[[M, Tensor, Tensor], Tensor]) -> None:
         x = x.to(S.dtype)
         return backward(op, S[0], x).unsqueeze(0) if len(S) == 1 else S * backward(op, torch.ones_like(x), x)
 
-    _declare(op, Rule("elementwise", lambda op, xs, y: xs[0], pull))
+    _declare(op, Rule("elementwise", lambda op, xs, y: xs[0], pull, bends=op is not nn.LeakyReLU))
 
 
 def linear(op: type[M], transpose: Callable[[M, Tensor, tuple[Shape, ...], int], Tensor] | None = None) -> None:
@@ -137,7 +145,7 @@ def linear(op: type[M], transpose: Callable[[M, Tensor, tuple[Shape, ...], int],
 
 def bilinear(op: type[M], pull: Callable[[M, Tensor, tuple[Tensor, ...], int], Tensor]) -> None:
     """y = B(a, b), linear in each input."""
-    _declare(op, Rule("bilinear", lambda op, xs, y: xs, pull))
+    _declare(op, Rule("bilinear", lambda op, xs, y: xs, pull, bends=True))
 
 
 def selection(op: type[M], indices: Callable[[M, Tensor], Tensor], axes: int) -> None:
@@ -174,7 +182,9 @@ def affine(
 
 def opaque(op: type[nn.Module]) -> None:
     """Any differentiable op without parameters; passes/contract.py vectorizes the columns where that is right."""
-    _declare(op, Rule("opaque", lambda op, xs, y: xs, lambda op, S, xs, k: autograd_pull_each(op, S, xs, [k])[0]))
+    _declare(
+        op, Rule("opaque", lambda op, xs, y: xs, lambda op, S, xs, k: autograd_pull_each(op, S, xs, [k])[0], bends=True)
+    )
 
 
 def stop(op: type[nn.Module]) -> None:
@@ -335,13 +345,14 @@ affine(
     weight="per_channel",
 )
 
-# elementwise: a mask or the output is all they need
-elementwise(nn.ReLU, lambda op, x, y: y > 0)
-elementwise(nn.ReLU6, lambda op, x, y: (y > 0) & (y < 6))
-elementwise(nn.Hardtanh, lambda op, x, y: (x > op.min_val) & (x < op.max_val))
-elementwise(nn.Threshold, lambda op, x, y: x > op.threshold)
-elementwise(nn.Hardshrink, lambda op, x, y: y != 0)
-elementwise(nn.Softshrink, lambda op, x, y: y != 0)
+# elementwise: by a mask
+masked(nn.ReLU, lambda op, x, y: y > 0)
+masked(nn.ReLU6, lambda op, x, y: (y > 0) & (y < 6))
+masked(nn.Hardtanh, lambda op, x, y: (x > op.min_val) & (x < op.max_val))
+masked(nn.Threshold, lambda op, x, y: x > op.threshold)
+masked(nn.Hardshrink, lambda op, x, y: y != 0)
+masked(nn.Softshrink, lambda op, x, y: y != 0)
+# elementwise: by the output
 elementwise(nn.Sigmoid, lambda op, x, y: y * (1 - y))
 elementwise(nn.Tanh, lambda op, x, y: 1 - y * y)
 elementwise(nn.LogSigmoid, lambda op, x, y: torch.sigmoid(-x))

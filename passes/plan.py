@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from fxcurv.choice import Choice
 from fxcurv.program import Plan, jobs_for
-from passes.uses import parameter_uses, refusals, used
+from passes.uses import bending, parameter_uses, refusals, used
 
 __all__ = ["plan"]
 
@@ -19,5 +19,6 @@ def plan(model: nn.Module, canonical: fx.GraphModule, choice: Choice) -> Plan:
         q: parameter_uses(canonical, trainable.intersection(names) - set(refused))
         for q, names in choice.of(model).items()
     }
-    described = {quantity: {name: used(name, own) for name in own} for quantity, own in uses.items()}
+    bent = bending(canonical)
+    described = {quantity: {name: used(name, own, bent) for name in own} for quantity, own in uses.items()}
     return Plan.of(model, choice, jobs_for(choice.quantities, described), refused)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 import networkx as nx
@@ -18,7 +18,17 @@ from fxcurv.rules import Use, rule_of
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of, output_of
 
-__all__ = ["Uses", "bottlenecks", "carrying", "inputs_layout_of", "layout_of", "parameter_uses", "refusals", "used"]
+__all__ = [
+    "Uses",
+    "bending",
+    "bottlenecks",
+    "carrying",
+    "inputs_layout_of",
+    "layout_of",
+    "parameter_uses",
+    "refusals",
+    "used",
+]
 
 Role = Literal["weight", "bias", "value"]
 Uses = dict[str, list[tuple[fx.Node, Role]]]
@@ -61,6 +71,15 @@ def carrying(gm: fx.GraphModule, using: Iterable[fx.Node]) -> set[fx.Node]:
     return below & reaching(gm)
 
 
+def bending(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes of whose outputs the model's output is no piecewise linear function."""
+    flow, found = flow_of(gm), set[fx.Node]()
+    for node in reversed(gm.graph.nodes):
+        if any(user in found or rule_of(module_of(user)).bends for user in flow[node]):
+            found.add(node)
+    return found
+
+
 def bottlenecks(gm: fx.GraphModule, using: Iterable[fx.Node]) -> list[fx.Node]:
     """The nodes that every path from the first of these nodes to the output passes, in the order of the graph."""
     using, output = set(using), output_of(gm)
@@ -83,8 +102,8 @@ def flow_of(gm: fx.GraphModule) -> nx.DiGraph[fx.Node]:
     return flow
 
 
-def used(name: str, uses: Uses) -> Used:
-    """A parameter's description, from the shapes of its uses."""
+def used(name: str, uses: Uses, bent: Collection[fx.Node]) -> Used:
+    """A parameter's description, from the shapes of its uses, and the nodes behind which the model bends."""
     layouts = [layout_of(node) for node, _ in uses[name]]
     node, role = uses[name][0]
     shape = tuple(getattr(module_of(node), role).shape)
@@ -94,7 +113,8 @@ def used(name: str, uses: Uses) -> Used:
     inputs = math.prod(shape) // (groups * outputs) if role == "weight" else 1
     positions = sum(layout[0] for layout in layouts)
     inputs_first = role == "weight" and _use_of(node).weight == "inputs_first"
-    return Used(name, shape, groups, outputs, inputs, positions, matrix, _partner(name, uses), inputs_first)
+    bends = len(uses[name]) > 1 or node in bent
+    return Used(name, shape, groups, outputs, inputs, positions, matrix, _partner(name, uses), inputs_first, bends)
 
 
 def _use_of(node: fx.Node) -> Use:

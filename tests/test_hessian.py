@@ -61,12 +61,51 @@ def test_by_autograd(row: Sample) -> None:
     check(by_autograd(model, loss, chosen(QUANTITIES), Batch(x, y)), model, loss, x, y)
 
 
-def test_it_is_the_ggn_where_nothing_bends() -> None:
-    """With piecewise linear activations and an affine layer last, the last layer's Hessian is its GGN."""
-    model, loss, x, y = data(samples.find("act.relu_inplace"))
-    result = fxcurv.compile(model, loss, ["diag_hessian", "diag_ggn"])(x, y)
-    last = list(result["diag_ggn"])[-1]
-    assert_close(result["diag_hessian"][last], result["diag_ggn"][last], last)
+class Residual(nn.Module):
+    """Convolutions, BatchNorm, pools and a skip connection, with an activation in the middle and one behind."""
+
+    def __init__(self, middle: nn.Module, last: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.bn, self.conv = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3, padding=1)
+        self.middle, self.last, self.pool, self.fc = middle, last, nn.MaxPool2d(2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.bn(self.stem(x)))
+        return self.fc(self.pool(self.last(self.conv(x) + x)).flatten(1))
+
+
+STRAIGHT = (
+    nn.ReLU(),
+    nn.ReLU6(),
+    nn.LeakyReLU(0.2),
+    nn.Hardtanh(-0.5, 0.5),
+    nn.Threshold(0.1, 0.0),
+    nn.Hardshrink(0.2),
+)
+
+
+@pytest.mark.parametrize("straight", STRAIGHT, ids=[type(op).__name__ for op in STRAIGHT])
+def test_it_is_the_ggn_where_nothing_bends(straight: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Residual(straight, nn.ReLU()).double().eval()
+    x, y = samples.normal((3, 1, 4, 4), torch.Generator().manual_seed(0)), torch.tensor([0, 2, 1])
+    monkeypatch.delattr(hessian, "_grad")  # no product with the Hessian is taken
+    result = fxcurv.compile(model, quantities=(*QUANTITIES, "diag_ggn"))(x, y)
+    check(result, model, nn.CrossEntropyLoss(), x, y)
+    for name, diagonal in result["diag_ggn"].items():
+        assert_close(result["diag_hessian"][name], diagonal, name)
+
+
+def test_only_what_lies_below_a_bend_is_differentiated_twice() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Residual(nn.Softplus(), nn.ReLU()).double().eval()
+    x, y = samples.normal((3, 1, 4, 4), torch.Generator().manual_seed(0)), torch.tensor([0, 2, 1])
+    compiled = fxcurv.compile(model, quantities=QUANTITIES)
+    check(compiled(x, y), model, nn.CrossEntropyLoss(), x, y)
+    bent = {job.used.name for job in compiled.program.plan.jobs if job.used.bends}
+    assert bent == {"stem.weight", "stem.bias", "bn.weight", "bn.bias"}
 
 
 def test_a_linear_layer_takes_one_product_per_output(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,4 +116,4 @@ def test_a_linear_layer_takes_one_product_per_output(monkeypatch: pytest.MonkeyP
     original = hessian._grad  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr("fxcurv.hessian._grad", lambda s, at, d: (taken.append(d.shape), original(s, at, d))[1])
     check(fxcurv.compile(model, quantities=QUANTITIES)(x, y), model, nn.CrossEntropyLoss(), x, y)
-    assert len(taken) == 2 * (5 + 3)
+    assert len(taken) == 2 * 5  # the last layer is followed by no bend: its diagonal is that of the GGN
