@@ -79,6 +79,7 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     A = InputCovariance()([x])
     close(patches.unfolded(z), A)
     close(patches.correlated(z), A)
+    close(patches.by_rows(z), A)
     close(patches.sums(z), x.sum(1))
     for ones in (False, True):
         close(forms.CovarianceOfPatches(patches, ones)([z]), InputCovariance(ones=ones)([x]))
@@ -296,6 +297,16 @@ def test_whichever_form_is_forced_results_agree(form: str) -> None:
         torch.testing.assert_close(
             found[name], value, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_channels_are_multiplied_by_rows(dtype: torch.dtype) -> None:
+    """Depthwise 7×7 kernels are; a convolution over many channels never is."""
+    for channels, side in ((40, 56), (80, 28), (160, 14), (320, 7)):
+        z = torch.empty(8, channels, side, side, dtype=dtype, device="meta")
+        depthwise, dense = (Patches((7, 7), (1, 1), (3, 3), (1, 1), groups) for groups in (channels, 1))
+        assert depthwise.cost(z) == depthwise.row_cost(z)
+        assert dense.cost(z) != dense.row_cost(z)
 
 
 def test_an_odd_form_is_cheaper_where_it_should_be() -> None:
