@@ -94,6 +94,10 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     if x.shape[1] <= 50:
         close(forms.DiagonalByPairs()([x], [S]), diagonal)
     close(DiagonalPerSample()([x], [S]).sum(0), diagonal)
+    close(forms.DiagonalByConvolution(op)([z], [raw]), diagonal)
+    close(forms.DiagonalPerSampleByConvolution(op)([z], [raw]), DiagonalPerSample()([x], [S]))
+    close(forms.SquaredNormsByConvolution(op)([z], [raw]), SquaredNorms()([x], [S]))
+    close(forms.ColumnsByConvolution(op)([z], [raw]), Columns()([x], [S]))
     close(forms.ColumnsBySample()([x], [S]), Columns()([x], [S]))
     close(forms.ColumnsBySample(patches)([z], [S]), Columns()([x], [S]))
     close(forms.SquaredNormsByPairs()([x], [S]), SquaredNorms()([x], [S]))
