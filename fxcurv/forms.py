@@ -293,9 +293,9 @@ class _ByConvolution(Statistic):
         assert z is not None
         (v, n, o), size, s = S.shape[:3], S.element_size(), S[0, 0, 0].numel()
         inputs = self.size() // o
-        slow = _slowness(op, v, size)
+        flops, calls = _slowness(op, v, size) * 2 * v * n * o * inputs * s, n * op.groups if size > 4 else 0
         return (
-            Cost(2 * slow * v * n * o * inputs * s, size * WRITTEN * v * n * o * inputs, 8 + n * op.groups)
+            Cost(flops, size * WRITTEN * v * n * o * inputs, 8 + calls)  # torch's own kernel loops over the groups
             + copying(S.numel() + z.numel(), size)
             + Cost(temporary=self._temporary(z, S))
         )
@@ -310,21 +310,20 @@ class _ByConvolution(Statistic):
         return self.op.extra_repr()
 
 
-WRITTEN = 24
+WRITTEN = 16
 """Passes over the entries that writing them costs, which a kernel orders by blocks of channels first."""
 
 
 def _slowness(op: nn.Conv1d | nn.Conv2d | nn.Conv3d, columns: int, size: int) -> float:
-    """How much slower a weight gradient is than a product of large matrices: the more so the fewer channels.
+    """How much slower a weight gradient is than a product of large matrices: the more so the fewer channels and taps.
 
-    oneDNN's kernels of single precision have a fast way for one input and one output, if the kernel is small.
+    oneDNN's kernels of single precision have a way of their own for one input and one output, which likes few taps.
     """
-    inputs, outputs = op.in_channels // op.groups, columns * op.out_channels // op.groups
-    if size > 4:
-        return 12 / math.sqrt(inputs)
-    if inputs == outputs == 1:
-        return 18 if max(op.kernel_size) <= 3 else 72
-    return max(2.5, 40 / inputs)
+    inputs, outputs, wide = op.in_channels // op.groups, columns * op.out_channels // op.groups, max(op.kernel_size) > 3
+    if inputs == outputs == 1 and size <= 4:
+        return 72 if wide else 18
+    channels = inputs * (4 if wide and outputs > 1 else 1)
+    return 12 / math.sqrt(channels) if size > 4 else max(2.5, 40 / channels)
 
 
 class ColumnsByConvolution(_ByConvolution, Columns):

@@ -333,7 +333,7 @@ class _RowProducts:
         self.patches, self.channels = patches, z.shape[1] // patches.groups
         rows = z.unflatten(1, (patches.groups, -1)).movedim((1, 3), (0, 1))  # [g, r, n, c, …]
         phases = (rows[:, phase :: self.axis.stride] for phase in range(self.axis.stride))
-        self.phases = [phase.reshape(*phase.shape[:3], -1) for phase in phases]
+        self.phases = [phase.reshape(*phase.shape[:3], -1).contiguous() for phase in phases]
 
     def covariance(self) -> Tensor:
         p, c, count = self.patches, self.channels, len(self.others)
