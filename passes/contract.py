@@ -165,11 +165,13 @@ def _by_convolution(form: Callable[[Any], Statistic], node: fx.Node, setting: Se
 
     What it costs is known for the CPU's kernels.
     """
-    xs, Ss = _uses(node)
-    (x, *more), (S, *_) = xs, Ss
-    if more or x is None or _patches_of(x) is None or _positions(x).place.parts != 1 or setting.device.type != "cpu":
+    (x, *more), (S, *_) = _uses(node)
+    if more or x is None or setting.device.type != "cpu":
         return
-    yield _Form(form(_positions(S).op), ([*x.all_input_nodes], [*S.all_input_nodes]))
+    inputs, outputs = module_of(x), module_of(S)
+    if isinstance(inputs, InputPositions) and isinstance(outputs, OutputPositions):  # and not rotated
+        if _patches_of(x) is not None and inputs.place.parts == 1:
+            yield _Form(form(outputs.op), ([*x.all_input_nodes], [*S.all_input_nodes]))
 
 
 def _of_diagonal(op: contractions.Diagonal, node: fx.Node, setting: Setting) -> Iterator[_Form]:
