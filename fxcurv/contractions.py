@@ -35,6 +35,7 @@ __all__ = [
     "PerOutput",
     "Recursive",
     "RotatedDiagonal",
+    "SquaredEntries",
     "SquaredNorms",
     "Statistic",
     "Sum",
@@ -129,25 +130,6 @@ def _entries_cost(xs: Xs, Ss: Ss) -> Cost:
     return Cost(cost.flops, cost.bytes, 6 * len(xs), cost.temporary)
 
 
-def _chunked_cost(xs: Xs, Ss: Ss) -> Cost:
-    """`per_sample` in chunks, each of which is there twice."""
-    rows, side = entries_of(xs, Ss)
-    return _entries_cost(xs, Ss) + Cost(temporary=2 * Ss[0].element_size() * min(CHUNK, rows * side))
-
-
-def _chunks(xs: Xs, Ss: Ss) -> Iterator[tuple[slice, list[Tensor | None], list[Tensor]]]:
-    """The uses cut along n and v, and which n they are, so that a cut's per-sample entries stay within `CHUNK`."""
-    v, n = Ss[0].shape[:2]
-    inputs = 1 if xs[0] is None else xs[0].shape[-1]
-    size = Ss[0].shape[3:].numel() * inputs
-    samples = max(1, min(n, CHUNK // max(1, size * v)))
-    columns = max(1, min(v, CHUNK // max(1, size * samples)))
-    for a in range(0, n, samples):
-        x = [None if x is None else x[a : a + samples] for x in xs]
-        for b in range(0, v, columns):
-            yield slice(a, a + samples), x, [S[b : b + columns, a : a + samples] for S in Ss]
-
-
 class PerOutput(Statistic):
     """A statistic of S to some `power`, `[g,o,i]`."""
 
@@ -157,6 +139,40 @@ class PerOutput(Statistic):
 
     def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
         return returned * (scale**self.power).view(*returned.shape[:2], 1)
+
+
+class SquaredEntries(Statistic):
+    """Σ J[v,n,g,o,i]² over some axes of the per-sample entries, of which no more than a chunk are there at once."""
+
+    reads = "xS"
+    over: ClassVar[tuple[int, ...]]
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        return self.total(per_sample, (xs, Ss), entries_of(xs, Ss)[1])
+
+    def total(self, entries: Callable[[Xs, Ss], Tensor], uses: tuple[Xs, Ss], size: int) -> Tensor:
+        """The sums over what `entries` gives for a cut of the uses along n and v: `size` entries for each of them."""
+        parts: dict[int, Tensor] = {}
+        for start, xs, Ss in _chunks(*uses, size):
+            part, sample = entries(xs, Ss).square().sum(self.over), 0 if self.samples is None else start
+            parts[sample] = parts[sample] + part if sample in parts else part
+        first, *others = parts.values()
+        return torch.cat([first, *others], self.samples or 0) if others else first
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        rows, side = entries_of(xs, Ss)
+        return _entries_cost(xs, Ss) + Cost(temporary=2 * Ss[0].element_size() * min(CHUNK, rows * side))
+
+
+def _chunks(xs: Xs, Ss: Ss, size: int) -> Iterator[tuple[int, list[Tensor | None], list[Tensor]]]:
+    """The uses cut along n and v, and their first n, so that `size` entries for each n and v stay within `CHUNK`."""
+    v, n = Ss[0].shape[:2]
+    samples = max(1, min(n, CHUNK // max(1, size * v)))
+    columns = max(1, min(v, CHUNK // max(1, size * samples)))
+    for a in range(0, n, samples):
+        x = [None if x is None else x[a : a + samples] for x in xs]
+        for b in range(0, v, columns):
+            yield a, x, [S[b : b + columns, a : a + samples] for S in Ss]
 
 
 class Gradient(PerOutput):
@@ -206,21 +222,10 @@ def _second_moment(X: Tensor) -> Tensor:
     return X @ X.mT
 
 
-class Diagonal(PerOutput):
+class Diagonal(SquaredEntries, PerOutput):
     """Σ_vn (Σ_s S[v,n,s,g,o] x[n,s,g,i])²: `[g,o,i]`."""
 
-    power = 2
-
-    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
-        total: Tensor | None = None
-        for _, x, S in _chunks(xs, Ss):
-            part = per_sample(x, S).square().sum((0, 1))
-            total = part if total is None else total + part
-        assert total is not None
-        return total
-
-    def cost(self, xs: Xs, Ss: Ss) -> Cost:
-        return _chunked_cost(xs, Ss)
+    power, over = 2, (0, 1)
 
 
 class RotatedDiagonal(Diagonal):
@@ -346,37 +351,16 @@ class Columns(Statistic):
         return _entries_cost(xs, Ss)
 
 
-class DiagonalPerSample(Statistic):
+class DiagonalPerSample(SquaredEntries):
     """Σ_v (Σ_s S[v,n,s,g,o] x[n,s,g,i])²: `[n,g,o,i]`."""
 
-    reads = "xS"
-    samples, grows = 0, True
-
-    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
-        _, n, _, g, o = Ss[0].shape
-        total = Ss[0].new_zeros(n, g, o, 1 if xs[0] is None else xs[0].shape[-1])
-        for rows, x, S in _chunks(xs, Ss):
-            total[rows] += per_sample(x, S).square().sum(0)
-        return total
-
-    def cost(self, xs: Xs, Ss: Ss) -> Cost:
-        return _chunked_cost(xs, Ss)
+    samples, grows, over = 0, True, (0,)
 
 
-class SquaredNorms(Statistic):
+class SquaredNorms(SquaredEntries):
     """Σ_v ‖J_vn‖² of the per-sample entries J[v,n,g·o·i]: `[n]`."""
 
-    reads = "xS"
-    samples, grows = 0, True
-
-    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
-        total = Ss[0].new_zeros(Ss[0].shape[1])
-        for rows, x, S in _chunks(xs, Ss):
-            total[rows] += per_sample(x, S).square().sum((0, 2, 3, 4))
-        return total
-
-    def cost(self, xs: Xs, Ss: Ss) -> Cost:
-        return _chunked_cost(xs, Ss)
+    samples, grows, over = 0, True, (0, 2, 3, 4)
 
 
 class Inputs(Statistic):

@@ -6,12 +6,29 @@ A form says in its docstring which definition it equals and when it applies; pas
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fxcurv.contractions import CHUNK, PerOutput, Ss, Statistic, Sum, Xs, entries_of, per_sample, widened, with_ones
+from fxcurv.contractions import (
+    CHUNK,
+    Columns,
+    Diagonal,
+    DiagonalPerSample,
+    PerOutput,
+    SquaredEntries,
+    SquaredNorms,
+    Ss,
+    Statistic,
+    Sum,
+    Xs,
+    entries_of,
+    per_sample,
+    widened,
+    with_ones,
+)
 from fxcurv.costs import Cost, copying, moment, product
 from fxcurv.gemm import times_transpose, transpose_times
 from fxcurv.kernels import sum_of_squared_products
@@ -20,18 +37,22 @@ from fxcurv.pages import new_empty
 from fxcurv.patches import Patches
 
 __all__ = [
+    "ColumnsByConvolution",
     "ColumnsBySample",
     "CovarianceOfPatches",
+    "DiagonalByConvolution",
     "DiagonalByPairs",
     "DiagonalBySample",
     "DiagonalFused",
     "DiagonalOfSinglePositions",
+    "DiagonalPerSampleByConvolution",
     "DiagonalPerSampleOfSinglePositions",
     "GradientOfConvolution",
     "KeptEntries",
     "KeptInputs",
     "KeptOutputs",
     "PooledPatches",
+    "SquaredNormsByConvolution",
     "SquaredNormsByPairs",
 ]
 
@@ -235,6 +256,101 @@ class GradientOfConvolution(PerOutput):
 
     def extra_repr(self) -> str:
         return self.op.extra_repr()
+
+
+class _ByConvolution(Statistic):
+    """A statistic of the per-sample entries of one convolution, from its input `z[n,c,…]` and S[v,n,o,…].
+
+    They are the weight gradients of one convolution that has a group per sample, whose outputs are those of all
+    columns; no patch is formed. It applies where every sample is one input of the convolution.
+    """
+
+    def __init__(self, op: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__()
+        self.op = op
+
+    def entries(self, xs: Xs, Ss: Ss) -> Tensor:
+        """J[v,n,g,o,i]."""
+        (z,), (S,), op = xs, Ss, self.op
+        assert z is not None
+        z, S, (v, n) = widened(z), widened(S), S.shape[:2]
+        outputs = S.unflatten(2, (op.groups, -1)).permute(1, 2, 0, 3, *range(4, S.ndim + 1))  # [n,g,v,o,…]
+        weight = S.new_empty(()).expand(n * v * S.shape[2], *op.weight.shape[1:])  # read for its shape only
+        geometry = (op.stride, op.padding, op.dilation, False, (0,) * (z.ndim - 2), n * op.groups)
+        arguments = outputs.flatten(0, 3).unsqueeze(0), z.flatten(0, 1).unsqueeze(0), weight, None
+        gradient = torch.ops.aten.convolution_backward(*arguments, *geometry, (False, True, False))[1]
+        return gradient.view(n, op.groups, v, S.shape[2] // op.groups, -1).permute(2, 0, 1, 3, 4)
+
+    def size(self) -> int:
+        """The entries of a sample and column."""
+        return self.op.weight.numel()
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        (z,), (S,), op = xs, Ss, self.op
+        assert z is not None
+        (v, n, o), size, s = S.shape[:3], S.element_size(), S[0, 0, 0].numel()
+        inputs = self.size() // o
+        flops, calls = _slowness(op, v, size) * 2 * v * n * o * inputs * s, n * op.groups if size > 4 else 0
+        return (
+            Cost(flops, size * WRITTEN * v * n * o * inputs, 8 + calls)  # torch's own kernel loops over the groups
+            + copying(S.numel() + z.numel(), size)
+            + Cost(temporary=self._temporary(z, S))
+        )
+
+    def _temporary(self, z: Tensor, S: Tensor) -> float:
+        """Bytes of copies of both sides, in the kernel's order too, and of a chunk of entries and their squares."""
+        v, n = S.shape[:2]
+        chunk = 2 * min(v * n * self.size(), max(CHUNK, self.size()))
+        return S.element_size() * (2 * S.numel() + 2 * z.numel() + chunk)
+
+    def extra_repr(self) -> str:
+        return self.op.extra_repr()
+
+
+WRITTEN = 16
+"""Passes over the entries that writing them costs, which a kernel orders by blocks of channels first."""
+
+
+def _slowness(op: nn.Conv1d | nn.Conv2d | nn.Conv3d, columns: int, size: int) -> float:
+    """How much slower a weight gradient is than a product of large matrices: the more so the fewer channels and taps.
+
+    oneDNN's kernels of single precision have a way of their own for one input and one output, which likes few taps.
+    """
+    inputs, outputs, wide = op.in_channels // op.groups, columns * op.out_channels // op.groups, max(op.kernel_size) > 3
+    if inputs == outputs == 1 and size <= 4:
+        return 72 if wide else 18
+    channels = inputs * (4 if wide and outputs > 1 else 1)
+    return 12 / math.sqrt(channels) if size > 4 else max(2.5, 40 / channels)
+
+
+class ColumnsByConvolution(_ByConvolution, Columns):
+    """`Columns` of one convolution's weight, without patches."""
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        return self.entries(xs, Ss).contiguous()
+
+    def _temporary(self, z: Tensor, S: Tensor) -> float:
+        v, n = S.shape[:2]
+        return S.element_size() * (2 * S.numel() + 2 * z.numel() + 2 * v * n * self.size())
+
+
+class _SquaresByConvolution(_ByConvolution, SquaredEntries):
+    """Squared entries of one convolution, chunk by chunk."""
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        return self.total(self.entries, (xs, Ss), self.size())
+
+
+class DiagonalByConvolution(_SquaresByConvolution, Diagonal):
+    """`Diagonal` of one convolution's weight, without patches."""
+
+
+class DiagonalPerSampleByConvolution(_SquaresByConvolution, DiagonalPerSample):
+    """`DiagonalPerSample` of one convolution's weight, without patches."""
+
+
+class SquaredNormsByConvolution(_SquaresByConvolution, SquaredNorms):
+    """`SquaredNorms` of one convolution's weight, without patches."""
 
 
 class DiagonalOfSinglePositions(PerOutput):

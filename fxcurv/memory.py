@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxcurv.capture import Inputs, as_call, batch_size
 from fxcurv.contractions import Diagonal
 from fxcurv.errors import FxcurvError, QuantityError
-from fxcurv.forms import ColumnsBySample, DiagonalByPairs, DiagonalBySample, DiagonalFused
+from fxcurv.forms import ColumnsBySample, DiagonalByConvolution, DiagonalByPairs, DiagonalBySample, DiagonalFused
 from fxcurv.moments import SecondMoment
 from fxcurv.program import Program
 from fxcurv.pullback import Scaled
@@ -240,7 +240,8 @@ class _Run(fx.Interpreter):
             entries = statistic.empty(*args)
             self.live.charge(statistic.cost(*args).temporary)
             return entries
-        if not isinstance(statistic, Diagonal | DiagonalBySample | DiagonalByPairs | DiagonalFused):
+        looping = isinstance(statistic, Diagonal | DiagonalBySample | DiagonalByPairs | DiagonalFused)
+        if not looping or isinstance(statistic, DiagonalByConvolution):  # the latter runs in few large chunks
             return super().call_module(target, args, kwargs)
         self.live.charge(module.cost(*args).temporary)
         (x, *_), (S, *_) = args

@@ -4,7 +4,8 @@ Output pixel p sees, through tap a of an axis, the input at q = stride·p + dila
 Split by the phase q mod stride, the tap reads entry p + shift of one phase, so that a pair of taps reads two phases at
 a constant displacement. Over all integers p, and not those of the output alone, Σ_p x xᵀ therefore depends on the
 displacement alone: it is made of one correlation for each, without the patches at the p that are no output pixels,
-which are few and see little of the input.
+which are few and see little of the input. Where a group has few channels, correlations are no matrix products to speak
+of; whole rows of the input are then multiplied with one another, and what the taps see is summed out of the products.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -150,16 +151,21 @@ class Patches:
         return z.reshape(z.shape[0], self.groups, -1)
 
     def covariance(self, z: Tensor) -> Tensor:
-        """Σ_ns x xᵀ, `[g,i,i]`, the cheaper way."""
-        return self.correlated(z) if self._correlates(z) else self.unfolded(z)
+        """Σ_ns x xᵀ, `[g,i,i]`, the cheapest way."""
+        return self._cheapest(z)[0](z)
 
     def cost(self, z: Tensor) -> Cost:
         """What `covariance` takes."""
-        return self.correlation_cost(z) if self._correlates(z) else self.unfolding_cost(z)
+        return self._cheapest(z)[1]
 
-    def _correlates(self, z: Tensor) -> bool:
+    def _cheapest(self, z: Tensor) -> tuple[Callable[[Tensor], Tensor], Cost]:
         rates = rates_of(z.device, z.dtype)
-        return self.correlation_cost(z).seconds(rates) < self.unfolding_cost(z).seconds(rates)
+        ways = (
+            (self.unfolded, self.unfolding_cost(z)),
+            (self.correlated, self.correlation_cost(z)),
+            (self.by_rows, self.row_cost(z)),
+        )
+        return min(ways, key=lambda way: way[1].seconds(rates))
 
     def unfolded(self, z: Tensor) -> Tensor:
         """Σ_ns x xᵀ from the patches themselves: `[g,i,i]`."""
@@ -168,7 +174,8 @@ class Patches:
 
     def unfolding_cost(self, z: Tensor) -> Cost:
         g, d, m, size = *self._sides(z), z.element_size()
-        return copying(g * d * m, size) * 2 + moment(d, m, size) * g + Cost(calls=8, temporary=2 * size * g * d * m)
+        copies, products = copying(g * d * m, size) * (2 if g == 1 else 4), moment(d, m, size) * g
+        return copies + products + Cost(calls=8, temporary=2 * size * g * d * m)
 
     def correlated(self, z: Tensor) -> Tensor:
         """Σ_ns x xᵀ as correlations of the input with itself, one per displacement: `[g,i,i]`."""
@@ -178,14 +185,32 @@ class Patches:
         (g, d, _), size, correlations = self._sides(z), z.element_size(), _Correlations(self, z)
         c, entries = d // self.taps, len(z) * math.prod(correlations.sizes)
         displacements = math.prod(len(axis.displacements) for axis in self.axes)
-        cost = product(c, c, entries, size) * (g * (displacements + 1) / 2)
+        cost = _of_groups(product(c, c, entries, size), g) * ((displacements + 1) / 2)
         for cell in itertools.islice(itertools.product(*correlations.kinds), 1, None):
             side = c * math.prod(len(k.taps) for k in cell)
             seen = len(z) * math.prod(len(k.positions) for k in cell)
-            cost += (product(side, side, seen, size) + copying(side * (side + seen), size) + Cost(calls=3)) * g
+            cost += _of_groups(product(side, side, seen, size) + copying(side * (side + seen), size), g) + Cost(calls=3)
         buffers = size * g * c * entries * math.prod(self.stride)
         calls = 4 * math.prod(self.stride) + self.taps**2 + displacements
         return Cost(cost.flops, cost.bytes + 3 * buffers + WRITING * size * g * d * d, cost.calls + calls, buffers)
+
+    def by_rows(self, z: Tensor) -> Tensor:
+        """Σ_ns x xᵀ from the products of whole rows of the input with one another: `[g,i,i]`."""
+        return _RowProducts(self, z).covariance()
+
+    def row_cost(self, z: Tensor) -> Cost:
+        (g, _, _), size, n, (axis, *others) = self._sides(z), z.element_size(), len(z), self.axes
+        side, c = z[0, :, 0].numel() // g, z.shape[1] // g
+        pairs, across = axis.size * (axis.size + 1) // 2, math.prod(other.size for other in others)
+        summed = c * c * across**2 * math.prod(self.outputs(z)[1:])
+        products = _of_groups(product(side, side, n * (z.shape[2] + axis.reach // 2), size), g) * axis.size
+        passes = copying(z.numel(), size) + copying(g * side**2, size) * (2 * pairs)
+        return Cost(
+            BATCHED * products.flops + 2 * SCATTERED * pairs * g * summed,
+            products.bytes + passes.bytes,
+            products.calls + pairs * (10 + 8 * len(others)),
+            size * (z.numel() + 4 * g * side**2),
+        )
 
     def _sides(self, z: Tensor) -> tuple[int, int, int]:
         """(g, i, n·s)."""
@@ -194,6 +219,20 @@ class Patches:
 
 WRITING = 8
 """Passes over the matrix that its writing costs, block by block at strides."""
+
+BATCHED = 4
+"""How much slower small matrices are multiplied, one per group, than a large one."""
+
+SCATTERED = 90
+"""How much slower entries far apart are added than those of a matrix are multiplied."""
+
+FURTHER = 0.03
+"""What one more group costs a batch of products, in calls."""
+
+
+def _of_groups(cost: Cost, groups: int) -> Cost:
+    """The same for all groups in one batch."""
+    return Cost(cost.flops * groups, cost.bytes * groups, cost.calls * (1 + FURTHER * (groups - 1)), cost.temporary)
 
 
 class _Correlations:
@@ -279,6 +318,84 @@ class _Correlations:
             rows = rows.reshape(self.patches.groups, -1, seen.shape[0] * seen.shape[2 : 2 + count].numel())
             block = A[(slice(None), slice(None), *taps, slice(None), *taps)]
             block -= _batched(rows, rows).view_as(block)
+
+
+class _RowProducts:
+    """Products of the rows of one batch: a row is what one entry of the first axis holds, over all other axes.
+
+    Two taps of the first axis meet pairs of rows. The sum of these rows' products, P[c,x,c',x'], holds all that the
+    taps of the other axes see: along each of them, sums of x and x' that move on together. Rows in the padding are not
+    there; and pairs of taps at one distance share most of their rows.
+    """
+
+    def __init__(self, patches: Patches, z: Tensor) -> None:
+        (self.axis, *self.others), self.length, self.z = patches.axes, z.shape[2], z
+        self.patches, self.channels = patches, z.shape[1] // patches.groups
+        rows = z.unflatten(1, (patches.groups, -1)).movedim((1, 3), (0, 1))  # [g, r, n, c, …]
+        phases = (rows[:, phase :: self.axis.stride] for phase in range(self.axis.stride))
+        self.phases = [phase.reshape(*phase.shape[:3], -1).contiguous() for phase in phases]
+
+    def covariance(self) -> Tensor:
+        p, c, count = self.patches, self.channels, len(self.others)
+        A = new_empty(self.z, p.groups, c, *p.kernel, c, *p.kernel)
+        blocks, across = A.movedim(3 + count, 2), (slice(None),) * count  # [g, c, c', *tap, *tap']
+        for distance in range(self.axis.size):
+            for tap, products in self._products(distance):
+                seen = self._seen(products)
+                blocks[(slice(None),) * 3 + (tap, *across, tap + distance)] = seen
+                if distance:
+                    left, right = range(3, 3 + count), range(3 + count, 3 + 2 * count)
+                    blocks[(slice(None),) * 3 + (tap + distance, *across, tap)] = seen.permute(0, 2, 1, *right, *left)
+        return A.view(p.groups, c * p.taps, c * p.taps)
+
+    def _products(self, distance: int) -> Iterator[tuple[int, Tensor]]:
+        """Each tap with Σ_n of the products of all rows that it and the tap at a distance meet: `[g, c·x, c·x]`."""
+        met: defaultdict[int, dict[int, range]] = defaultdict(dict)
+        for tap in range(self.axis.size - distance):
+            phase, rows = self._met(tap, distance)
+            met[phase][tap] = rows
+        for phase, taps in met.items():
+            common = range(max(rows.start for rows in taps.values()), min(rows.stop for rows in taps.values()))
+            shared = torch.bmm(*self._factors(phase, common, distance))
+            for tap, rows in taps.items():
+                products = shared
+                parts = (range(rows.start, common.start), range(common.stop, rows.stop)) if common else (rows,)
+                for part in filter(len, parts):
+                    products = torch.baddbmm(products, *self._factors(phase, part, distance))
+                yield tap, products
+
+    def _met(self, tap: int, distance: int) -> tuple[int, range]:
+        """The phase that a tap meets, and its rows while a tap at a distance meets rows of the input too."""
+        axis, shift = self.axis, self.axis.dilation * distance
+        own, other = axis.window(tap, self.length), axis.window(tap + distance, self.length)
+        start, stop = max(own.start, other.start - shift), min(own.stop, other.stop - shift)
+        phase = own.start % axis.stride
+        first, end = ((bound - phase + axis.stride - 1) // axis.stride for bound in (start, stop))
+        return phase, range(first, max(first, end))
+
+    def _factors(self, phase: int, rows: range, distance: int) -> tuple[Tensor, Tensor]:
+        """Rows of a phase, and those at a distance, for a product that sums over them: `[g, c·x, m], [g, m, c·x]`."""
+        shift, other = divmod(phase + self.axis.dilation * distance, self.axis.stride)
+        left = self.phases[phase][:, rows.start : rows.start + len(rows)]
+        right = self.phases[other][:, rows.start + shift : rows.start + shift + len(rows)]
+        return left.flatten(1, 2).mT, right.flatten(1, 2)
+
+    def _seen(self, products: Tensor) -> Tensor:
+        """P[g, c·x, c'·x'] -> what the taps of the other axes see of it: `[g, c, c', *tap, *tap']`."""
+        count, lengths = len(self.others), self.z.shape[3:]
+        P = products.view(-1, *(self.channels, *lengths) * 2)
+        if not count:
+            return P
+        margins: list[int] = []
+        for axis, length in zip(self.others[::-1], lengths[::-1], strict=True):
+            margins += [axis.padding, axis.stride * (axis.outputs(length) - 1) - axis.padding + axis.reach + 1 - length]
+        P = F.pad(P, [*margins, 0, 0, *margins])
+        for first in (2, 3 + count):  # appends one axis of window entries
+            for k, axis in enumerate(self.others):
+                P = P.unfold(first + k, axis.reach + 1, axis.stride)[..., :: axis.dilation]
+        for k in range(count):  # x and x' from one output pixel
+            P = P.diagonal(0, 2, 3 + count - k)
+        return P.sum(tuple(range(-count, 0)))
 
 
 def _batched(a: Tensor, b: Tensor) -> Tensor:

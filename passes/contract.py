@@ -160,7 +160,22 @@ def _of_gradient(op: contractions.Gradient, node: fx.Node, setting: Setting) -> 
         yield _Form(forms.GradientOfConvolution(conv), ([*x.all_input_nodes], [*S.all_input_nodes]))
 
 
+def _by_convolution(form: Callable[[Any], Statistic], node: fx.Node, setting: Setting) -> Iterator[_Form]:
+    """A form that reads the input of a convolution and what arrives at its output, if each sample is one input.
+
+    What it costs is known for the CPU's kernels.
+    """
+    (x, *more), (S, *_) = _uses(node)
+    if more or x is None or setting.device.type != "cpu":
+        return
+    inputs, outputs = module_of(x), module_of(S)
+    if isinstance(inputs, InputPositions) and isinstance(outputs, OutputPositions):  # and not rotated
+        if _patches_of(x) is not None and inputs.place.parts == 1:
+            yield _Form(form(outputs.op), ([*x.all_input_nodes], [*S.all_input_nodes]))
+
+
 def _of_diagonal(op: contractions.Diagonal, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+    yield from _by_convolution(forms.DiagonalByConvolution, node, setting)
     xs, Ss = _uses(node)
     (x, *more), (S, *_) = xs, Ss
     _, _, s, _, o = setting.sizes(S)
@@ -177,6 +192,7 @@ def _of_diagonal(op: contractions.Diagonal, node: fx.Node, setting: Setting) -> 
 
 
 def _of_columns(op: contractions.Columns, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+    yield from _by_convolution(forms.ColumnsByConvolution, node, setting)
     xs, Ss = _uses(node)
     (x, *more), (S, *_) = xs, Ss
     _, _, s, _, o = setting.sizes(S)
@@ -188,12 +204,14 @@ def _of_columns(op: contractions.Columns, node: fx.Node, setting: Setting) -> It
 
 
 def _of_norms(op: contractions.SquaredNorms, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+    yield from _by_convolution(forms.SquaredNormsByConvolution, node, setting)
     xs: Any = node.args[0]
     if None not in xs:
         yield _Form(forms.SquaredNormsByPairs(), node.args)
 
 
 def _of_diagonal_per_sample(op: contractions.DiagonalPerSample, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+    yield from _by_convolution(forms.DiagonalPerSampleByConvolution, node, setting)
     Ss: Any = node.args[1]
     if len(Ss) == 1 and setting.sizes(Ss[0])[2] == 1:
         yield _Form(forms.DiagonalPerSampleOfSinglePositions(), node.args)

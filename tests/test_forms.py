@@ -27,7 +27,7 @@ from fxcurv.contractions import (
     Statistic,
     Sum,
 )
-from fxcurv.costs import Rates
+from fxcurv.costs import Rates, copying, rates_of
 from fxcurv.gemm import BLOCK, SHORT, times_transpose, transpose_times
 from fxcurv.losses import as_loss
 from fxcurv.memory import Chunks
@@ -79,6 +79,7 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     A = InputCovariance()([x])
     close(patches.unfolded(z), A)
     close(patches.correlated(z), A)
+    close(patches.by_rows(z), A)
     close(patches.sums(z), x.sum(1))
     for ones in (False, True):
         close(forms.CovarianceOfPatches(patches, ones)([z]), InputCovariance(ones=ones)([x]))
@@ -93,6 +94,10 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     if x.shape[1] <= 50:
         close(forms.DiagonalByPairs()([x], [S]), diagonal)
     close(DiagonalPerSample()([x], [S]).sum(0), diagonal)
+    close(forms.DiagonalByConvolution(op)([z], [raw]), diagonal)
+    close(forms.DiagonalPerSampleByConvolution(op)([z], [raw]), DiagonalPerSample()([x], [S]))
+    close(forms.SquaredNormsByConvolution(op)([z], [raw]), SquaredNorms()([x], [S]))
+    close(forms.ColumnsByConvolution(op)([z], [raw]), Columns()([x], [S]))
     close(forms.ColumnsBySample(patches)([z], [S]), Columns()([x], [S]))
     close(forms.SquaredNormsByPairs()([x], [S]), SquaredNorms()([x], [S]))
 
@@ -294,6 +299,29 @@ def test_whichever_form_is_forced_results_agree(form: str) -> None:
         torch.testing.assert_close(
             found[name], value, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_channels_are_multiplied_by_rows(dtype: torch.dtype) -> None:
+    """Depthwise 7×7 kernels are; a convolution over many channels never is."""
+    for channels, side in ((40, 56), (80, 28), (160, 14), (320, 7)):
+        z = torch.empty(8, channels, side, side, dtype=dtype, device="meta")
+        depthwise, dense = (Patches((7, 7), (1, 1), (3, 3), (1, 1), groups) for groups in (channels, 1))
+        assert depthwise.cost(z) == depthwise.row_cost(z)
+        assert dense.cost(z) != dense.row_cost(z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("channels", "groups", "side", "cheaper"), [(40, 40, 56, True), (512, 1, 7, False)])
+def test_few_channels_are_convolved(channels: int, groups: int, side: int, cheaper: bool, dtype: torch.dtype) -> None:
+    """The entries of a depthwise kernel, and not those of a large one on a small map."""
+    op = nn.Conv2d(channels, channels, 7, padding=3, groups=groups, dtype=dtype, device="meta")
+    z, S = (torch.empty(*lead, 8, channels, side, side, dtype=dtype, device="meta") for lead in ((), (1,)))
+    x = InputPositions(op, Samples(0))(z)
+    defined = Diagonal().cost([x], [OutputPositions(op, Samples(0))(S)]) + copying(x.numel(), x.element_size())
+    by_convolution = forms.DiagonalByConvolution(op).cost([z], [S])
+    rates = rates_of(torch.device("cpu"), dtype)
+    assert (by_convolution.seconds(rates) < defined.seconds(rates)) == cheaper
 
 
 def test_an_odd_form_is_cheaper_where_it_should_be() -> None:
