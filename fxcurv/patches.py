@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcurv.costs import Cost, copying, moment, product, rates_of
-from fxcurv.gemm import times_transpose
+from fxcurv.gemm import batched_times_transpose
+from fxcurv.meetings import NOTHING, Meeting, Meetings
 from fxcurv.pages import new_empty
 
 __all__ = ["Patches"]
@@ -71,6 +72,19 @@ class Axis:
         start = first % self.stride if first < 0 else first
         stop = min(length, first + self.stride * (self.outputs(length) - 1) + 1)
         return slice(start, max(start, stop), self.stride)
+
+    def meetings(self, length: int) -> list[list[Meeting]]:
+        """What every pair of taps meets from the output pixels from which both see the input."""
+        return [[self._meeting(a, b, length) for b in range(self.size)] for a in range(self.size)]
+
+    def _meeting(self, a: int, b: int, length: int) -> Meeting:
+        offsets = [self.dilation * tap - self.padding for tap in (a, b)]
+        first = max(0, -(min(offsets) // self.stride))
+        stop = min(self.outputs(length), (length - 1 - max(offsets)) // self.stride + 1)
+        if stop <= first:
+            return NOTHING
+        left, right = (self.stride * first + offset for offset in offsets)
+        return Meeting(left, right, stop - first, self.stride if stop - first > 1 else 1)
 
     @cached_property
     def displacements(self) -> dict[Displacement, list[tuple[int, int]]]:
@@ -150,21 +164,21 @@ class Patches:
         return z.reshape(z.shape[0], self.groups, -1)
 
     def covariance(self, z: Tensor) -> Tensor:
-        """Σ_ns x xᵀ, `[g,i,i]`, the cheaper way."""
-        return self.correlated(z) if self._correlates(z) else self.unfolded(z)
+        """Σ_ns x xᵀ, `[g,i,i]`, the cheapest way."""
+        return self._way(z).covariance(self, z)
 
     def cost(self, z: Tensor) -> Cost:
         """What `covariance` takes."""
-        return self.correlation_cost(z) if self._correlates(z) else self.unfolding_cost(z)
+        return self._way(z).cost(self, z)
 
-    def _correlates(self, z: Tensor) -> bool:
+    def _way(self, z: Tensor) -> Way:
         rates = rates_of(z.device, z.dtype)
-        return self.correlation_cost(z).seconds(rates) < self.unfolding_cost(z).seconds(rates)
+        return min(WAYS, key=lambda way: way.cost(self, z).seconds(rates))
 
     def unfolded(self, z: Tensor) -> Tensor:
         """Σ_ns x xᵀ from the patches themselves: `[g,i,i]`."""
         rows = self.positions(z).permute(2, 3, 0, 1).flatten(2)  # [g, i, n·s]
-        return _batched(rows, rows)
+        return batched_times_transpose(rows, rows)
 
     def unfolding_cost(self, z: Tensor) -> Cost:
         g, d, m, size = *self._sides(z), z.element_size()
@@ -186,6 +200,17 @@ class Patches:
         buffers = size * g * c * entries * math.prod(self.stride)
         calls = 4 * math.prod(self.stride) + self.taps**2 + displacements
         return Cost(cost.flops, cost.bytes + 3 * buffers + WRITING * size * g * d * d, cost.calls + calls, buffers)
+
+    def met(self, z: Tensor) -> Tensor:
+        """Σ_ns x xᵀ of what pairs of taps meet, every different sum once: `[g,i,i]`."""
+        return self._meetings(z).covariance()
+
+    def meeting_cost(self, z: Tensor) -> Cost:
+        return self._meetings(z).cost()
+
+    def _meetings(self, z: Tensor) -> Meetings:
+        tables = [axis.meetings(length) for axis, length in zip(self.axes, z.shape[2:], strict=True)]
+        return Meetings(tables, self.groups, z)
 
     def _sides(self, z: Tensor) -> tuple[int, int, int]:
         """(g, i, n·s)."""
@@ -245,7 +270,7 @@ class _Correlations:
         """Σ_q z[g,c,q] z'[g,c',q + displacement]: `[g,c,c']`."""
         left, right = self._phase([d.phase for d in displacements]), self._phase([d.other for d in displacements])
         shift = sum(d.by * stride for d, stride in zip(displacements, self.strides, strict=True))
-        return _batched(self._from(left, max(0, -shift)), self._from(right, max(0, shift)))
+        return batched_times_transpose(self._from(left, max(0, -shift)), self._from(right, max(0, shift)))
 
     def _phase(self, phases: Sequence[int]) -> Tensor:
         """The buffer with the entries of a phase, and zeros behind its end for the furthest shift."""
@@ -278,12 +303,18 @@ class _Correlations:
             rows = seen.movedim((1, *range(2 + count, 2 + 2 * count)), tuple(range(1 + count)))
             rows = rows.reshape(self.patches.groups, -1, seen.shape[0] * seen.shape[2 : 2 + count].numel())
             block = A[(slice(None), slice(None), *taps, slice(None), *taps)]
-            block -= _batched(rows, rows).view_as(block)
+            block -= batched_times_transpose(rows, rows).view_as(block)
 
 
-def _batched(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ for every group: `[g,c,m], [g,c',m] -> [g,c,c']`."""
-    if a.shape[0] == 1:
-        left = a[0]
-        return times_transpose(left, left if a is b else b[0]).unsqueeze(0)
-    return a @ b.mT
+class Way(NamedTuple):
+    """A way to Σ_ns x xᵀ, and what it takes."""
+
+    cost: Callable[[Patches, Tensor], Cost]
+    covariance: Callable[[Patches, Tensor], Tensor]
+
+
+WAYS = (
+    Way(Patches.unfolding_cost, Patches.unfolded),
+    Way(Patches.correlation_cost, Patches.correlated),
+    Way(Patches.meeting_cost, Patches.met),
+)

@@ -79,6 +79,7 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     A = InputCovariance()([x])
     close(patches.unfolded(z), A)
     close(patches.correlated(z), A)
+    close(patches.met(z), A)
     close(patches.sums(z), x.sum(1))
     for ones in (False, True):
         close(forms.CovarianceOfPatches(patches, ones)([z]), InputCovariance(ones=ones)([x]))
