@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxcurv
 import passes
-from fxcurv import forms, pages
+from fxcurv import contractions, forms, pages
 from fxcurv.choice import chosen
 from fxcurv.contractions import (
     Columns,
@@ -297,6 +297,20 @@ def test_whichever_form_is_forced_results_agree(form: str) -> None:
         )
 
 
+def test_pairs_of_taps_share_what_they_meet() -> None:
+    """Along an axis with a padded kernel of 3 at most 7 meetings of 9 differ, on the smallest maps fewer."""
+    (axis, _), expected = Patches((3, 3), (1, 1), (1, 1), (1, 1), 1).axes, {1: 1, 2: 5, 3: 7, 9: 7}
+    found = {length: {m for row in axis.meetings(length) for m in row if m.length} for length in expected}
+    assert {length: len(meetings) for length, meetings in found.items()} == expected
+
+
+def test_products_per_channel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, S = draw(5, 3, 2, 1), draw(4, 5, 3, 2, 1)
+    for part in (1, 13, 50, 1000):  # of a sample, of two, of all samples of two columns, of everything
+        monkeypatch.setattr(contractions, "PART", part)
+        close(contractions.per_sample([x], [S]), (S * x).sum(2).unsqueeze(-1))
+
+
 def test_an_odd_form_is_cheaper_where_it_should_be() -> None:
     """The model of costs prefers correlations for large maps, patches for small ones, pairs for few positions."""
     patches, rates = Patches((3, 3), (1, 1), (1, 1), (1, 1), 1), Rates(1e11, 1e10, 5e-6)
@@ -304,5 +318,8 @@ def test_an_odd_form_is_cheaper_where_it_should_be() -> None:
     assert patches.correlation_cost(large).flops < 0.4 * patches.unfolding_cost(large).flops
     assert patches.correlation_cost(large).seconds(rates) < 0.6 * patches.unfolding_cost(large).seconds(rates)
     assert patches.correlation_cost(small).seconds(rates) > 2 * patches.unfolding_cost(small).seconds(rates)
+    deep = torch.empty(16, 512, 2, 2, device="meta")
+    assert patches.meeting_cost(deep).flops < 0.06 * patches.unfolding_cost(deep).flops
+    assert patches.meeting_cost(deep).seconds(rates) < patches.unfolding_cost(deep).seconds(rates)
     x, S = torch.empty(8, 4, 1, 4608, device="meta"), torch.empty(9, 8, 4, 1, 512, device="meta")
     assert forms.DiagonalByPairs().cost([x], [S]).flops < forms.DiagonalBySample().cost([x], [S]).flops
