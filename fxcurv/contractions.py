@@ -53,6 +53,9 @@ Sum = Tensor | SecondMoment
 CHUNK = 1 << 22
 """Entries of the largest temporary of per-sample quantities."""
 
+PART = 1 << 18
+"""Entries of a temporary that stays in the cache."""
+
 
 class Statistic(nn.Module):
     """A sum over samples and columns; `reads` says of what: "x" (once a batch), "S" or "xS" (once a chunk of v).
@@ -105,7 +108,7 @@ def _per_sample(x: Tensor | None, S: Tensor) -> Tensor:
     if x is None:
         return S.sum(2).unsqueeze(-1)
     if x.shape[-1] == S.shape[-1] == 1:  # a product per channel: no matrix is multiplied
-        return (S * x).sum(2).unsqueeze(-1)
+        return _per_channel(x, S)
     v, n, s, g, o = S.shape
     if s == 1:  # outer products: written once, and nothing is summed
         result = new_empty(S, v, n, g, o, x.shape[-1])
@@ -118,6 +121,20 @@ def _per_sample(x: Tensor | None, S: Tensor) -> Tensor:
     # [n,g,v·o,s] @ [n,g,s,i]
     product = S.permute(1, 3, 0, 4, 2).reshape(n, g, v * o, s) @ x.transpose(1, 2)
     return product.view(n, g, v, o, -1).permute(2, 0, 1, 3, 4)
+
+
+def _per_channel(x: Tensor, S: Tensor) -> Tensor:
+    """Σ_s S[v,n,s,g,1] x[n,s,g,1], `[v,n,g,1,1]`; many products part by part, each in the memory of the one before."""
+    n, s, g = S.shape[1:4]
+    if S.device.type != "cpu" or torch.compiler.is_compiling() or S.numel() <= PART:
+        return (S * x).sum(2).unsqueeze(-1)
+    samples = min(n, max(1, PART // (s * g)))
+    columns = max(1, PART // (s * g * samples))
+    parts = [
+        torch.cat([(c * xs).sum(2) for c in cut.split(columns)])
+        for cut, xs in zip(S.split(samples, 1), x.split(samples), strict=True)
+    ]
+    return torch.cat(parts, 1).unsqueeze(-1)
 
 
 def _entries_cost(xs: Xs, Ss: Ss) -> Cost:

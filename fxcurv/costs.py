@@ -8,7 +8,7 @@ import torch
 
 from fxcurv import gemm
 
-__all__ = ["Cost", "Rates", "copying", "moment", "product", "rates_of"]
+__all__ = ["Cost", "Rates", "copying", "moment", "of_groups", "product", "rates_of"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,17 @@ def moment(d: float, m: float, size: int) -> Cost:
     """Σ_m X Xᵀ, `[d,d]`: of half of the entries where gemm.py takes it apart."""
     whole = product(d, d, m, size)
     if d < 2 * gemm.BLOCK or m < gemm.SHORT:
-        return whole
+        return whole if size * d * d < gemm.FRESH else whole + copying(d * d, size)
     return Cost(0.5 * whole.flops * (1 + gemm.BLOCK / d), whole.bytes + 2 * size * d * d, 3 * d / gemm.BLOCK)
+
+
+FURTHER = 0.03
+"""What one more group costs a batch of products, in calls."""
+
+
+def of_groups(cost: Cost, groups: int) -> Cost:
+    """The same for all groups in one batch."""
+    return Cost(cost.flops * groups, cost.bytes * groups, cost.calls * (1 + FURTHER * (groups - 1)), cost.temporary)
 
 
 def copying(entries: float, size: int) -> Cost:

@@ -30,6 +30,7 @@ from fxcurv.contractions import (
     with_ones,
 )
 from fxcurv.costs import Cost, copying, moment, product
+from fxcurv.covariance import cheapest
 from fxcurv.gemm import times_transpose, transpose_times
 from fxcurv.kernels import sum_of_squared_products
 from fxcurv.moments import SecondMoment
@@ -81,15 +82,15 @@ class CovarianceOfPatches(_OfPatches):
 
     def forward(self, zs: Sequence[Tensor]) -> Tensor:
         (z,) = map(widened, zs)
-        A = self.patches.covariance(z)
+        A = cheapest(self.patches, z).covariance()
         if not self.ones:
             return A
         sums = self.patches.sums(z.sum(0, keepdim=True))[0].unsqueeze(-1)  # [g,i,1]
-        count = sums.new_full((1, 1, 1), len(z) * torch.Size(self.patches.outputs(z)).numel()).expand(len(A), 1, 1)
+        count = sums.new_full((1, 1, 1), len(z) * self.patches.pixels(z)).expand(len(A), 1, 1)
         return torch.cat([torch.cat([A, sums], 2), torch.cat([sums.mT, count], 2)], 1)
 
     def cost(self, zs: Sequence[Tensor]) -> Cost:
-        return self.patches.cost(zs[0])
+        return cheapest(self.patches, zs[0]).cost()
 
 
 class PooledPatches(_OfPatches):
@@ -102,7 +103,7 @@ class PooledPatches(_OfPatches):
         (z,) = map(widened, zs)
         sums = self.patches.sums(z)
         if self.ones:
-            positions = torch.Size(self.patches.outputs(z)).numel()
+            positions = self.patches.pixels(z)
             sums = torch.cat([sums, sums.new_full((*sums.shape[:-1], 1), positions)], -1)
         rows = sums.transpose(0, 1)
         return rows.mT @ rows

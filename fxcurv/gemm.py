@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxcurv.pages import new_empty
 
-__all__ = ["times", "times_transpose", "transpose_times", "uses_onednn"]
+__all__ = ["batched_times_transpose", "times", "times_transpose", "transpose_times", "uses_onednn"]
 
 SMALL = 1e6
 """Multiplications below which a call of oneDNN costs more than it saves."""
@@ -44,6 +44,14 @@ def times(x: Tensor, weight: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return x @ weight
     return _product(x.reshape(-1, x.shape[-1]), weight.mT).view(*x.shape[:-1], -1)
+
+
+def batched_times_transpose(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ for every group: `[g,m,k], [g,n,k] -> [g,m,n]`."""
+    if a.shape[0] == 1:
+        left = a[0]
+        return times_transpose(left, left if a is b else b[0]).unsqueeze(0)
+    return a @ b.mT
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

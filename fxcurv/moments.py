@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fxcurv.covariance import cheapest
 from fxcurv.gemm import transpose_times
 from fxcurv.linalg import cholesky, decomposed, singular
 from fxcurv.patches import Patches
@@ -46,7 +47,7 @@ class SecondMoment:
         """How many vectors each group has."""
         if self.patches is None:
             return sum(x.shape[:-2].numel() for x in self.kept)
-        return sum(len(z) * torch.Size(self.patches.outputs(z)).numel() for z in self.kept)
+        return sum(len(z) * self.patches.pixels(z) for z in self.kept)
 
     @property
     def shape(self) -> torch.Size:
@@ -60,7 +61,7 @@ class SecondMoment:
             return replace(self, scale=1.0).dense().mul_(self.scale)
         kept = [t if self.scale == 1 else t * self.scale**0.5 for t in self.kept]  # smaller than the matrices are
         if self.patches is not None:
-            return self.patches.covariance(torch.cat(kept))
+            return cheapest(self.patches, torch.cat(kept)).covariance()
         rows = replace(self, kept=tuple(kept)).rows()
         return transpose_times(rows[0], rows[0]).unsqueeze(0) if len(rows) == 1 else rows.mT @ rows
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LARGE", "new_empty"]
+__all__ = ["LARGE", "multiplied", "new_empty"]
 
 LARGE = 4 << 20
 """Bytes from which huge pages, of 2 MiB as a rule, are asked for."""
@@ -28,6 +28,14 @@ def new_empty(like: Tensor, *shape: int) -> Tensor:
     if size >= LARGE and type(result) is Tensor and result.device.type == "cpu" and not torch.compiler.is_compiling():
         _ask(result.data_ptr(), size)
     return result
+
+
+def multiplied(a: Tensor, b: Tensor) -> Tensor:
+    """a · b, of a's shape and type, in huge pages like `new_empty`."""
+    large = a.numel() * a.element_size() >= LARGE and a.is_contiguous()
+    if not large or a.requires_grad or b.requires_grad or torch.compiler.is_compiling():
+        return a * b
+    return torch.mul(a, b, out=new_empty(a, *a.shape))
 
 
 def _ask(address: int, size: int) -> None:

@@ -1,51 +1,17 @@
-"""Patches: where a convolution's weight meets its input, and what can be summed over the patches without forming them.
-
-Output pixel p sees, through tap a of an axis, the input at q = stride·p + dilation·a - padding, or zero outside of it.
-Split by the phase q mod stride, the tap reads entry p + shift of one phase, so that a pair of taps reads two phases at
-a constant displacement. Over all integers p, and not those of the output alone, Σ_p x xᵀ therefore depends on the
-displacement alone: it is made of one correlation for each, without the patches at the p that are no output pixels,
-which are few and see little of the input. Where a group has few channels, correlations are no matrix products to speak
-of; whole rows of the input are then multiplied with one another, and what the taps see is summed out of the products.
-"""
+"""Patches: where a convolution's weight meets its input, formed as windows; and their sums, without forming them."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxcurv.costs import Cost, copying, moment, product, rates_of
-from fxcurv.gemm import times_transpose
-from fxcurv.pages import new_empty
-
-__all__ = ["Patches"]
-
-
-class Displacement(NamedTuple):
-    """From an entry of one phase to an entry of another, `by` entries further."""
-
-    phase: int
-    other: int
-    by: int
-
-    @property
-    def mirrored(self) -> Displacement:
-        return Displacement(self.other, self.phase, -self.by)
-
-
-class Beyond(NamedTuple):
-    """Positions of the kernel along an axis, and the taps through which they see anything."""
-
-    positions: range
-    taps: range
+__all__ = ["Axis", "Patches"]
 
 
 @dataclass(frozen=True)
@@ -72,30 +38,6 @@ class Axis:
         start = first % self.stride if first < 0 else first
         stop = min(length, first + self.stride * (self.outputs(length) - 1) + 1)
         return slice(start, max(start, stop), self.stride)
-
-    @cached_property
-    def displacements(self) -> dict[Displacement, list[tuple[int, int]]]:
-        """The pairs of taps by what lies between the entries that they meet."""
-        pairs: defaultdict[Displacement, list[tuple[int, int]]] = defaultdict(list)
-        for a, b in itertools.product(range(self.size), repeat=2):
-            (shift, phase), (shift2, phase2) = (
-                divmod(self.dilation * tap - self.padding, self.stride) for tap in (a, b)
-            )
-            pairs[Displacement(phase, phase2, shift2 - shift)].append((a, b))
-        return dict(pairs)
-
-    def beyond(self, length: int) -> list[Beyond]:
-        """The positions before and behind the output pixels from which the kernel still sees some of the input."""
-        first, end = -((self.reach - self.padding) // self.stride), (length - 1 + self.padding) // self.stride + 1
-        outside = (p for p in range(first, end) if not 0 <= p < self.outputs(length))
-        seen = [Beyond(range(p, p + 1), self._seen(p, length)) for p in outside]
-        return [beyond for beyond in seen if beyond.taps]
-
-    def _seen(self, position: int, length: int) -> range:
-        """The taps that meet an entry of the input from a position."""
-        start = self.stride * position - self.padding
-        first = max(0, -(start // self.dilation))
-        return range(first, max(first, min(self.size, (length - 1 - start) // self.dilation + 1)))
 
 
 @dataclass(frozen=True)
@@ -126,6 +68,10 @@ class Patches:
         """The output pixels along each axis."""
         return tuple(axis.outputs(length) for axis, length in zip(self.axes, z.shape[2:], strict=True))
 
+    def pixels(self, z: Tensor) -> int:
+        """The output pixels of one input."""
+        return math.prod(self.outputs(z))
+
     def positions(self, z: Tensor) -> Tensor:
         """x[n,s,g,i], what the kernel sees at output pixel s, as in `weight.flatten(1)`; in memory [n,g,i,s]."""
         count, windows = len(self.axes), self.windows(z, [range(size) for size in self.outputs(z)])
@@ -149,258 +95,3 @@ class Patches:
             windows = [axis.window(tap, z.shape[2]) for tap in range(axis.size)]
             z = torch.stack([z[:, :, window].sum(2) for window in windows], 2 + k if z.ndim == 3 else -1)
         return z.reshape(z.shape[0], self.groups, -1)
-
-    def covariance(self, z: Tensor) -> Tensor:
-        """Σ_ns x xᵀ, `[g,i,i]`, the cheapest way."""
-        return self._cheapest(z)[0](z)
-
-    def cost(self, z: Tensor) -> Cost:
-        """What `covariance` takes."""
-        return self._cheapest(z)[1]
-
-    def _cheapest(self, z: Tensor) -> tuple[Callable[[Tensor], Tensor], Cost]:
-        rates = rates_of(z.device, z.dtype)
-        ways = (
-            (self.unfolded, self.unfolding_cost(z)),
-            (self.correlated, self.correlation_cost(z)),
-            (self.by_rows, self.row_cost(z)),
-        )
-        return min(ways, key=lambda way: way[1].seconds(rates))
-
-    def unfolded(self, z: Tensor) -> Tensor:
-        """Σ_ns x xᵀ from the patches themselves: `[g,i,i]`."""
-        rows = self.positions(z).permute(2, 3, 0, 1).flatten(2)  # [g, i, n·s]
-        return _batched(rows, rows)
-
-    def unfolding_cost(self, z: Tensor) -> Cost:
-        g, d, m, size = *self._sides(z), z.element_size()
-        copies, products = copying(g * d * m, size) * (2 if g == 1 else 4), moment(d, m, size) * g
-        return copies + products + Cost(calls=8, temporary=2 * size * g * d * m)
-
-    def correlated(self, z: Tensor) -> Tensor:
-        """Σ_ns x xᵀ as correlations of the input with itself, one per displacement: `[g,i,i]`."""
-        return _Correlations(self, z).covariance()
-
-    def correlation_cost(self, z: Tensor) -> Cost:
-        (g, d, _), size, correlations = self._sides(z), z.element_size(), _Correlations(self, z)
-        c, entries = d // self.taps, len(z) * math.prod(correlations.sizes)
-        displacements = math.prod(len(axis.displacements) for axis in self.axes)
-        cost = _of_groups(product(c, c, entries, size), g) * ((displacements + 1) / 2)
-        for cell in itertools.islice(itertools.product(*correlations.kinds), 1, None):
-            side = c * math.prod(len(k.taps) for k in cell)
-            seen = len(z) * math.prod(len(k.positions) for k in cell)
-            cost += _of_groups(product(side, side, seen, size) + copying(side * (side + seen), size), g) + Cost(calls=3)
-        buffers = size * g * c * entries * math.prod(self.stride)
-        calls = 4 * math.prod(self.stride) + self.taps**2 + displacements
-        return Cost(cost.flops, cost.bytes + 3 * buffers + WRITING * size * g * d * d, cost.calls + calls, buffers)
-
-    def by_rows(self, z: Tensor) -> Tensor:
-        """Σ_ns x xᵀ from the products of whole rows of the input with one another: `[g,i,i]`."""
-        return _RowProducts(self, z).covariance()
-
-    def row_cost(self, z: Tensor) -> Cost:
-        (g, _, _), size, n, (axis, *others) = self._sides(z), z.element_size(), len(z), self.axes
-        side, c = z[0, :, 0].numel() // g, z.shape[1] // g
-        pairs, across = axis.size * (axis.size + 1) // 2, math.prod(other.size for other in others)
-        summed = c * c * across**2 * math.prod(self.outputs(z)[1:])
-        products = _of_groups(product(side, side, n * (z.shape[2] + axis.reach // 2), size), g) * axis.size
-        passes = copying(z.numel(), size) + copying(g * side**2, size) * (2 * pairs)
-        return Cost(
-            BATCHED * products.flops + 2 * SCATTERED * pairs * g * summed,
-            products.bytes + passes.bytes,
-            products.calls + pairs * (10 + 8 * len(others)),
-            size * (z.numel() + 4 * g * side**2),
-        )
-
-    def _sides(self, z: Tensor) -> tuple[int, int, int]:
-        """(g, i, n·s)."""
-        return self.groups, z.shape[1] // self.groups * self.taps, len(z) * math.prod(self.outputs(z))
-
-
-WRITING = 8
-"""Passes over the matrix that its writing costs, block by block at strides."""
-
-BATCHED = 4
-"""How much slower small matrices are multiplied, one per group, than a large one."""
-
-SCATTERED = 90
-"""How much slower entries far apart are added than those of a matrix are multiplied."""
-
-FURTHER = 0.03
-"""What one more group costs a batch of products, in calls."""
-
-
-def _of_groups(cost: Cost, groups: int) -> Cost:
-    """The same for all groups in one batch."""
-    return Cost(cost.flops * groups, cost.bytes * groups, cost.calls * (1 + FURTHER * (groups - 1)), cost.temporary)
-
-
-class _Correlations:
-    """Correlations of one batch.
-
-    The entries of a phase are laid out channel by channel, as `[g, c, n·row·…]` with enough zeros behind every row that
-    a displacement is a shift of the whole: one product of two views sums over all entries of all samples.
-    """
-
-    def __init__(self, patches: Patches, z: Tensor) -> None:
-        self.patches, self.z = patches, z
-        self.channels = z.shape[1] // patches.groups
-        gaps = [max(abs(d.by) for d in axis.displacements) for axis in patches.axes]
-        lengths = [-(-length // axis.stride) for axis, length in zip(patches.axes, z.shape[2:], strict=True)]
-        self.sizes = [length + gap for length, gap in zip(lengths, gaps, strict=True)]
-        self.strides = [math.prod(self.sizes[k + 1 :]) for k in range(len(self.sizes))]
-        self.furthest = sum(gap * stride for gap, stride in zip(gaps, self.strides, strict=True))
-        self.kinds = [
-            [Beyond(range(axis.outputs(length)), range(axis.size)), *axis.beyond(length)]
-            for axis, length in zip(patches.axes, z.shape[2:], strict=True)
-        ]
-        self.buffers: dict[tuple[int, ...], Tensor] = {}
-
-    def covariance(self) -> Tensor:
-        p, c = self.patches, self.channels
-        A = new_empty(self.z, p.groups, c, *p.kernel, c, *p.kernel)
-        self._fill(A)
-        self._take_beyond(A)
-        return A.view(p.groups, c * p.taps, c * p.taps)
-
-    def _fill(self, A: Tensor) -> None:
-        """What all positions of the kernel together see, the same for all pairs of taps at one displacement."""
-        axes = self.patches.axes
-        blocks = A.movedim((1, 2 + len(axes)), (-2, -1))  # [g, *tap, *tap', c, c']
-        for displacements in itertools.product(*(axis.displacements for axis in axes)):
-            mirrored = tuple(d.mirrored for d in displacements)
-            if displacements > mirrored:
-                continue
-            block = self._correlation(displacements)
-            for pairs in itertools.product(
-                *(axis.displacements[d] for axis, d in zip(axes, displacements, strict=True))
-            ):
-                left, right = (tuple(ends) for ends in zip(*pairs, strict=True))
-                blocks[(slice(None), *left, *right)] = block
-                if displacements != mirrored:
-                    blocks[(slice(None), *right, *left)] = block.mT
-
-    def _correlation(self, displacements: Sequence[Displacement]) -> Tensor:
-        """Σ_q z[g,c,q] z'[g,c',q + displacement]: `[g,c,c']`."""
-        left, right = self._phase([d.phase for d in displacements]), self._phase([d.other for d in displacements])
-        shift = sum(d.by * stride for d, stride in zip(displacements, self.strides, strict=True))
-        return _batched(self._from(left, max(0, -shift)), self._from(right, max(0, shift)))
-
-    def _phase(self, phases: Sequence[int]) -> Tensor:
-        """The buffer with the entries of a phase, and zeros behind its end for the furthest shift."""
-        key = tuple(phases)
-        if key not in self.buffers:
-            buffer = self.z.new_zeros(self.z.shape[0] * self.z.shape[1] * math.prod(self.sizes) + self.furthest)
-            steps = (slice(f, None, axis.stride) for f, axis in zip(phases, self.patches.axes, strict=True))
-            entries = self.z[(slice(None), slice(None), *steps)].transpose(0, 1)
-            grid = self._from(buffer, 0).view(self.z.shape[1], self.z.shape[0], *self.sizes)
-            grid[(slice(None), slice(None), *(slice(size) for size in entries.shape[2:]))] = entries
-            self.buffers[key] = buffer
-        return self.buffers[key]
-
-    def _from(self, buffer: Tensor, shift: int) -> Tensor:
-        """[g, c, n·…] from an entry on: what a row lacks at its end is the next one's, and meets zeros there."""
-        stop = shift + len(buffer) - self.furthest
-        return buffer[shift:stop].view(self.patches.groups, self.channels, -1)
-
-    def _take_beyond(self, A: Tensor) -> None:
-        """Subtract what the kernel sees from positions that are no output pixels."""
-        kinds, count = self.kinds, len(self.sizes)
-        spans = [range(min(k.positions.start for k in kind), max(k.positions.stop for k in kind)) for kind in kinds]
-        windows = self.patches.windows(self.z, spans)
-        for cell in itertools.islice(itertools.product(*kinds), 1, None):
-            positions = (
-                slice(k.positions.start - s.start, k.positions.stop - s.start) for k, s in zip(cell, spans, strict=True)
-            )
-            taps = tuple(slice(k.taps.start, k.taps.stop) for k in cell)
-            seen = windows[(slice(None), slice(None), *positions, *taps)]
-            rows = seen.movedim((1, *range(2 + count, 2 + 2 * count)), tuple(range(1 + count)))
-            rows = rows.reshape(self.patches.groups, -1, seen.shape[0] * seen.shape[2 : 2 + count].numel())
-            block = A[(slice(None), slice(None), *taps, slice(None), *taps)]
-            block -= _batched(rows, rows).view_as(block)
-
-
-class _RowProducts:
-    """Products of the rows of one batch: a row is what one entry of the first axis holds, over all other axes.
-
-    Two taps of the first axis meet pairs of rows. The sum of these rows' products, P[c,x,c',x'], holds all that the
-    taps of the other axes see: along each of them, sums of x and x' that move on together. Rows in the padding are not
-    there; and pairs of taps at one distance share most of their rows.
-    """
-
-    def __init__(self, patches: Patches, z: Tensor) -> None:
-        (self.axis, *self.others), self.length, self.z = patches.axes, z.shape[2], z
-        self.patches, self.channels = patches, z.shape[1] // patches.groups
-        rows = z.unflatten(1, (patches.groups, -1)).movedim((1, 3), (0, 1))  # [g, r, n, c, …]
-        phases = (rows[:, phase :: self.axis.stride] for phase in range(self.axis.stride))
-        self.phases = [phase.reshape(*phase.shape[:3], -1).contiguous() for phase in phases]
-
-    def covariance(self) -> Tensor:
-        p, c, count = self.patches, self.channels, len(self.others)
-        A = new_empty(self.z, p.groups, c, *p.kernel, c, *p.kernel)
-        blocks, across = A.movedim(3 + count, 2), (slice(None),) * count  # [g, c, c', *tap, *tap']
-        for distance in range(self.axis.size):
-            for tap, products in self._products(distance):
-                seen = self._seen(products)
-                blocks[(slice(None),) * 3 + (tap, *across, tap + distance)] = seen
-                if distance:
-                    left, right = range(3, 3 + count), range(3 + count, 3 + 2 * count)
-                    blocks[(slice(None),) * 3 + (tap + distance, *across, tap)] = seen.permute(0, 2, 1, *right, *left)
-        return A.view(p.groups, c * p.taps, c * p.taps)
-
-    def _products(self, distance: int) -> Iterator[tuple[int, Tensor]]:
-        """Each tap with Σ_n of the products of all rows that it and the tap at a distance meet: `[g, c·x, c·x]`."""
-        met: defaultdict[int, dict[int, range]] = defaultdict(dict)
-        for tap in range(self.axis.size - distance):
-            phase, rows = self._met(tap, distance)
-            met[phase][tap] = rows
-        for phase, taps in met.items():
-            common = range(max(rows.start for rows in taps.values()), min(rows.stop for rows in taps.values()))
-            shared = torch.bmm(*self._factors(phase, common, distance))
-            for tap, rows in taps.items():
-                products = shared
-                parts = (range(rows.start, common.start), range(common.stop, rows.stop)) if common else (rows,)
-                for part in filter(len, parts):
-                    products = torch.baddbmm(products, *self._factors(phase, part, distance))
-                yield tap, products
-
-    def _met(self, tap: int, distance: int) -> tuple[int, range]:
-        """The phase that a tap meets, and its rows while a tap at a distance meets rows of the input too."""
-        axis, shift = self.axis, self.axis.dilation * distance
-        own, other = axis.window(tap, self.length), axis.window(tap + distance, self.length)
-        start, stop = max(own.start, other.start - shift), min(own.stop, other.stop - shift)
-        phase = own.start % axis.stride
-        first, end = ((bound - phase + axis.stride - 1) // axis.stride for bound in (start, stop))
-        return phase, range(first, max(first, end))
-
-    def _factors(self, phase: int, rows: range, distance: int) -> tuple[Tensor, Tensor]:
-        """Rows of a phase, and those at a distance, for a product that sums over them: `[g, c·x, m], [g, m, c·x]`."""
-        shift, other = divmod(phase + self.axis.dilation * distance, self.axis.stride)
-        left = self.phases[phase][:, rows.start : rows.start + len(rows)]
-        right = self.phases[other][:, rows.start + shift : rows.start + shift + len(rows)]
-        return left.flatten(1, 2).mT, right.flatten(1, 2)
-
-    def _seen(self, products: Tensor) -> Tensor:
-        """P[g, c·x, c'·x'] -> what the taps of the other axes see of it: `[g, c, c', *tap, *tap']`."""
-        count, lengths = len(self.others), self.z.shape[3:]
-        P = products.view(-1, *(self.channels, *lengths) * 2)
-        if not count:
-            return P
-        margins: list[int] = []
-        for axis, length in zip(self.others[::-1], lengths[::-1], strict=True):
-            margins += [axis.padding, axis.stride * (axis.outputs(length) - 1) - axis.padding + axis.reach + 1 - length]
-        P = F.pad(P, [*margins, 0, 0, *margins])
-        for first in (2, 3 + count):  # appends one axis of window entries
-            for k, axis in enumerate(self.others):
-                P = P.unfold(first + k, axis.reach + 1, axis.stride)[..., :: axis.dilation]
-        for k in range(count):  # x and x' from one output pixel
-            P = P.diagonal(0, 2, 3 + count - k)
-        return P.sum(tuple(range(-count, 0)))
-
-
-def _batched(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ for every group: `[g,c,m], [g,c',m] -> [g,c,c']`."""
-    if a.shape[0] == 1:
-        left = a[0]
-        return times_transpose(left, left if a is b else b[0]).unsqueeze(0)
-    return a @ b.mT

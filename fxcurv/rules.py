@@ -31,6 +31,7 @@ from fxcurv import ops
 from fxcurv.closed_forms import closed_form
 from fxcurv.errors import SpecError
 from fxcurv.gemm import times
+from fxcurv.pages import multiplied, new_empty
 from fxcurv.patches import Patches
 
 __all__ = [
@@ -125,7 +126,7 @@ def masked(op: type[M], mask: Callable[[M, Tensor, Tensor], Tensor]) -> None:
 
 def _times(op: nn.Module, S: Tensor, slope: Tensor, k: int) -> Tensor:
     """S · f'(x), where f'(x) may be a mask: torch multiplies by 0 and 1 as bytes many times faster than as booleans."""
-    return S * (slope.view(torch.uint8) if slope.dtype == torch.bool else slope)
+    return multiplied(S, slope.view(torch.uint8) if slope.dtype == torch.bool else slope)
 
 
 def fused(op: type[M], backward: Callable[[M, Tensor, Tensor], Tensor]) -> None:
@@ -244,7 +245,7 @@ def _pool_transpose(op: nn.Module, S: Tensor, shapes: tuple[Shape, ...], k: int)
 
 def _scatter(S: Tensor, indices: Tensor, shape: Shape, axes: int) -> Tensor:
     """S[v, …, out] added into zeros[v, …, in] at the flat positions `indices[…, out]` of the last `axes` axes."""
-    flat = S.new_zeros(S.shape[0], *shape[:-axes], math.prod(shape[-axes:]))
+    flat = new_empty(S, S.shape[0], *shape[:-axes], math.prod(shape[-axes:])).zero_()
     at = indices.flatten(-axes).expand(S.shape[0], *indices.shape[:-axes], -1)
     return flat.scatter_add_(-1, at, S.flatten(-axes)).view(S.shape[0], *shape)
 

@@ -15,6 +15,7 @@ from fxcurv.capture import Captured
 from fxcurv.errors import CaptureError, UnsupportedError, frames_of
 from fxcurv.shapes import Batch, shape_of
 from fxcurv.spec import Source
+from passes import layers as layers  # its rows are part of the table
 from passes import lowerings
 from passes.functionalize import packet_of
 from passes.lowerings import Slots, where

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,7 +18,25 @@ from fxcurv.errors import InputError, UnsupportedError, frames_of
 from fxcurv.shapes import Batch, Shape, shape_of, size_of
 from passes.functionalize import described, packet_of
 
-__all__ = ["Builder", "Slots", "arguments", "lowering_of", "part", "where"]
+__all__ = [
+    "PERMUTES",
+    "Arguments",
+    "Builder",
+    "Slots",
+    "arguments",
+    "called",
+    "first",
+    "flexible",
+    "generic",
+    "lowering_of",
+    "lowers",
+    "order_of",
+    "part",
+    "per_axis",
+    "rank",
+    "shape_at",
+    "where",
+]
 
 Slots = dict[str, fx.Node | None]
 Arguments = dict[str, Any]
@@ -68,7 +85,7 @@ def lowers(*packets: str) -> Callable[[Lowering], Lowering]:
 
 def unary(packet: str, make: Callable[[Arguments], nn.Module]) -> None:
     """Declare an operator of one tensor by the module that it is, as a function of its other arguments."""
-    lowers(packet)(lambda low, node, a: low.emit(node, make(a), low.value(_first(a), node)))
+    lowers(packet)(lambda low, node, a: low.emit(node, make(a), low.value(first(a), node)))
 
 
 def lowering_of(node: fx.Node) -> Lowering:
@@ -78,8 +95,8 @@ def lowering_of(node: fx.Node) -> Lowering:
     if packet in FILLS or (packet in MOVES and set(operands) == {dtype}):
         return LOWERINGS[packet]
     if not dtype.is_floating_point or any(d.is_complex for d in operands):
-        return _generic(_any_kind(node))
-    return LOWERINGS.get(packet) or _generic(ops.Pointwise if _is_pointwise(node) else ops.Opaque)
+        return generic(_any_kind(node))
+    return LOWERINGS.get(packet) or generic(ops.Pointwise if _is_pointwise(node) else ops.Opaque)
 
 
 # Reading ATen calls -----------------------------------------------------------------------------------------------
@@ -111,21 +128,21 @@ def where(node: fx.Node) -> str:
     return described(node) + (f" at {location[0]}" if location else "")
 
 
-def _first(a: Arguments) -> Any:
+def first(a: Arguments) -> Any:
     return next(iter(a.values()))
 
 
-def _each(value: Sequence[int] | int, kernel: Sequence[int]) -> tuple[int, ...]:
+def per_axis(value: Sequence[int] | int, kernel: Sequence[int]) -> tuple[int, ...]:
     """One number per spatial axis."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * len(kernel) if len(values) == 1 else values
 
 
-def _rank(node: Any) -> int:
+def rank(node: Any) -> int:
     return node.meta["val"].ndim
 
 
-def _shape(argument: Any, user: fx.Node) -> Shape:
+def shape_at(argument: Any, user: fx.Node) -> Shape:
     return shape_of(argument.meta["val"], where(user), frames_of(user))
 
 
@@ -133,166 +150,7 @@ def _dims(a: Arguments, key: str = "dim") -> tuple[int, ...]:
     """The axes of a reduction; none given means all."""
     dims = a.get(key)
     dims = (dims,) if isinstance(dims, int) else dims
-    return tuple(dims) if dims else tuple(range(_rank(_first(a))))
-
-
-# Operators with parameters ----------------------------------------------------------------------------------------
-
-
-def _hold(op: nn.Module, **slots: Tensor | None) -> nn.Module:
-    """Put live tensors into the op's slots: parameters as they are, anything else as a frozen parameter."""
-    for slot, tensor in slots.items():
-        value = (
-            tensor
-            if isinstance(tensor, nn.Parameter) or tensor is None
-            else nn.Parameter(tensor.detach(), requires_grad=False)
-        )
-        setattr(op, slot, value)
-    return op
-
-
-@dataclass(frozen=True)
-class _Product:
-    """x Wᵀ + b, or with `inputs_first` x W + b; `operand` is what the call takes for W, the weight or its transpose."""
-
-    x: fx.Node
-    operand: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    inputs_first: bool
-
-
-PRODUCTS = {
-    "linear": ("input", "weight", "bias", False),
-    "matmul": ("self", "other", None, True),
-    "mm": ("self", "mat2", None, True),
-    "addmm": ("mat1", "mat2", "self", True),
-}
-"""Operators that multiply rows x with a matrix: what they call x, W and b, and whether W lies as `[i,o]`."""
-
-
-def _product(low: Builder, node: fx.Node) -> _Product | None:
-    """A call as the product of data with a matrix that an op can hold, if that is what it is."""
-    if packet_of(node) not in PRODUCTS:
-        return None
-    rows, matrix, added, inputs_first = PRODUCTS[packet_of(node)]
-    a = arguments(node)
-    x, operand, swapped = a[rows], a[matrix], _swaps(a[matrix])
-    weight = operand.args[0] if swapped else operand
-    plain = a.get("alpha", 1) == a.get("beta", 1) == 1 and _rank(weight) == 2 <= _rank(x)
-    if not plain or not low.depends(x) or not low.holdable(weight):
-        return None
-    return _Product(x, operand, weight, a[added] if added else None, inputs_first != swapped)
-
-
-def _swaps(node: fx.Node) -> bool:
-    """Whether a node is the transpose of a matrix."""
-    return node.op == "call_function" and packet_of(node) in PERMUTES and _order(node) == [1, 0]
-
-
-def _rows_are_inputs(low: Builder, weight: fx.Node) -> bool:
-    """Whether a weight is read for x W alone: one that is read otherwise too has no layout for all its uses."""
-    forms = [form for p in low.placeholders(weight) for form in (p, *filter(_swaps, p.users))]
-    readers = [(form, user) for form in forms for user in form.users if user not in forms]
-    found = [(form, _product(low, user)) for form, user in readers]
-    return all(p is not None and p.inputs_first and p.operand is form is not p.bias for form, p in found)
-
-
-@lowers(*PRODUCTS)
-def _linear(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    found = _product(low, node)
-    if found is None or (found.inputs_first and not _rows_are_inputs(low, found.weight)):
-        return _generic(ops.Opaque)(low, node, a)
-    weight = low.slot(found.weight)
-    assert weight is not None
-    inputs, outputs = weight.shape if found.inputs_first else reversed(weight.shape)
-    bias = found.bias
-    held = bias if bias is not None and low.holdable(bias) and _shape(bias, node) == (outputs,) else None
-    op = ops.MatMul(inputs, outputs) if found.inputs_first else nn.Linear(inputs, outputs, device="meta")
-    slots: Slots = {"weight": found.weight, "bias": held}
-    y = low.emit(node, _hold(op, weight=weight, bias=low.slot(held)), low.value(found.x, node), slots=slots)
-    return y if bias is None or held is not None else _biased(low, node, y, bias)
-
-
-@lowers("conv1d", "conv2d", "conv3d")
-def _conv(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    if not low.depends(a["input"]) or not low.holdable(a["weight"]):
-        return _generic(ops.Opaque)(low, node, a)
-    if not low.holdable(a["bias"]):
-        return _biased(low, node, _conv(low, node, {**a, "bias": None}), a["bias"], _rank(a["weight"]) - 2)
-    weight, bias = low.slot(a["weight"]), low.slot(a["bias"])
-    assert weight is not None
-    kernel, x = tuple(weight.shape[2:]), low.value(a["input"], node)
-    stride, dilation = _each(a["stride"], kernel), _each(a["dilation"], kernel)
-    padding, extra = _padding(a["padding"], kernel, dilation)
-    if any(extra):  # 'same' with an even kernel: one more row behind than in front
-        shape = x.meta["shape"]
-        x = low.emit(node, ops.Pad([p for e in reversed(extra) for p in (0, e)]), x)
-        x.meta["shape"] = (*shape[:2], *(size + e for size, e in zip(shape[2:], extra, strict=True)))
-    kind: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(kernel)]
-    inputs, outputs = weight.shape[1] * a["groups"], weight.shape[0]
-    op = kind(inputs, outputs, kernel, stride, padding, dilation, a["groups"], bias is not None, device="meta")
-    return low.emit(node, _hold(op, weight=weight, bias=bias), x, slots={"weight": a["weight"], "bias": a["bias"]})
-
-
-def _biased(low: Builder, node: fx.Node, y: fx.Node, bias: fx.Node, behind: int = 0) -> fx.Node:
-    """y + b for a bias that is computed, with the axes `behind` the features."""
-    b = low.value(bias, node)
-    size = (*_shape(bias, node), *(1,) * behind)
-    if behind:
-        b = low.emit(node, ops.Reshape(_flexible(size)), b)
-        b.meta["shape"] = size
-    return low.emit(node, ops.Add(), y, b)
-
-
-def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Symmetric padding per axis, and what 'same' adds behind."""
-    if padding == "valid":
-        padding = 0
-    if padding != "same":
-        return _each(padding, kernel), (0,) * len(kernel)
-    totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    return tuple(t // 2 for t in totals), tuple(t % 2 for t in totals)
-
-
-@lowers("batch_norm")
-def _batch_norm(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    if a["training"] and low.depends(a["input"]):
-        raise InputError(
-            "BatchNorm uses the statistics of the batch, which couples its samples",
-            node=where(node),
-            remedy="call model.eval() (with track_running_stats=True), or replace it",
-            code="FXC402",
-            location=frames_of(node),
-        )
-    slots: Slots = {"weight": a["weight"], "bias": a["bias"], "mean": a["running_mean"], "var": a["running_var"]}
-    if not low.depends(a["input"]) or not low.holdable(*slots.values()):
-        return _generic(ops.Opaque)(low, node, a)
-    weight, bias, mean, var = (low.slot(n) for n in slots.values())
-    assert mean is not None
-    assert var is not None
-    op = ops.Affine(mean, var, a["eps"])
-    return low.emit(node, _hold(op, weight=weight, bias=bias), low.value(a["input"], node), slots=slots)
-
-
-@lowers("layer_norm", "rms_norm", "group_norm")
-def _normalization(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    """The normalization itself, and γ x̂ + β behind it."""
-    slots: Slots = {"weight": a["weight"], "bias": a.get("bias")}
-    if a["weight"] is None or not low.depends(_first(a)) or not low.holdable(*slots.values()):
-        return _generic(ops.Opaque)(low, node, a)
-    op, *inputs = _call(ops.Opaque, low, node)
-    names = list(a)
-    given = [None if name in slots else value for name, value in zip(names, op.args, strict=False)]
-    kwargs = {name: None if name in slots else value for name, value in op.kwargs.items()}
-    unit = low.emit(node, ops.Opaque(op.function, given, kwargs, op.sized), inputs[0])
-    behind = _rank(_first(a)) - 2 if "num_groups" in a else 0
-    return _scale_shift(low, node, unit, slots, behind)
-
-
-def _scale_shift(low: Builder, node: fx.Node, x: fx.Node, slots: Slots, behind: int = 0) -> fx.Node:
-    tensors = {slot: low.slot(argument) for slot, argument in slots.items()}
-    return low.emit(node, _hold(ops.ScaleShift(behind), **tensors), x, slots=slots)
+    return tuple(dims) if dims else tuple(range(rank(first(a))))
 
 
 # Elementwise ------------------------------------------------------------------------------------------------------
@@ -327,15 +185,15 @@ def _prelu(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     x, weight = low.value(a["self"], node), low.value(a["weight"], node)
     positive = low.emit(node, nn.ReLU(), x)
     negative = low.emit(node, ops.Sub(), x, positive)
-    per_channel = low.emit(node, ops.Reshape((-1, *(1,) * (_rank(a["self"]) - 2))), weight)
-    per_channel.meta["shape"] = (weight.meta["shape"][0], *(1,) * (_rank(a["self"]) - 2))
+    per_channel = low.emit(node, ops.Reshape((-1, *(1,) * (rank(a["self"]) - 2))), weight)
+    per_channel.meta["shape"] = (weight.meta["shape"][0], *(1,) * (rank(a["self"]) - 2))
     return low.emit(node, ops.Add(), positive, low.emit(node, ops.Mul(), negative, per_channel))
 
 
 @lowers("elu")
 def _elu(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     if a["scale"] != 1 or a["input_scale"] != 1:
-        return _generic(ops.Pointwise)(low, node, a)
+        return generic(ops.Pointwise)(low, node, a)
     return low.emit(node, nn.ELU(a["alpha"]), low.value(a["self"], node))
 
 
@@ -349,23 +207,23 @@ def _is_pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) and len(node.all_input_nodes) == 1
 
 
-def _generic(kind: type[ops.Call]) -> Lowering:
+def generic(kind: type[ops.Call]) -> Lowering:
     """An operator as it stands, called on its tensors; or one of the tensors that it returns."""
 
     def lowering(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
         if node.target is not operator.getitem:
-            return low.emit(node, *_call(kind, low, node))
+            return low.emit(node, *called(kind, low, node))
         whole, index = node.args
         assert isinstance(whole, fx.Node)
         assert isinstance(index, int)
-        op, *inputs = _call(kind, low, whole)
+        op, *inputs = called(kind, low, whole)
         op.part = index
         return low.emit(node, op, *inputs)
 
     return lowering
 
 
-def _call(kind: type[ops.Call], low: Builder, node: fx.Node) -> tuple[ops.Call, *tuple[fx.Node, ...]]:
+def called(kind: type[ops.Call], low: Builder, node: fx.Node) -> tuple[ops.Call, *tuple[fx.Node, ...]]:
     """The call as a module, and the nodes of its tensors."""
     inputs: list[fx.Node] = []
 
@@ -436,31 +294,12 @@ def _sub(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     return low.emit(node, ops.Sub(a["alpha"]), low.value(a["self"], node), low.value(a["other"], node))
 
 
-@lowers("mul")
-def _mul(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    if not isinstance(a["other"], fx.Node):
-        return low.emit(node, ops.Scale(a["other"]), low.value(a["self"], node))
-    for x, scale in ((a["self"], a["other"]), (a["other"], a["self"])):
-        if low.depends(x) and _scales(low, scale, x):
-            return _scale_shift(low, node, low.value(x, node), {"weight": scale, "bias": None})
-    return low.emit(node, ops.Mul(), low.value(a["self"], node), low.value(a["other"], node))
-
-
-def _scales(low: Builder, scale: fx.Node, x: fx.Node) -> bool:
-    """Whether it is a parameter with one entry for each along the last axes of x."""
-    if scale.op != "placeholder" or low.depends(scale) or not isinstance(low.slot(scale), nn.Parameter):
-        return False
-    own, shape = scale.meta["val"].shape, x.meta["val"].shape
-    last = shape[len(shape) - len(own) :]
-    return 0 < len(own) < len(shape) and all(isinstance(size, int) for size in last) and tuple(own) == tuple(last)
-
-
 # Shape ------------------------------------------------------------------------------------------------------------
 
 
 @lowers(*RESHAPES)
 def _reshape(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    shape = _shape(node, node)
+    shape = shape_at(node, node)
     if sum(isinstance(size, Batch) for size in shape) > 1:
         raise UnsupportedError(
             "the result has no single batch axis",
@@ -469,34 +308,34 @@ def _reshape(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
             code="FXC204",
             location=frames_of(node),
         )
-    return low.emit(node, ops.Reshape(_flexible(shape)), low.value(_first(a), node))
+    return low.emit(node, ops.Reshape(flexible(shape)), low.value(first(a), node))
 
 
-def _flexible(shape: Shape) -> list[int]:
+def flexible(shape: Shape) -> list[int]:
     """The shape for any batch size."""
     return [size if isinstance(size, int) else -1 for size in shape]
 
 
 @lowers(*PERMUTES)
 def _permute(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    return low.emit(node, ops.Permute(_order(node)), low.value(_first(a), node))
+    return low.emit(node, ops.Permute(order_of(node)), low.value(first(a), node))
 
 
-def _order(node: fx.Node) -> list[int]:
+def order_of(node: fx.Node) -> list[int]:
     """The axes of what a node permutes, in their new order."""
-    axes = torch.empty(tuple(range(1, 1 + _rank(node))), device="meta")  # every axis has a size of its own
+    axes = torch.empty(tuple(range(1, 1 + rank(node))), device="meta")  # every axis has a size of its own
     operator: Any = node.target
     return [size - 1 for size in operator(axes, *node.args[1:], **node.kwargs).shape]
 
 
 @lowers("expand", "expand_as")
 def _expand(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    return _expanded(low, node, _first(a))
+    return _expanded(low, node, first(a))
 
 
 @lowers(*FILLS)
 def _blank(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    shape, value = _shape(node, node), a.get("fill_value", int("ones" in packet_of(node)))
+    shape, value = shape_at(node, node), a.get("fill_value", int("ones" in packet_of(node)))
     if len([size for size in shape if isinstance(size, Batch)]) != 1 or isinstance(value, fx.Node):
         raise UnsupportedError(
             "a new tensor has no single batch axis",
@@ -512,10 +351,10 @@ def _blank(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 def _index(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     """Entries picked for each sample: `x[torch.arange(len(x)), …]`."""
     kind = _any_kind(node)
-    first, *others = a["indices"]
-    if not isinstance(first, fx.Node) or not _counts_samples(first) or _shape(a["self"], node)[0] != Batch():
-        return _generic(kind)(low, node, a)
-    indices = [_rank(first) - 1, *(ops.INPUT if isinstance(i, fx.Node) else i for i in others)]
+    rows, *others = a["indices"]
+    if not isinstance(rows, fx.Node) or not _counts_samples(rows) or shape_at(a["self"], node)[0] != Batch():
+        return generic(kind)(low, node, a)
+    indices = [rank(rows) - 1, *(ops.INPUT if isinstance(i, fx.Node) else i for i in others)]
     tensors = [a["self"], *(i for i in others if isinstance(i, fx.Node))]
     return low.emit(node, kind(ops.pick, [ops.INPUT, indices], {}), *(low.value(t, node) for t in tensors))
 
@@ -526,19 +365,19 @@ def _counts_samples(node: fx.Node) -> bool:
     if packet_of(node) in RESHAPES:
         source = node.args[0]
         return isinstance(source, fx.Node) and _counts_samples(source) and all(size == 1 for size in shape[1:])
-    return _range_step(node) == 1 and _shape(node, node) == (Batch(),)
+    return _range_step(node) == 1 and shape_at(node, node) == (Batch(),)
 
 
 def _range_step(node: fx.Node) -> object:
     """The step of an arange from zero over the batch; None for anything else."""
-    over_batch = packet_of(node) == "arange" and isinstance(_shape(node, node)[0], Batch)
+    over_batch = packet_of(node) == "arange" and isinstance(shape_at(node, node)[0], Batch)
     a = arguments(node) if over_batch else {}
     return a.get("step", 1) if a and a.get("start", 0) == 0 else None
 
 
 def _bags(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     """The bags of `nn.EmbeddingBag` on [N, T]: as many indices a sample for all samples."""
-    size = _shape(a["indices"], node)
+    size = shape_at(a["indices"], node)
     step = _range_step(a["offsets"])
     if not isinstance(step, int) or size != (Batch(step),):
         raise UnsupportedError(
@@ -571,10 +410,10 @@ def _copy(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 def _expanded(low: Builder, node: fx.Node, source: fx.Node) -> fx.Node:
     """The source repeated to the shape of the node."""
-    shape, x = _shape(node, node), low.value(source, node)
+    shape, x = shape_at(node, node), low.value(source, node)
     if not low.depends(source) and any(isinstance(size, Batch) for size in shape):
         return low.emit(node, ops.Repeat(shape), x, low.batch())
-    return low.emit(node, ops.Expand(_flexible(shape)), x)
+    return low.emit(node, ops.Expand(flexible(shape)), x)
 
 
 @lowers("slice")
@@ -616,7 +455,7 @@ def part(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
     if packet == "unbind":
         return low.emit(node, ops.Select(a["dim"], index % len(parts)), low.value(a["self"], node))
     if packet not in ("chunk", "split", "split_with_sizes"):
-        return _generic(_any_kind(node))(low, node, {})
+        return generic(_any_kind(node))(low, node, {})
     sizes = [_number(p.shape[a["dim"]], node) for p in parts]
     start = sum(sizes[:index])
     return low.emit(node, ops.Slice(a["dim"], start, start + sizes[index]), low.value(a["self"], node))
@@ -670,7 +509,7 @@ def _dropout(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
             code="FXC403",
             location=frames_of(node),
         )
-    return low.emit(node, nn.Dropout(a["p"]), low.value(_first(a), node))
+    return low.emit(node, nn.Dropout(a["p"]), low.value(first(a), node))
 
 
 for stochastic in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxcurv
 import passes
-from fxcurv import forms, pages
+from fxcurv import contractions, forms, pages
 from fxcurv.choice import chosen
 from fxcurv.contractions import (
     Columns,
@@ -27,13 +27,17 @@ from fxcurv.contractions import (
     Statistic,
     Sum,
 )
+from fxcurv.correlations import Correlations
 from fxcurv.costs import Rates, copying, rates_of
+from fxcurv.covariance import WAYS, Unfolding, cheapest
 from fxcurv.gemm import BLOCK, SHORT, times_transpose, transpose_times
 from fxcurv.losses import as_loss
+from fxcurv.meetings import Meetings, meetings
 from fxcurv.memory import Chunks
 from fxcurv.moments import SecondMoment
 from fxcurv.patches import Patches
 from fxcurv.pullback import InputPositions, OutputPositions
+from fxcurv.rows import RowProducts
 from fxcurv.run import Batch, run
 from fxcurv.shapes import Samples
 
@@ -77,9 +81,10 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     z, patches = draw(N, *shape), Patches.of(op)
     x = InputPositions(op, Samples(0))(z)
     A = InputCovariance()([x])
-    close(patches.unfolded(z), A)
-    close(patches.correlated(z), A)
-    close(patches.by_rows(z), A)
+    for way in WAYS:
+        close(way(patches, z).covariance(), A)
+        single, scale = way(patches, z.float()).covariance(), float(A.abs().max())
+        torch.testing.assert_close(single, A.float(), rtol=1e-5, atol=1e-6 * scale)
     close(patches.sums(z), x.sum(1))
     for ones in (False, True):
         close(forms.CovarianceOfPatches(patches, ones)([z]), InputCovariance(ones=ones)([x]))
@@ -307,8 +312,8 @@ def test_few_channels_are_multiplied_by_rows(dtype: torch.dtype) -> None:
     for channels, side in ((40, 56), (80, 28), (160, 14), (320, 7)):
         z = torch.empty(8, channels, side, side, dtype=dtype, device="meta")
         depthwise, dense = (Patches((7, 7), (1, 1), (3, 3), (1, 1), groups) for groups in (channels, 1))
-        assert depthwise.cost(z) == depthwise.row_cost(z)
-        assert dense.cost(z) != dense.row_cost(z)
+        assert isinstance(cheapest(depthwise, z), RowProducts)
+        assert not isinstance(cheapest(dense, z), RowProducts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -324,12 +329,31 @@ def test_few_channels_are_convolved(channels: int, groups: int, side: int, cheap
     assert (by_convolution.seconds(rates) < defined.seconds(rates)) == cheaper
 
 
+def test_pairs_of_taps_share_what_they_meet() -> None:
+    """Along an axis with a padded kernel of 3 at most 7 meetings of 9 differ, on the smallest maps fewer."""
+    (axis, _), expected = Patches((3, 3), (1, 1), (1, 1), (1, 1), 1).axes, {1: 1, 2: 5, 3: 7, 9: 7}
+    found = {length: {m for row in meetings(axis, length) for m in row if m.length} for length in expected}
+    assert {length: len(met) for length, met in found.items()} == expected
+
+
+def test_products_per_channel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, S = draw(5, 3, 2, 1), draw(4, 5, 3, 2, 1)
+    for part in (1, 13, 50, 1000):  # of a sample, of two, of all samples of two columns, of everything
+        monkeypatch.setattr(contractions, "PART", part)
+        close(contractions.per_sample([x], [S]), (S * x).sum(2).unsqueeze(-1))
+
+
 def test_an_odd_form_is_cheaper_where_it_should_be() -> None:
     """The model of costs prefers correlations for large maps, patches for small ones, pairs for few positions."""
     patches, rates = Patches((3, 3), (1, 1), (1, 1), (1, 1), 1), Rates(1e11, 1e10, 5e-6)
     large, small = (torch.empty(8, 64, side, side, device="meta") for side in (56, 2))
-    assert patches.correlation_cost(large).flops < 0.4 * patches.unfolding_cost(large).flops
-    assert patches.correlation_cost(large).seconds(rates) < 0.6 * patches.unfolding_cost(large).seconds(rates)
-    assert patches.correlation_cost(small).seconds(rates) > 2 * patches.unfolding_cost(small).seconds(rates)
+    large_costs, small_costs = ([way(patches, z).cost() for way in (Correlations, Unfolding)] for z in (large, small))
+    assert large_costs[0].flops < 0.4 * large_costs[1].flops
+    assert large_costs[0].seconds(rates) < 0.6 * large_costs[1].seconds(rates)
+    assert small_costs[0].seconds(rates) > 2 * small_costs[1].seconds(rates)
+    deep = torch.empty(16, 512, 2, 2, device="meta")
+    met, unfolded = (way(patches, deep).cost() for way in (Meetings, Unfolding))
+    assert met.flops < 0.06 * unfolded.flops
+    assert met.seconds(rates) < unfolded.seconds(rates)
     x, S = torch.empty(8, 4, 1, 4608, device="meta"), torch.empty(9, 8, 4, 1, 512, device="meta")
     assert forms.DiagonalByPairs().cost([x], [S]).flops < forms.DiagonalBySample().cost([x], [S]).flops
