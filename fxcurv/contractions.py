@@ -356,13 +356,25 @@ class OutputCovariance(Covariance):
 
 
 class Columns(Statistic):
-    """J[v,n,g,o,i] = Σ_s S[v,n,s,g,o] x[n,s,g,i]: the columns of every sample."""
+    """J[v,n,g,o,i] = Σ_s S[v,n,s,g,o] x[n,s,g,i]: the columns of every sample; in memory [v,n,g,i,o] if `inputs_first`.
+
+    That is how a weight that lies as `W[i,o]` takes them.
+    """
 
     reads = "xS"
     samples, columns, grows = 1, 0, True
 
+    def __init__(self, inputs_first: bool = False) -> None:
+        super().__init__()
+        self.inputs_first = inputs_first
+
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
-        return per_sample(xs, Ss).contiguous()
+        if not self.inputs_first or len(Ss) > 1 or len(Ss[0]) > 1 or xs[0] is None:
+            return per_sample(xs, Ss).contiguous()
+        return per_sample([Ss[0][0]], [xs[0].unsqueeze(0)]).mT  # x and S change places
+
+    def extra_repr(self) -> str:
+        return f"inputs_first={self.inputs_first}"
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
         return _entries_cost(xs, Ss)

@@ -78,7 +78,7 @@ class BatchGrad(OfEach):
     family: str = field(default="batch_grad", init=False, repr=False)
 
     def statistics(self, used: Used) -> dict[str, Statistic]:
-        return {"entries": Columns()}
+        return {"entries": Columns(used.inputs_first)}
 
     def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
         return _columns(sums, used)[0]

@@ -19,6 +19,7 @@ from fxcurv.shapes import Samples
 
 __all__ = [
     "Accumulate",
+    "Apart",
     "InputPositions",
     "Joined",
     "Keep",
@@ -199,6 +200,20 @@ class Unbroadcast(nn.Module):
 
     def extra_repr(self) -> str:
         return f"lead={self.lead}, axes={self.axes}, columns={self.columns}"
+
+
+class Apart(nn.Module):
+    """S[v, *y.shape] -> S[v, n, …], with what belongs to one sample left at `place`'s axis."""
+
+    def __init__(self, place: Samples) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, S: Tensor) -> Tensor:
+        return self.place.apart(S, lead=1)
+
+    def extra_repr(self) -> str:
+        return f"samples at {self.place}"
 
 
 class Accumulate(nn.Module):

@@ -88,7 +88,7 @@ def _augmentation(node: fx.Node) -> str | None:
 def _backward(node: fx.Node) -> str | None:
     op = module_of(node)
     kinds = (pullback.Pull, pullback.PullInputs, pullback.Part, pullback.PullScaled, pullback.PullToParameter)
-    kinds += (pullback.Unbroadcast, pullback.Accumulate, pullback.Joined)
+    kinds += (pullback.Unbroadcast, pullback.Apart, pullback.Accumulate, pullback.Joined)
     kinds += (pullback.InputPositions, pullback.OutputPositions, pullback.ParameterPositions, pullback.Rotate)
     if isinstance(op, kinds) or (isinstance(op, Statistic) and op.reads != "x"):
         return None

@@ -22,6 +22,7 @@ from fxcurv.ekfac import bases, rotated
 from fxcurv.program import Job, Plan
 from fxcurv.pullback import (
     Accumulate,
+    Apart,
     InputPositions,
     Keep,
     OutputPositions,
@@ -181,9 +182,16 @@ class _Emitter:
 
     def _pull_to_parameter(self, backward: _Backward, node: fx.Node, S: fx.Node, k: int) -> fx.Node:
         """S at an input that is the same for all samples, from there on for each sample alone."""
-        places, x = [n.meta["samples"] for n in (*inputs_of(node), node)], inputs_of(node)[k]
-        pull = PullToParameter(module_of(node), k, places)
-        return backward.call(_pull_name(node, k), pull, (S, self._saved(backward, node)), _columns(x))
+        places, x, op = [n.meta["samples"] for n in (*inputs_of(node), node)], inputs_of(node)[k], module_of(node)
+        name = _pull_name(node, k)
+        if not getattr(op, "broadcasts", False):
+            pull = PullToParameter(op, k, places)
+            return backward.call(name, pull, (S, self._saved(backward, node)), _columns(x))
+        kept, repeated = backward.placeholder(self.forward.keep(node)), _broadcast(x.meta["shape"], node)
+        pulled = backward.call(name, Pull(op, k), (S, kept), _columns(node))
+        apart = backward.call(f"apart.{node.target}.{k}", Apart(places[-1]), (pulled,))
+        undo = Unbroadcast(*repeated, 2)
+        return backward.call(f"unbroadcast.{node.target}.{k}", undo, (apart,), _columns(x))
 
     def _saved(self, backward: _Backward, node: fx.Node) -> list[fx.Node]:
         """The inputs of a node, as the backward graph finds them."""
