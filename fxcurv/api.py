@@ -31,7 +31,7 @@ from fxcurv.result import Curvature
 from fxcurv.run import Batch, default_columns, fresh_generator, run
 from fxcurv.second_pass import accumulate
 from fxcurv.show import tabular
-from fxcurv.signature import kept_program, question, signature
+from fxcurv.signature import kept, question, signature
 
 __all__ = ["Compiled", "Options", "compile", "trace"]
 
@@ -233,7 +233,7 @@ class Compiled:
         options = self.options
         asked = question(self.choice, options.output, options.on_unsupported == "error", options.backend)
         key = (signature(self.model, inputs), asked)
-        self._latest = kept_program(self.model, key, lambda: self._compiled(inputs))
+        self._latest = kept(self.model, key, lambda: self._compiled(inputs))
         self._like = pytree.tree_map_only(Tensor, lambda t: t.new_zeros(()).expand(t.shape), inputs)
         return self._latest
 

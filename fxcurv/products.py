@@ -31,6 +31,7 @@ from fxcurv.losses import LossTerms, as_loss, loss_terms, loss_value
 from fxcurv.operators import LinearOperator, Space
 from fxcurv.quantities import Empirical, Exact, Factor
 from fxcurv.run import fresh_generator
+from fxcurv.signature import kept, signature
 
 __all__ = ["Data", "fisher_operator", "ggn_operator", "hessian_operator", "jacobian_operator"]
 
@@ -116,7 +117,8 @@ class _Source:
     """A model and its data: forward passes over all batches, on a copy that shares the parameters."""
 
     def __init__(self, model: nn.Module, data: Data, output: Output, progress: bool, check: bool) -> None:
-        self.model, self.data, self.select, self.quiet = model, data, selector(output), None if progress else True
+        self.model, self.data, self.output, self.quiet = model, data, output, None if progress else True
+        self.select = selector(output)
         if isinstance(data, Iterator):
             raise InputError("the data can be read only once", remedy="give a list or a DataLoader", code="FXC110")
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -125,7 +127,7 @@ class _Source:
                 "the model has no trainable parameters", remedy="set requires_grad_(True) on some", code="FXC408"
             )
         self.space = Space({name: tuple(p.shape) for name, p in self.parameters.items()})
-        self._check_repeatable()
+        self._check_once()
         if check:
             self._check_same()
 
@@ -158,11 +160,16 @@ class _Source:
         if empty:
             raise InputError("the data hold no batch", remedy="give at least one", code="FXC110")
 
-    def _check_repeatable(self) -> None:
-        """An error for a model whose output changes from call to call, found at the first batch."""
-        with _session(), torch.no_grad():
-            copy = structural_copy(self.model, *self.model.parameters())
+    def _check_once(self) -> None:
+        """An error for a model whose output changes from call to call, found at the first batch; once for a model."""
+        with _session():
             inputs = next(iter(self._batches()))[0]
+            key = "repeatable", self.output, signature(self.model, inputs)
+            kept(self.model, key, lambda: self._check_repeatable(inputs))
+
+    def _check_repeatable(self, inputs: Inputs) -> None:
+        with torch.no_grad():
+            copy = structural_copy(self.model, *self.model.parameters())
             first, second = (self._output(copy, pytree.tree_map_only(Tensor, torch.clone, inputs)) for _ in "12")
             check_repeatable(self.model, copy, first, second)
 

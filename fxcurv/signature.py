@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,27 +20,28 @@ from torch.utils import _pytree as pytree
 from fxcurv import quantities
 from fxcurv.capture import TRACING, Inputs, Output, as_call
 from fxcurv.choice import Choice
-from fxcurv.program import Program
 
-__all__ = ["PROGRAMS_KEPT", "kept_program", "question", "signature"]
+__all__ = ["PROGRAMS_KEPT", "kept", "question", "signature"]
 
 PROGRAMS_KEPT = 16
 """How many programs of one model are kept: a model that counts its calls in an attribute is new at every call."""
 
-_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[_Hashed, Program]] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[nn.Module, dict[_Hashed, Any]] = weakref.WeakKeyDictionary()
+
+T = TypeVar("T")
 
 
-def kept_program(model: nn.Module, key: object, make: Callable[[], Program]) -> Program:
-    """The program of this very model under a key, made if it is new; forgotten with the model.
+def kept(model: nn.Module, key: object, make: Callable[[], T]) -> T:
+    """What is known of this very model under a key, made if it is new; forgotten with the model.
 
-    Programs are made by one thread at a time: torch cannot trace in several.
+    It is made by one thread at a time: torch cannot trace in several.
     """
     with TRACING:
-        programs, key = _PROGRAMS.setdefault(model, {}), _Hashed((_Same(model), key))
-        program = programs[key] = programs.pop(key, None) or make()  # the latest used is the last
-        while len(programs) > PROGRAMS_KEPT:
-            del programs[next(iter(programs))]
-        return program
+        known, key = _KEPT.setdefault(model, {}), _Hashed((_Same(model), key))
+        value = known[key] = known.pop(key) if key in known else make()  # the latest used is the last
+        while len(known) > PROGRAMS_KEPT:
+            del known[next(iter(known))]
+        return value
 
 
 def question(choice: Choice, output: Output, *options: object) -> object:
