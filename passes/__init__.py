@@ -5,6 +5,7 @@ inline    blocks without gradients -> their nodes
 functionalize  in-place ops -> functional ones                  captured
 lower     ATen -> modules of the vocabulary                     lowered
 fold      what computes nothing vanishes
+recognize activations that are written out -> modules
 locate    which axis holds the samples; mixing is refused       canonical
 plan      what every parameter gets, and of which sums
 augment   + what is kept and summed; the pullback per factor    forward, backward
@@ -42,6 +43,7 @@ from passes.join import join
 from passes.locate import locate
 from passes.lower import lower
 from passes.plan import plan
+from passes.recognize import recognize
 from passes.scales import fold_scales
 from passes.schedule import schedule
 from passes.share import share
@@ -66,7 +68,7 @@ def lowered(model: nn.Module, inputs: Inputs, output: Output = None) -> dict[str
     functional = functionalize(inline(captured.graph), captured.sources)
     captured = replace(captured, graph=verify(functional, "captured"))
     gm = verify(lower(captured, model), "lowered")
-    return {"captured": captured.graph, "lowered": gm, "folded": verify(fold(gm), "lowered")}
+    return {"captured": captured.graph, "lowered": gm, "folded": verify(recognize(fold(gm)), "lowered")}
 
 
 def compile_program(

@@ -409,7 +409,7 @@ def test_uses_carry_the_whole_gradient(sample: Sample) -> None:
     expected = {name for name, p in model.named_parameters() if id(p) in weights and name in reached}
     if sample.name in ("linear.functional", "norm.functional"):
         expected |= {"op.kernel", "op.matrix"} & reached
-    if sample.name == "free.matmul":
+    if sample.name in ("free.matmul", "with.transposed_weight"):
         expected |= {"op.free"}
     expected -= OTHERWISE.get(sample.name, set())
     factors = ref.kfac(model, x, S)
