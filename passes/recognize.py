@@ -57,8 +57,9 @@ def _is_cubic(node: fx.Node, x: fx.Node) -> bool:
 
 def _is_cube(node: fx.Node, x: fx.Node) -> bool:
     op = module_of(node) if node.op == "call_module" else None
-    power = isinstance(op, ops.Pointwise) and op.function is torch.ops.aten.pow.Tensor_Scalar
-    return power and op.args == (ops.INPUT, 3) and inputs_of(node) == [x]
+    if not isinstance(op, ops.Pointwise) or op.function is not torch.ops.aten.pow.Tensor_Scalar:
+        return False
+    return op.args == (ops.INPUT, 3) and inputs_of(node) == [x]
 
 
 def _either_way(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -71,7 +72,7 @@ def _behind(node: fx.Node, *chain: nn.Module) -> fx.Node | None:
     """What a chain of ops, the last of them first, is applied to, if the node is its result."""
     for expected in chain:
         op = module_of(node) if node.op == "call_module" else None
-        if type(op) is not type(expected) or op.extra_repr() != expected.extra_repr():
+        if op is None or type(op) is not type(expected) or op.extra_repr() != expected.extra_repr():
             return None
         (node,) = inputs_of(node)
     return node
