@@ -169,20 +169,21 @@ def _addmm(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
 @_form("scaled_dot_product_attention")
 def _attention(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor] | None:
     """y = P v with P = softmax(scale q kᵀ + mask), samples in parts whose probabilities stay in the cache."""
-    q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
     if a["dropout_p"] or a["enable_gqa"] or "attn_mask" in wanted:
         return None
-    each = q[:1].numel() // q.shape[-1] * k.shape[-2]  # probabilities of one sample
-    size = max(1, CACHE // max(1, each)) if S.device.type == "cpu" else len(q)
-    if not len(q) == len(k) == len(v) == S.shape[1] or size >= len(q):
+    names = ["query", "key", "value"]
+    if a["attn_mask"] is not None and a["attn_mask"].ndim == a["query"].ndim and len(a["attn_mask"]) > 1:
+        names.append("attn_mask")
+    q, count = a["query"], S.shape[1]
+    alike = q.ndim >= 3 and all(a[name].ndim == S.ndim - 1 and len(a[name]) == count for name in names)
+    each = q.numel() // max(1, len(q) * q.shape[-1]) * a["key"].shape[-2]  # probabilities of one sample
+    size = max(1, CACHE // max(1, each)) if S.device.type == "cpu" else count
+    if not alike or size >= count or (a["attn_mask"] is not None and a["attn_mask"].ndim > q.ndim):
         return _attended(S, a, wanted)
     results = [new_empty(S, len(S), *a[name].shape) for name in wanted]
-    apart = mask is not None and mask.ndim == q.ndim and len(mask) == len(q)
-    for start in range(0, len(q), size):
+    for start in range(0, count, size):
         part = slice(start, start + size)
-        given = {**a, "query": q[part], "key": k[part], "value": v[part]}
-        if apart:
-            given["attn_mask"] = a["attn_mask"][part]
+        given = {**a, **{name: a[name][part] for name in names}}
         for result, found in zip(results, _attended(S[:, part], given, wanted), strict=True):
             result[:, part] = found
     return results

@@ -129,14 +129,14 @@ def _times(op: nn.Module, S: Tensor, slope: Tensor, k: int) -> Tensor:
     return multiplied(S, slope.view(torch.uint8) if slope.dtype == torch.bool else slope)
 
 
-def fused(op: type[M], backward: Callable[[M, Tensor, Tensor], Tensor]) -> None:
+def fused(op: type[M], backward: Callable[[M, Tensor, Tensor], Tensor], bends: bool = True) -> None:
     """y = f(x) entry by entry, with S, x -> S · f'(x) as one kernel: of one column, or of ones, for many."""
 
     def pull(op: M, S: Tensor, x: Tensor, k: int) -> Tensor:
         x = x.to(S.dtype)
         return backward(op, S[0], x).unsqueeze(0) if len(S) == 1 else S * backward(op, torch.ones_like(x), x)
 
-    _declare(op, Rule("elementwise", lambda op, xs, y: xs[0], pull, bends=op is not nn.LeakyReLU))
+    _declare(op, Rule("elementwise", lambda op, xs, y: xs[0], pull, bends=bends))
 
 
 def linear(op: type[M], transpose: Callable[[M, Tensor, tuple[Shape, ...], int], Tensor] | None = None) -> None:
@@ -360,7 +360,7 @@ elementwise(nn.LogSigmoid, lambda op, x, y: torch.sigmoid(-x))
 elementwise(nn.SiLU, lambda op, x, y: torch.sigmoid(x) * (1 - y) + y)
 # elementwise: by autograd's kernels S, x -> S · f'(x)
 fused(nn.GELU, lambda op, S, x: aten.gelu_backward(S, x, approximate=op.approximate))
-fused(nn.LeakyReLU, lambda op, S, x: aten.leaky_relu_backward(S, x, op.negative_slope, False))
+fused(nn.LeakyReLU, lambda op, S, x: aten.leaky_relu_backward(S, x, op.negative_slope, False), bends=False)
 fused(nn.Mish, lambda op, S, x: aten.mish_backward(S, x))
 fused(nn.Softplus, lambda op, S, x: aten.softplus_backward(S, x, op.beta, op.threshold))
 fused(nn.Hardsigmoid, lambda op, S, x: aten.hardsigmoid_backward(S, x))

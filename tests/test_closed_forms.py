@@ -53,6 +53,22 @@ CASES: dict[str, tuple[Any, Sequence[Any], dict[str, Any]]] = {
     "attention, causal": (aten.scaled_dot_product_attention.default, (QUERY, KEY, VALUE, None, 0.0, True), {}),
     "attention, masked": (aten.scaled_dot_product_attention.default, (QUERY, KEY, VALUE, masked()), {}),
     "attention, biased": (aten.scaled_dot_product_attention.default, (QUERY, KEY, VALUE, draw(5, 7)), {}),
+    "attention of vectors": (
+        aten.scaled_dot_product_attention.default,
+        (draw(5, 4), draw(5, 4) * 2, draw(5, 4) * 3),
+        {},
+    ),
+    "attention of heads": (
+        aten.scaled_dot_product_attention.default,
+        (draw(5, 5, 4), draw(5, 5, 4) * 2, draw(5, 5, 3)),
+        {},
+    ),
+    "attention, keys repeated": (
+        aten.scaled_dot_product_attention.default,
+        (draw(3, 3, 5, 4), draw(3, 7, 4), VALUE[0]),
+        {},
+    ),
+    "attention, one mask": (aten.scaled_dot_product_attention.default, (QUERY, KEY, VALUE, draw(1, 3, 5, 7)), {}),
     "embedding": (aten.embedding.default, (draw(9, 4), torch.tensor([[1, 2, 8], [1, 1, 0]]), 8), {}),
 }
 UNKNOWN: dict[str, tuple[Any, Sequence[Any], dict[str, Any]]] = {
