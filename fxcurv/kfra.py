@@ -75,8 +75,8 @@ class _Recursion:
 
     def _step(self, root: Tensor, u: fx.Node, v: fx.Node) -> Tensor:
         """1/N Σ_n J_nᵀ R Rᵀ J_n, from the columns R `[r, d]`."""
-        place, G = v.meta["samples"], None
-        y = _apart(self.values[u], u.meta["samples"])
+        place, above, G = v.meta["samples"], u.meta["samples"], None
+        y = self.values[u].reshape(1, -1) if above is None else _apart(self.values[u], above)  # alike for all: one row
         for column in root:
             directions = [column.expand_as(y)]
             if place is None:  # what all samples share is pulled back to for each of them
@@ -86,7 +86,7 @@ class _Recursion:
                 rows = S.reshape(1, -1) if place is None else _apart(S, place)
                 G = rows.mT @ rows if G is None else G + rows.mT @ rows
         d = self.values[v].numel() // (1 if place is None else self.samples)
-        return y.new_zeros(d, d) if G is None else G / self.samples
+        return y.new_zeros(d, d) if G is None else G / len(y)
 
     def sum_of(self, parameter: str, kind: str) -> Tensor:
         """G `[g,o,o]` for a Kronecker block, or a dense block or its diagonal; several uses count as independent."""

@@ -118,3 +118,30 @@ def test_it_is_refused_without_a_graph() -> None:
     model, x, y = seeded(Centred)
     with pytest.raises(fxcurv.UnsupportedError, match=r"recursion over the nodes of a graph.*; ask for kflr"):
         fxcurv.compile(model, quantities="kfra", on_unsupported="fallback")(x, y)
+
+
+class Squared(nn.Module):
+    """x @ f(W) with W as an operand."""
+
+    def __init__(self, of: Callable[[Tensor], Tensor], W: Tensor) -> None:
+        super().__init__()
+        self.W, self.of, self.head = nn.Parameter(W), of, nn.Linear(3, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x @ self.of(self.W)).tanh())
+
+
+def test_what_is_computed_from_a_parameter_alone_is_passed_like_any_node() -> None:
+    """The block of W in x @ (W W) is Jᵀ B J, with B that of V = W W and J = ∂V/∂W."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        W, x = torch.randn(3, 3).double(), torch.randn(4, 3).double()
+        squared, plain = Squared(lambda W: W @ W, W), Squared(lambda V: 1.0 * V, W @ W)
+    plain.head.load_state_dict(squared.head.state_dict())
+    blocks = [
+        fxcurv.compile(m.eval(), quantities="kfra")(x, torch.tensor([0, 1, 0, 1]))["kfra"]["W"]
+        for m in (squared, plain)
+    ]
+    J: Any = torch.func.jacrev(lambda W: W @ W)(W)
+    J = J.reshape(9, 9)
+    torch.testing.assert_close(blocks[0].dense(), J.T @ blocks[1].dense() @ J, rtol=1e-10, atol=1e-12)
