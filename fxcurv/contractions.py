@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fxcurv.costs import Cost, copying, product
+from fxcurv.costs import CACHE, Cost, copying, product
 from fxcurv.gemm import times_transpose, transpose_times
 from fxcurv.moments import SecondMoment
 from fxcurv.pages import new_empty
@@ -52,9 +52,6 @@ Sum = Tensor | SecondMoment
 
 CHUNK = 1 << 22
 """Entries of the largest temporary of per-sample quantities."""
-
-PART = 1 << 18
-"""Entries of a temporary that stays in the cache."""
 
 
 class Statistic(nn.Module):
@@ -126,10 +123,10 @@ def _per_sample(x: Tensor | None, S: Tensor) -> Tensor:
 def _per_channel(x: Tensor, S: Tensor) -> Tensor:
     """Σ_s S[v,n,s,g,1] x[n,s,g,1], `[v,n,g,1,1]`; many products part by part, each in the memory of the one before."""
     n, s, g = S.shape[1:4]
-    if S.device.type != "cpu" or torch.compiler.is_compiling() or S.numel() <= PART:
+    if S.device.type != "cpu" or torch.compiler.is_compiling() or S.numel() <= CACHE:
         return (S * x).sum(2).unsqueeze(-1)
-    samples = min(n, max(1, PART // (s * g)))
-    columns = max(1, PART // (s * g * samples))
+    samples = min(n, max(1, CACHE // (s * g)))
+    columns = max(1, CACHE // (s * g * samples))
     parts = [
         torch.cat([(c * xs).sum(2) for c in cut.split(columns)])
         for cut, xs in zip(S.split(samples, 1), x.split(samples), strict=True)

@@ -8,7 +8,11 @@ import torch
 
 from fxcurv import gemm
 
-__all__ = ["Cost", "Rates", "copying", "moment", "of_groups", "product", "rates_of"]
+__all__ = ["CACHE", "Cost", "Rates", "copying", "moment", "of_groups", "product", "rates_of"]
+
+
+CACHE = 1 << 18
+"""Entries that stay in a core's cache while they are computed and read again."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from fxcurv.contractions import (
     widened,
     with_ones,
 )
-from fxcurv.costs import Cost, copying, moment, product
+from fxcurv.costs import CACHE, Cost, copying, moment, product
 from fxcurv.covariance import cheapest
 from fxcurv.gemm import times_transpose, transpose_times
 from fxcurv.kernels import sum_of_squared_products
@@ -56,9 +56,6 @@ __all__ = [
     "SquaredNormsByConvolution",
     "SquaredNormsByPairs",
 ]
-
-CACHE = 1 << 18
-"""Entries that stay in a core's cache while they are computed, squared and added."""
 
 
 # Of the inputs ----------------------------------------------------------------------------------------------------

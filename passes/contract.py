@@ -24,7 +24,7 @@ from fxcurv.patches import Patches
 from fxcurv.pullback import InputPositions, OutputPositions, PullInputs, PullToParameter
 from fxcurv.shapes import resolve
 from fxcurv.spec import module_of
-from passes.rewrite import rewrites
+from passes.rewrite import instead, rewrites
 
 __all__ = ["Contraction", "Setting", "contract", "together"]
 
@@ -101,7 +101,7 @@ def _cheapest(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
     node.meta["contraction"] = Contraction(chosen, costs, seconds)
     if chosen == definition.name:
         return None
-    return _instead(node, applicable[chosen].statistic, applicable[chosen].args)
+    return instead(node, applicable[chosen].statistic, applicable[chosen].args)
 
 
 def _cost(form: _Form, setting: Setting) -> Cost:
@@ -248,17 +248,6 @@ def _patches_of(x: fx.Node) -> Patches | None:
     return Patches.of(op) if isinstance(op, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
 
 
-def _instead(node: fx.Node, op: nn.Module, args: tuple[Any, ...]) -> fx.Node:
-    """A call of `op` in the place of a node, under its target."""
-    gm = node.graph.owning_module
-    assert gm is not None
-    gm.set_submodule(str(node.target), op)
-    with node.graph.inserting_before(node):
-        replacement = node.graph.call_module(str(node.target), args)
-    replacement.meta = dict(node.meta)
-    return replacement
-
-
 # Columns together -------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +267,7 @@ def together(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
     key = (candidate._get_name(), candidate.extra_repr(), op.op.extra_repr(), inputs)
     if key not in setting.trials:
         setting.trials[key] = _equal(op, candidate, node, setting.device)
-    return _instead(node, candidate, node.args) if setting.trials[key] else None
+    return instead(node, candidate, node.args) if setting.trials[key] else None
 
 
 def _equal(op: nn.Module, candidate: nn.Module, node: fx.Node, device: torch.device) -> bool:

@@ -7,7 +7,6 @@ cotangent, and their sum, by the definition. Where every entry belongs to exactl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import fx, nn
 
@@ -15,7 +14,7 @@ from fxcurv import ops
 from fxcurv.pullback import Accumulate, Joined, Pull
 from fxcurv.shapes import Shape
 from fxcurv.spec import module_of
-from passes.rewrite import rewrites
+from passes.rewrite import instead, rewrites
 
 __all__ = ["join"]
 
@@ -39,12 +38,7 @@ def _joined(node: fx.Node, op: nn.Module) -> fx.Node | None:
     axis = _tiled(parts, shape)
     if axis is None:
         return None
-    gm: Any = node.graph.owning_module
-    gm.set_submodule(str(node.target), Joined(axis + 1, new=isinstance(parts[0], ops.Select)))
-    with node.graph.inserting_before(node):
-        joined = node.graph.call_module(str(node.target), tuple(Ss))
-    joined.meta = dict(node.meta)
-    return joined
+    return instead(node, Joined(axis + 1, new=isinstance(parts[0], ops.Select)), tuple(Ss))
 
 
 def _part(pull: fx.Node) -> Part | None:

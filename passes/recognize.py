@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from fxcurv import ops
 from fxcurv.spec import inputs_of, module_of
-from passes.rewrite import Rewrite, rewrites
+from passes.rewrite import Rewrite, instead, rewrites
 
 __all__ = ["recognize"]
 
@@ -27,7 +27,7 @@ def silu(node: fx.Node, op: nn.Module) -> fx.Node | None:
     if isinstance(op, ops.Mul):
         for x, gate in _either_way(node):
             if _behind(gate, nn.Sigmoid()) is x:
-                return _instead(node, nn.SiLU(), x)
+                return instead(node, nn.SiLU().eval(), (x,))
     return None
 
 
@@ -37,7 +37,7 @@ def gelu(node: fx.Node, op: nn.Module) -> fx.Node | None:
         for half, gate in _either_way(node):
             x, inner = _behind(half, ops.Scale(0.5)), _behind(gate, ops.Shift(1.0), nn.Tanh(), ops.Scale(SLOPE))
             if x is not None and inner is not None and _is_cubic(inner, x):
-                return _instead(node, nn.GELU("tanh"), x)
+                return instead(node, nn.GELU("tanh").eval(), (x,))
     return None
 
 
@@ -76,14 +76,3 @@ def _behind(node: fx.Node, *chain: nn.Module) -> fx.Node | None:
             return None
         (node,) = inputs_of(node)
     return node
-
-
-def _instead(node: fx.Node, op: nn.Module, x: fx.Node) -> fx.Node:
-    """A call of `op` on x in the place of a node, under its target."""
-    gm = node.graph.owning_module
-    assert gm is not None
-    gm.set_submodule(str(node.target), op.eval())
-    with node.graph.inserting_before(node):
-        called = node.graph.call_module(str(node.target), (x,))
-    called.meta = dict(node.meta)
-    return called

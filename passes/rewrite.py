@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxcurv.spec import module_of
 
-__all__ = ["Rewrite", "Targets", "copied", "rewrites", "settled"]
+__all__ = ["Rewrite", "Targets", "copied", "instead", "rewrites", "settled"]
 
 Rewrite = Callable[[fx.Node, nn.Module], fx.Node | None]
 
@@ -50,6 +50,17 @@ def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
                 break
     gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return settled(gm)
+
+
+def instead(node: fx.Node, op: nn.Module, args: tuple[Any, ...]) -> fx.Node:
+    """A call of `op` in the place of a node of a draft, under its target."""
+    gm = node.graph.owning_module
+    assert gm is not None
+    gm.set_submodule(str(node.target), op)
+    with node.graph.inserting_before(node):
+        replacement = node.graph.call_module(str(node.target), args)
+    replacement.meta = dict(node.meta)
+    return replacement
 
 
 def settled(gm: fx.GraphModule) -> fx.GraphModule:

@@ -339,7 +339,7 @@ def test_pairs_of_taps_share_what_they_meet() -> None:
 def test_products_per_channel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     x, S = draw(5, 3, 2, 1), draw(4, 5, 3, 2, 1)
     for part in (1, 13, 50, 1000):  # of a sample, of two, of all samples of two columns, of everything
-        monkeypatch.setattr(contractions, "PART", part)
+        monkeypatch.setattr(contractions, "CACHE", part)
         close(contractions.per_sample([x], [S]), (S * x).sum(2).unsqueeze(-1))
 
 
