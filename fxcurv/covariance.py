@@ -6,7 +6,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fxcurv.correlations import Correlations
 from fxcurv.costs import Cost, copying, moment, rates_of
 from fxcurv.gemm import batched_times_transpose
 from fxcurv.meetings import Meetings
@@ -49,7 +48,7 @@ class Unfolding:
         return batched_times_transpose(rows, rows)
 
 
-WAYS: tuple[type[Way], ...] = (Unfolding, Correlations, RowProducts, Meetings)
+WAYS: tuple[type[Way], ...] = (Unfolding, RowProducts, Meetings)
 
 
 def cheapest(patches: Patches, z: Tensor) -> Way:

@@ -75,7 +75,7 @@ class _OfPatches(Statistic):
 
 
 class CovarianceOfPatches(_OfPatches):
-    """`InputCovariance` of one convolution, from its input `z[n,c,…]`: by correlations where that is cheaper."""
+    """`InputCovariance` of one convolution, from its input `z[n,c,…]`: by the way that is cheapest."""
 
     def forward(self, zs: Sequence[Tensor]) -> Tensor:
         (z,) = map(widened, zs)

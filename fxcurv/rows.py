@@ -17,11 +17,14 @@ from fxcurv.patches import Patches
 
 __all__ = ["RowProducts"]
 
-BATCHED = 4
+BATCHED = 2.5
 """How much slower small matrices are multiplied, one per group, than a large one."""
 
-SCATTERED = 90
+SCATTERED = 30
 """How much slower entries far apart are added than those of a matrix are multiplied."""
+
+WRITING = 8
+"""Passes over the matrix that its writing costs, at strides."""
 
 
 class RowProducts:
@@ -45,7 +48,7 @@ class RowProducts:
         passes = copying(z.numel(), size) + copying(g * side**2, size) * (2 * pairs)
         return Cost(
             BATCHED * products.flops + 2 * SCATTERED * pairs * g * summed,
-            products.bytes + passes.bytes,
+            products.bytes + passes.bytes + WRITING * size * g * (c * self.patches.taps) ** 2,
             products.calls + pairs * (10 + 8 * len(self.others)),
             size * (z.numel() + 4 * g * side**2),
         )

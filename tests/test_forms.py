@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxcurv
 import passes
-from fxcurv import contractions, forms, pages
+from fxcurv import contractions, forms, meetings, pages
 from fxcurv.choice import chosen
 from fxcurv.contractions import (
     Columns,
@@ -27,12 +27,11 @@ from fxcurv.contractions import (
     Statistic,
     Sum,
 )
-from fxcurv.correlations import Correlations
 from fxcurv.costs import Rates, copying, rates_of
 from fxcurv.covariance import WAYS, Unfolding, cheapest
 from fxcurv.gemm import BLOCK, SHORT, times_transpose, transpose_times
 from fxcurv.losses import as_loss
-from fxcurv.meetings import Meetings, meetings
+from fxcurv.meetings import Meetings, along
 from fxcurv.memory import Chunks
 from fxcurv.moments import SecondMoment
 from fxcurv.patches import Patches
@@ -332,8 +331,29 @@ def test_few_channels_are_convolved(channels: int, groups: int, side: int, cheap
 def test_pairs_of_taps_share_what_they_meet() -> None:
     """Along an axis with a padded kernel of 3 at most 7 meetings of 9 differ, on the smallest maps fewer."""
     (axis, _), expected = Patches((3, 3), (1, 1), (1, 1), (1, 1), 1).axes, {1: 1, 2: 5, 3: 7, 9: 7}
-    found = {length: {m for row in meetings(axis, length) for m in row if m.length} for length in expected}
-    assert {length: len(met) for length, met in found.items()} == expected
+    assert {length: len(along(axis, length).different) for length in expected} == expected
+
+
+def test_meetings_follow_from_the_widest_at_their_displacement() -> None:
+    """On wide maps a row of the border is multiplied where all rows but that were; on narrow ones nothing is gained."""
+    (axis, _) = Patches((3, 3), (1, 1), (1, 1), (1, 1), 1).axes
+    wide, narrow = along(axis, 9), along(axis, 2)
+    assert sorted(one.length for one in wide.multiplied) == [1, 1, 7, 7, 8, 8, 9]
+    assert len(wide.follows) == 2
+    assert set(narrow.multiplied) == narrow.different
+    for one, (widest, *outside) in wide.follows.items():
+        met = {*range(widest.first, widest.last + 1)} - {
+            *itertools.chain(*(range(o.first, o.last + 1) for o in outside))
+        }
+        assert met == {*range(one.first, one.last + 1)}
+
+
+def test_meetings_of_samples_in_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, patches = draw(5, 4, 6, 5), Patches((3, 3), (1, 2), (1, 0), (1, 2), 2)
+    expected = Unfolding(patches, z).covariance()
+    for part in (1, 2 * z[0].numel(), z.numel()):
+        monkeypatch.setattr(meetings, "PART", part)
+        close(Meetings(patches, z).covariance(), expected)
 
 
 def test_products_per_channel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,16 +364,13 @@ def test_products_per_channel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_odd_form_is_cheaper_where_it_should_be() -> None:
-    """The model of costs prefers correlations for large maps, patches for small ones, pairs for few positions."""
+    """The model of costs prefers meetings for most maps, patches of few channels with long strides, pairs if few."""
     patches, rates = Patches((3, 3), (1, 1), (1, 1), (1, 1), 1), Rates(1e11, 1e10, 5e-6)
-    large, small = (torch.empty(8, 64, side, side, device="meta") for side in (56, 2))
-    large_costs, small_costs = ([way(patches, z).cost() for way in (Correlations, Unfolding)] for z in (large, small))
-    assert large_costs[0].flops < 0.4 * large_costs[1].flops
-    assert large_costs[0].seconds(rates) < 0.6 * large_costs[1].seconds(rates)
-    assert small_costs[0].seconds(rates) > 2 * small_costs[1].seconds(rates)
-    deep = torch.empty(16, 512, 2, 2, device="meta")
-    met, unfolded = (way(patches, deep).cost() for way in (Meetings, Unfolding))
-    assert met.flops < 0.06 * unfolded.flops
-    assert met.seconds(rates) < unfolded.seconds(rates)
+    for shape, flops in (((8, 64, 56, 56), 0.4), ((16, 512, 2, 2), 0.06)):
+        met, unfolded = (way(patches, torch.empty(shape, device="meta")).cost() for way in (Meetings, Unfolding))
+        assert met.flops < flops * unfolded.flops
+        assert met.seconds(rates) < 0.6 * unfolded.seconds(rates)
+    stem, image = Patches((7, 7), (2, 2), (3, 3), (1, 1), 1), torch.empty(16, 3, 64, 64, device="meta")
+    assert Meetings(stem, image).cost().seconds(rates) > 2 * Unfolding(stem, image).cost().seconds(rates)
     x, S = torch.empty(8, 4, 1, 4608, device="meta"), torch.empty(9, 8, 4, 1, 512, device="meta")
     assert forms.DiagonalByPairs().cost([x], [S]).flops < forms.DiagonalBySample().cost([x], [S]).flops
