@@ -12,7 +12,7 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -215,12 +215,15 @@ def check_parameters(model: nn.Module) -> None:
             )
 
 
-def structural_copy(model: nn.Module, *shared: Tensor) -> nn.Module:
-    """A copy of the modules that shares the given tensors with `model`, and those that it computed and kept."""
+def structural_copy(model: nn.Module, *shared: Tensor, instead: Mapping[Tensor, Tensor] | None = None) -> nn.Module:
+    """A copy of the modules that shares the given tensors with `model`, and those that it computed and kept.
+
+    Wherever the model holds a key of `instead`, the copy holds its value.
+    """
     check_parameters(model)
     kept = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf)
     try:
-        return copy.deepcopy(model, {id(t): t for t in (*shared, *kept)})
+        return copy.deepcopy(model, {id(t): (instead or {}).get(t, t) for t in (*shared, *kept)})
     except Exception as error:
         raise CaptureError(
             f"the model cannot be copied ({error})", remedy="make its attributes deep-copyable", code="FXC103"

@@ -1,9 +1,10 @@
 """Products with curvature matrices and Jacobians of any model over a data set, without a matrix, by autograd.
 
-With f the model's outputs, J their Jacobian and H the loss Hessian at them, a product takes a forward pass per batch
-and a few backward passes per column: J v is the derivative of Jᵀu, which is linear in u. Nothing is traced. The loss
-over several batches is that of their union: for `mean`, the sum of all terms by the sum of what each batch would
-divide by. Data are read anew for each product, in the same order, so that products are the same each time.
+With f the model's outputs, J their Jacobian and H the loss Hessian at them, a product takes per batch and column a
+forward pass that carries J v along, and a backward pass. Where torch cannot carry it, J v is the derivative of Jᵀu,
+which is linear in u. Nothing is traced. The loss over several batches is that of their union: for `mean`, the sum of
+all terms by the sum of what each batch would divide by. Data are read anew for each product, in the same order, so that
+products are the same each time.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from fxcurv.errors import InputError, QuantityError, UnsupportedError
 from fxcurv.fingerprint import digest
 from fxcurv.losses import LossTerms, as_loss, loss_terms, loss_value
 from fxcurv.operators import LinearOperator, Space
+from fxcurv.pages import new_empty
 from fxcurv.quantities import Empirical, Exact, Factor
 from fxcurv.run import fresh_generator
 from fxcurv.signature import kept, signature
+from fxcurv.tangents import carried
 
 __all__ = ["Data", "fisher_operator", "ggn_operator", "hessian_operator", "jacobian_operator"]
 
@@ -127,6 +130,7 @@ class _Source:
                 "the model has no trainable parameters", remedy="set requires_grad_(True) on some", code="FXC408"
             )
         self.space = Space({name: tuple(p.shape) for name, p in self.parameters.items()})
+        self.carries = True
         self._check_once()
         if check:
             self._check_same()
@@ -144,11 +148,24 @@ class _Source:
         """Where the model is."""
         return next(iter(self.parameters.values())).device
 
-    def passes(self) -> Iterator[_Pass]:
-        """A forward pass per batch; each is let go of before the next."""
-        copy = structural_copy(self.model, *self.model.parameters())
+    def passes(self, matrix: Tensor | None = None) -> Iterator[_Pass]:
+        """A forward pass per batch, which may carry J times `matrix[P, k]` along; each is let go of before the next."""
+        copy, parameters = structural_copy(self.model, *self.model.parameters()), list(self.parameters.values())
         for inputs, target in tqdm(self._batches(), "batches", disable=self.quiet):
-            yield _Pass(self._output(copy, inputs), target, list(self.parameters.values()), self.dtype)
+            found = None if matrix is None else self._carried(inputs, matrix)
+            y, images = found or (self._output(copy, inputs), None)
+            yield _Pass(y, target, parameters, self.dtype, images)
+
+    def _carried(self, inputs: Inputs, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The output and J times a matrix; once torch could not carry it, it is not tried again."""
+
+        def run(copy: nn.Module) -> Tensor:
+            return self._output(copy, pytree.tree_map_only(Tensor, torch.clone, inputs))
+
+        parameters = list(self.parameters.values())
+        found = carried(self.model, parameters, _columns(matrix, parameters), run) if self.carries else None
+        self.carries = found is not None
+        return found
 
     def _batches(self) -> Iterator[Pair]:
         data: Any = self.data
@@ -243,40 +260,52 @@ class _Twice(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Pass:
-    """The output at one batch, with its graph."""
+    """The output at one batch, with its graph; and J times the matrix that the pass was made for, if it was carried."""
 
     y: Tensor
     target: Any
     parameters: Sequence[Tensor]
     dtype: torch.dtype
+    images: Tensor | None
 
     def jacobian(self, matrix: Tensor) -> Tensor:
-        """J times the columns of `[P, k]`: `[k, N, …]`, by differentiating Jᵀu twice over."""
+        """J times the columns of `[P, k]` that the pass was made for: `[k, N, …]`."""
+        images = self._differentiated(matrix) if self.images is None else self.images
+        return images.to(matrix.dtype)
+
+    def _differentiated(self, matrix: Tensor) -> Tensor:
+        """By differentiating Jᵀu twice over."""
         u = torch.zeros_like(self.y, requires_grad=True)
         found = torch.autograd.grad(self.y, self.parameters, u, create_graph=True, allow_unused=True)
-        return torch.stack([_along(found, (u,), v, torch.zeros_like(self.y))[0] for v in self.columns(matrix)]).to(
-            matrix.dtype
-        )
+        zero, columns = torch.zeros_like(self.y), _columns(matrix, self.parameters)
+        return torch.stack([_along(found, (u,), v, zero)[0] for v in columns])
 
     def adjoint(self, columns: Tensor) -> Tensor:
         """Jᵀ times `columns[k, N, …]`: `[P, k]`."""
-        each = (
+        return self.flat(
             torch.autograd.grad(self.y, self.parameters, v, retain_graph=True, allow_unused=True)
             for v in columns.to(self.y.dtype)
         )
-        return torch.stack([self.flat(found) for found in each], 1)
 
-    def columns(self, matrix: Tensor) -> Iterator[list[Tensor]]:
-        """Each column of `[P, k]` as tensors like the parameters."""
-        for column in matrix.T:
-            parts = column.split([p.numel() for p in self.parameters])
-            yield [t.view_as(p).to(p.dtype) for t, p in zip(parts, self.parameters, strict=True)]
+    def flat(self, columns: Iterable[Sequence[Tensor | None]]) -> Tensor:
+        """Columns of tensors like the parameters, zero where None, as `[P, k]`."""
+        rows, like, size = (
+            list[Tensor](),
+            self.y.new_empty(0, dtype=self.dtype),
+            sum(p.numel() for p in self.parameters),
+        )
+        for column in columns:
+            pairs = zip(column, self.parameters, strict=True)
+            filled = (torch.zeros_like(p) if t is None else t.detach() for t, p in pairs)
+            rows.append(torch.cat([t.reshape(-1).to(self.dtype) for t in filled], out=new_empty(like, size)))
+        return rows[0].unsqueeze(1) if len(rows) == 1 else torch.stack(rows, 1)
 
-    def flat(self, found: Sequence[Tensor | None]) -> Tensor:
-        """Tensors like the parameters, zero where None, as one vector."""
-        pairs = zip(found, self.parameters, strict=True)
-        filled = (torch.zeros_like(p) if t is None else t for t, p in pairs)
-        return torch.cat([t.detach().reshape(-1).to(self.dtype) for t in filled])
+
+def _columns(matrix: Tensor, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Each column of `[P, k]` as tensors like the parameters."""
+    for column in matrix.T:
+        parts = column.split([p.numel() for p in parameters])
+        yield [t.view_as(p).to(p.dtype) for t, p in zip(parts, parameters, strict=True)]
 
 
 def _along(ys: Sequence[Tensor | None], xs: Sequence[Tensor], v: Sequence[Tensor], *zeros: Tensor) -> list[Tensor]:
@@ -300,17 +329,23 @@ class _OverData(LinearOperator):
         self.dtype, self.device = source.dtype, source.device
 
     def _mm(self, matrix: Tensor) -> Tensor:
-        total, divisors, matrix = torch.zeros_like(matrix), 0.0, matrix.to(self.dtype)
+        total, divisors, given, matrix = None, 0.0, matrix.dtype, matrix.to(self.dtype)
         with _session():
             self._begin()
-            for one in self.source.passes():
+            for one in self._passes(matrix):
                 terms = loss_terms(self.loss, one.y.detach(), one.target)
-                total += float(terms.divisor) * self._product(one, terms, matrix)
+                product = self._product(one, terms, matrix).mul_(float(terms.divisor))
+                total = product if total is None else total.add_(product)
                 divisors += float(terms.divisor)
-        return total / divisors if self.loss.reduction == "mean" else total
+        assert total is not None  # there is a batch
+        return (total.div_(divisors) if self.loss.reduction == "mean" else total).to(given)
 
     def _begin(self) -> None:
         """Called before the first batch of a product."""
+
+    def _passes(self, matrix: Tensor) -> Iterator[_Pass]:
+        """The forward passes of a product."""
+        return self.source.passes()
 
     def _product(self, one: _Pass, terms: LossTerms, matrix: Tensor) -> Tensor:
         """The product of one batch's matrix."""
@@ -329,6 +364,9 @@ class _Middle(_OverData):
 
     def _begin(self) -> None:
         self.generator.set_state(self.state)
+
+    def _passes(self, matrix: Tensor) -> Iterator[_Pass]:
+        return self.source.passes(matrix)
 
     def _product(self, one: _Pass, terms: LossTerms, matrix: Tensor) -> Tensor:
         v = one.jacobian(matrix).to(terms.gradient.dtype)
@@ -350,7 +388,7 @@ class _Hessian(_OverData):
         value = loss_value(self.loss, one.y, one.target)
         gradient = torch.autograd.grad(value, one.parameters, create_graph=True, allow_unused=True)
         zeros = [torch.zeros_like(p) for p in one.parameters]
-        return torch.stack([one.flat(_along(gradient, one.parameters, v, *zeros)) for v in one.columns(matrix)], 1)
+        return one.flat(_along(gradient, one.parameters, v, *zeros) for v in _columns(matrix, one.parameters))
 
 
 class _Jacobian(LinearOperator):
@@ -367,7 +405,7 @@ class _Jacobian(LinearOperator):
 
     def _mm(self, matrix: Tensor) -> Tensor:
         with _session():
-            found = [one.jacobian(matrix).flatten(1).T for one in self.source.passes()]
+            found = [one.jacobian(matrix).flatten(1).T for one in self.source.passes(matrix)]
         return torch.cat(found)
 
     def _rmm(self, matrix: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""J v by forward passes that carry derivatives along with the values, for as long as backward passes see the same.
+
+That is one pass more than the one with a graph for each column but the first, where differentiating a graph twice over
+takes two backward passes. Backward derivatives stop where a model computes without gradients, at tensors that it kept
+from earlier computations they go on, and of some ops torch has only one of the two kinds; so a pass looks at every
+tensor that it computes with, and what cannot be carried is left to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fxcurv.capture import structural_copy
+
+__all__ = ["carried"]
+
+
+def carried(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    columns: Iterable[Sequence[Tensor]],
+    run: Callable[[nn.Module], Tensor],
+) -> tuple[Tensor, Tensor] | None:
+    """What `run` returns of a copy of the model, with its graph, and J times each column: `[k, N, …]`.
+
+    None if torch cannot carry the derivatives, or if something went wrong that a pass without them will tell.
+    """
+    outputs: list[Tensor] = []
+    images: list[Tensor] = []
+    try:
+        for v in columns:
+            with torch.set_grad_enabled(not outputs):  # one graph is enough, and to look at one pass
+                output, image = _along(model, parameters, v, run, looking=not outputs)
+            outputs.append(output)
+            images.append(image)
+    except RuntimeError:
+        return None
+    return outputs[0], torch.stack(images)
+
+
+def _along(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    v: Sequence[Tensor],
+    run: Callable[[nn.Module], Tensor],
+    looking: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output of a copy whose parameters change along v, and its derivative."""
+    with forward_ad.dual_level():
+        duals = {p: forward_ad.make_dual(p, t) for p, t in zip(parameters, v, strict=True)}
+        copy = structural_copy(model, *model.parameters(), instead=duals)
+        with _Alike() if looking else nullcontext():
+            output = run(copy)
+        if looking:
+            _check(output)
+        primal, tangent = forward_ad.unpack_dual(output)
+        return primal, torch.zeros_like(primal) if tangent is None else tangent.detach()
+
+
+class _Alike(TorchFunctionMode):
+    """Stops at the first tensor that derivatives of only one direction reach."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for t in pytree.tree_leaves((args, kwargs)):
+            if isinstance(t, Tensor):
+                _check(t)
+        return func(*args, **(kwargs or {}))
+
+
+def _check(t: Tensor) -> None:
+    forward = forward_ad.unpack_dual(t).tangent is not None
+    backward = t.requires_grad and torch.is_grad_enabled()
+    if forward != backward:
+        raise RuntimeError("derivatives of only one direction")
