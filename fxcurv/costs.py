@@ -50,7 +50,7 @@ def product(m: float, n: float, k: float, size: int) -> Cost:
 def moment(d: float, m: float, size: int) -> Cost:
     """Σ_m X Xᵀ, `[d,d]`: of half of the entries where gemm.py takes it apart."""
     whole = product(d, d, m, size)
-    if d < 2 * gemm.BLOCK or m < gemm.SHORT:
+    if not gemm.halves(d, m):
         return whole if size * d * d < gemm.FRESH else whole + copying(d * d, size)
     return Cost(0.5 * whole.flops * (1 + gemm.BLOCK / d), whole.bytes + 2 * size * d * d, 3 * d / gemm.BLOCK)
 

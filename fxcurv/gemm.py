@@ -11,26 +11,34 @@ from torch import Tensor
 
 from fxcurv.pages import new_empty
 
-__all__ = ["batched_times_transpose", "times", "times_transpose", "transpose_times", "uses_onednn"]
+__all__ = ["batched_times_transpose", "halves", "times", "times_transpose", "transpose_times", "uses_onednn"]
 
 SMALL = 1e6
 """Multiplications below which a call of oneDNN costs more than it saves."""
 
-BLOCK = 256
+BLOCK = 128
 """Rows of the blocks by which a symmetric product is made of its lower half."""
 
 FRESH = 32 << 20
 """Bytes from which an allocator returns memory to the system when it is freed, so that it is new at every call."""
 
+HALVED = 3 << 16
+"""Entries of a from which half of a aᵀ is copied from the other faster than it is computed,"""
+
 SHORT = 256
-"""Inner size below which copying half of a symmetric product costs more than computing it."""
+"""unless its inner size is below this."""
 
 
 def times_transpose(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ: `[m,k], [n,k] -> [m,n]`; where a is b, of half of its entries if that is cheaper."""
-    if a is b and a.shape[0] >= 2 * BLOCK and a.shape[1] >= SHORT:
+    if a is b and halves(*a.shape):
         return _symmetric(a)
     return _product(a, b)
+
+
+def halves(rows: float, inner: float) -> bool:
+    """Whether half of a aᵀ is copied from the other."""
+    return rows >= 2 * BLOCK and inner >= SHORT and rows * inner >= HALVED
 
 
 def transpose_times(a: Tensor, b: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +30,10 @@ class Axis:
     def outputs(self, length: int) -> int:
         """Output pixels along an input of this length."""
         return (length + 2 * self.padding - self.reach - 1) // self.stride + 1
+
+    def behind(self, length: int) -> int:
+        """Entries of padding that the kernel sees behind an input of this length; negative for those it never sees."""
+        return self.stride * (self.outputs(length) - 1) - self.padding + self.reach + 1 - length
 
     def window(self, tap: int, length: int) -> slice:
         """The entries of the input that a tap meets, over all output pixels."""
@@ -74,17 +77,16 @@ class Patches:
 
     def positions(self, z: Tensor) -> Tensor:
         """x[n,s,g,i], what the kernel sees at output pixel s, as in `weight.flatten(1)`; in memory [n,g,i,s]."""
-        count, windows = len(self.axes), self.windows(z, [range(size) for size in self.outputs(z)])
+        count, windows = len(self.axes), self._windows(z)
         windows = windows.movedim(tuple(range(2, 2 + count)), tuple(range(2 + count, 2 + 2 * count)))
         return windows.reshape(len(z), self.groups, -1, windows.shape[2 + count :].numel()).permute(0, 3, 1, 2)
 
-    def windows(self, z: Tensor, positions: Sequence[range]) -> Tensor:
-        """What the kernel sees from these positions along each axis: a view `[n, g·c, *positions, *taps]`."""
-        count = len(positions)
-        for k, (axis, met) in enumerate(zip(self.axes, positions, strict=True)):
-            before = axis.padding - axis.stride * met.start
-            behind = axis.stride * (met.stop - 1) - axis.padding + axis.reach + 1 - z.shape[k + 2]
-            z = F.pad(z, [0] * 2 * (count - 1 - k) + [before, behind])
+    def _windows(self, z: Tensor) -> Tensor:
+        """What the kernel sees: a view `[n, g·c, *pixels, *taps]` of the padded input."""
+        margins: list[int] = []
+        for axis, length in zip(self.axes[::-1], z.shape[:1:-1], strict=True):
+            margins += [axis.padding, axis.behind(length)]
+        z = F.pad(z, margins)
         for k, axis in enumerate(self.axes):  # appends one axis of window entries
             z = z.unfold(k + 2, axis.reach + 1, axis.stride)[..., :: axis.dilation]
         return z

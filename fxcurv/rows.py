@@ -114,7 +114,7 @@ class RowProducts:
             return P
         margins: list[int] = []
         for axis, length in zip(self.others[::-1], lengths[::-1], strict=True):
-            margins += [axis.padding, axis.stride * (axis.outputs(length) - 1) - axis.padding + axis.reach + 1 - length]
+            margins += [axis.padding, axis.behind(length)]
         P = F.pad(P, [*margins, 0, 0, *margins])
         for first in (2, 3 + count):  # appends one axis of window entries
             for k, axis in enumerate(self.others):

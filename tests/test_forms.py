@@ -29,7 +29,7 @@ from fxcurv.contractions import (
 )
 from fxcurv.costs import Rates, copying, rates_of
 from fxcurv.covariance import WAYS, Unfolding, cheapest
-from fxcurv.gemm import BLOCK, SHORT, times_transpose, transpose_times
+from fxcurv.gemm import BLOCK, HALVED, halves, times_transpose, transpose_times
 from fxcurv.losses import as_loss
 from fxcurv.meetings import Meetings, along
 from fxcurv.memory import Chunks
@@ -196,10 +196,14 @@ def test_a_larger_batch_than_was_compiled_for_is_summed() -> None:
 # Products ---------------------------------------------------------------------------------------------------------
 
 
+LONG = HALVED // (2 * BLOCK) + 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("m", "n", "k"), [(3, 4, 5), (130, 140, 150), (2 * BLOCK + 5, 7, SHORT + 1), (2903, 2905, 3)])
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 4, 5), (130, 140, 150), (2 * BLOCK + 5, 7, LONG), (2903, 2905, 3)])
 def test_products(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     a, b = draw(m, k, dtype=dtype), draw(n, k, dtype=dtype)
+    assert halves(m, k) == (k == LONG)
     tolerance = 1e-11 if dtype == torch.float64 else 2e-4
     for left, right in (
         (a, b),
