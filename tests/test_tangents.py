@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxcurv
+from fxcurv import products
 from fxcurv.tangents import carried
 
 X = torch.linspace(-1, 2, 15, dtype=torch.float64).view(5, 3)
@@ -42,6 +43,17 @@ class Doubled(torch.autograd.Function):
         return 2 * grad_outputs[0]
 
 
+def padded(m: Any, x: Tensor) -> Tensor:
+    return nn.functional.embedding(torch.tensor([[0, 1], [2, 0]]), m.weight, padding_idx=-3).sum(1) @ m.weight
+
+
+def hooked(m: Any, x: Tensor) -> Tensor:
+    h = x @ m.weight
+    if h.requires_grad:
+        h.register_hook(lambda t: 2 * t)
+    return h
+
+
 def within_no_grad(m: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         scale = (x @ m.weight).abs().amax()
@@ -71,6 +83,8 @@ CASES: dict[str, tuple[bool, Callable[[Any, Tensor], Tensor]]] = {
     "data": (True, lambda m, x: x @ m.weight * m.weight.data.sum()),
     "constants without gradients": (True, lambda m, x: shifted(x) @ m.weight),
     "no parameters reach it": (True, lambda m, x: x @ m.frozen),
+    "padding": (True, padded),
+    "hooks": (False, hooked),
     "within no_grad": (False, within_no_grad),
     "written within no_grad": (False, written_within_no_grad),
     "all without gradients": (False, lambda m, x: shifted(x @ m.weight) @ m.weight),
@@ -111,6 +125,38 @@ def test_derivatives_are_those_of_backward_passes(
     J = fxcurv.jacobian_operator(model, (X, torch.zeros(5)))
     for _ in range(2):  # once it was tried, and once it was not
         torch.testing.assert_close(J @ V, of_rows(model, V))
+        torch.testing.assert_close(
+            J.T @ torch.eye(J.shape[0], dtype=V.dtype), of_rows(model, torch.eye(9, dtype=V.dtype)).T
+        )
+
+
+def test_hooks_of_parameters_are_left_to_backward_passes() -> None:
+    model = Written(lambda m, x: x @ m.weight).eval()
+    model.weight.register_hook(lambda t: 2 * t)
+    V = torch.eye(9, dtype=torch.float64)
+    assert carried(model, [model.weight], [[V[0].view(3, 3)]], lambda copy: copy(X)) is None
+    torch.testing.assert_close(fxcurv.jacobian_operator(model, (X, torch.zeros(5))) @ V, of_rows(model, V))
+
+
+def test_what_is_carried_must_agree_with_backward_passes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it does not, products are those of backward passes."""
+    asked: list[float] = []
+
+    def wrong(*args: Any) -> Any:
+        y, images = carried(*args) or (None, None)
+        assert images is not None
+        asked.append(factor)
+        return y, images * factor
+
+    monkeypatch.setattr(products, "carried", wrong)
+    V = torch.eye(9, dtype=torch.float64)
+    for factor, times in ((1 + 1e-6, 1), (1 + 1e-10, 2)):
+        model = Written(CASES["plain"][1]).eval()
+        J = fxcurv.jacobian_operator(model, (X, torch.zeros(5)))
+        for _ in range(2):
+            torch.testing.assert_close(J @ V, of_rows(model, V))
+        assert asked == [factor] * times
+        asked.clear()
 
 
 def test_weights_that_a_module_holds_in_several_places() -> None:

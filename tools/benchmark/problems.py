@@ -31,7 +31,7 @@ class Problem:
     classes: int = 10
     vocabulary: int = 0
     quick_batch: int | None = None
-    limit: float = 60
+    limit: float = 8
     package: str = "torch"
 
     def make(self) -> tuple[nn.Module, Tensor, Tensor]:
@@ -153,19 +153,19 @@ TOKENS = 256
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 
 PROBLEMS: dict[str, Problem] = {
+    "resnet18": Problem(from_torchvision("resnet18", 10), batch=16, shape=(3, 64, 64), limit=12, package="torchvision"),
     "3c3d": Problem(net_3c3d, batch=32, shape=CIFAR, quick_batch=4),
+    "encoder": Problem(Encoder, batch=16, shape=(32, 32), quick_batch=4),
+    "gpt2": Problem(gpt2, batch=8, shape=(64,), classes=TOKENS, vocabulary=TOKENS, package="transformers"),
     "3c3d_n128": Problem(net_3c3d, batch=128, shape=CIFAR),
     "allcnnc": Problem(all_cnn_c, batch=32, shape=CIFAR, classes=100),
     "resnet18_32": Problem(
         from_torchvision("resnet18", 10), batch=64, shape=CIFAR, quick_batch=2, package="torchvision"
     ),
     "resnet18_32_n16": Problem(from_torchvision("resnet18", 10), batch=16, shape=CIFAR, package="torchvision"),
-    "resnet18": Problem(from_torchvision("resnet18", 10), batch=16, shape=(3, 64, 64), package="torchvision"),
-    "resnet50": Problem(
-        from_torchvision("resnet50", 1000), batch=8, shape=IMAGENET, classes=1000, limit=120, package="torchvision"
-    ),
-    "convnext_atto": Problem(from_timm("convnext_atto", 10), batch=8, shape=IMAGENET, package="timm"),
     "vit_tiny": Problem(from_timm("vit_tiny_patch16_224", 10), batch=8, shape=IMAGENET, package="timm"),
-    "encoder": Problem(Encoder, batch=16, shape=(32, 32), quick_batch=4),
-    "gpt2": Problem(gpt2, batch=8, shape=(64,), classes=TOKENS, vocabulary=TOKENS, package="transformers"),
+    "convnext_atto": Problem(from_timm("convnext_atto", 10), batch=8, shape=IMAGENET, package="timm"),
+    "resnet50": Problem(
+        from_torchvision("resnet50", 1000), batch=8, shape=IMAGENET, classes=1000, limit=25, package="torchvision"
+    ),
 }
