@@ -299,11 +299,8 @@ class _Pass:
 
     def flat(self, columns: Iterable[Sequence[Tensor | None]]) -> Tensor:
         """Columns of tensors like the parameters, zero where None, as `[P, k]`."""
-        rows, like, size = (
-            list[Tensor](),
-            self.y.new_empty(0, dtype=self.dtype),
-            sum(p.numel() for p in self.parameters),
-        )
+        size, like = sum(p.numel() for p in self.parameters), self.y.new_empty(0, dtype=self.dtype)
+        rows: list[Tensor] = []
         for column in columns:
             pairs = zip(column, self.parameters, strict=True)
             filled = (torch.zeros_like(p) if t is None else t.detach() for t, p in pairs)

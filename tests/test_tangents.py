@@ -130,9 +130,13 @@ def test_derivatives_are_those_of_backward_passes(
         )
 
 
-def test_hooks_of_parameters_are_left_to_backward_passes() -> None:
+@pytest.mark.parametrize("of", ["parameter", "module"])
+def test_hooks_are_left_to_backward_passes(of: str) -> None:
     model = Written(lambda m, x: x @ m.weight).eval()
-    model.weight.register_hook(lambda t: 2 * t)
+    if of == "parameter":
+        model.weight.register_hook(lambda t: 2 * t)
+    else:
+        model.register_full_backward_hook(lambda *_: None)
     V = torch.eye(9, dtype=torch.float64)
     assert carried(model, [model.weight], [[V[0].view(3, 3)]], lambda copy: copy(X)) is None
     torch.testing.assert_close(fxcurv.jacobian_operator(model, (X, torch.zeros(5))) @ V, of_rows(model, V))
