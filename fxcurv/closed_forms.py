@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxcurv import ops
-from fxcurv.costs import CACHE
+from fxcurv.costs import CACHE, at_once
 from fxcurv.pages import new_empty
 
 __all__ = ["closed_form"]
@@ -64,14 +64,9 @@ def _summed_to(S: Tensor, shape: Sequence[int]) -> Tensor:
     return S.sum(axes, keepdim=True) if axes else S
 
 
-def _at_once(S: Tensor, entries: int, count: int) -> int:
-    """Of how many intermediate results, `entries` each, are together small: on a CPU; elsewhere all."""
-    return max(1, CACHE // max(1, entries)) if S.device.type == "cpu" else count
-
-
 def _in_parts(S: Tensor, entries: int, pull: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
     """`pull` of S, on a CPU of so few columns at once that their intermediate results, `entries` each, stay small."""
-    size = _at_once(S, entries, len(S))
+    size = at_once(S, entries, len(S), CACHE)
     if size >= len(S):
         return pull(S)
     results: list[Tensor] = []
@@ -180,7 +175,7 @@ def _attention(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor] | Non
     q, count = a["query"], S.shape[1]
     alike = q.ndim >= 3 and all(a[name].ndim == S.ndim - 1 and len(a[name]) == count for name in names)
     each = q.numel() // max(1, len(q) * q.shape[-1]) * a["key"].shape[-2]  # probabilities of one sample
-    size = _at_once(S, each, count)
+    size = at_once(S, each, count, CACHE)
     if not alike or size >= count:
         return _attended(S, a, wanted)
     results = [new_empty(S, len(S), *a[name].shape) for name in wanted]

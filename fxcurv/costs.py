@@ -5,14 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fxcurv import gemm
 
-__all__ = ["CACHE", "Cost", "Rates", "copying", "moment", "of_groups", "product", "rates_of"]
+__all__ = ["CACHE", "Cost", "Rates", "at_once", "copying", "moment", "of_groups", "product", "rates_of"]
 
 
 CACHE = 1 << 18
 """Entries that stay in a core's cache while they are computed and read again."""
+
+
+def at_once(like: Tensor, entries: int, count: int, cached: int) -> int:
+    """How many of `count` intermediate results, `entries` each, fit in `cached` entries on a CPU; elsewhere all."""
+    return max(1, cached // max(1, entries)) if like.device.type == "cpu" else count
 
 
 @dataclass(frozen=True)

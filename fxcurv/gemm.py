@@ -23,10 +23,10 @@ FRESH = 32 << 20
 """Bytes from which an allocator returns memory to the system when it is freed, so that it is new at every call."""
 
 HALVED = 3 << 16
-"""Entries of a from which half of a aᵀ is copied from the other faster than it is computed,"""
+"""Entries of a from which half of a aᵀ is copied from the other faster than it is computed."""
 
 SHORT = 256
-"""unless its inner size is below this."""
+"""Inner size below which that half is computed faster, however many rows there are."""
 
 
 def times_transpose(a: Tensor, b: Tensor) -> Tensor:

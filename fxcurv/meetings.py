@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxcurv.costs import CACHE, Cost, copying, of_groups, product
+from fxcurv.costs import CACHE, Cost, at_once, copying, of_groups, product
 from fxcurv.gemm import batched_times_transpose
 from fxcurv.pages import new_empty
 from fxcurv.patches import Axis, Patches
@@ -167,8 +167,8 @@ class Meetings:
     @property
     def _samples(self) -> int:
         """How many samples are multiplied at a time."""
-        whole = self.z.device.type != "cpu" or torch.compiler.is_compiling()
-        return len(self.z) if whole else max(1, PART // max(1, self.z[0].numel()))
+        count = len(self.z)
+        return count if torch.compiler.is_compiling() else at_once(self.z, self.z[0].numel(), count, PART)
 
     def _met(self, a: Sequence[int], b: Sequence[int]) -> Met:
         """The meetings of two taps along every axis; without one along some axis they meet nothing."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Axis", "Patches"]
+__all__ = ["Axis", "Patches", "margins", "unfolded"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,19 @@ class Axis:
         start = first % self.stride if first < 0 else first
         stop = min(length, first + self.stride * (self.outputs(length) - 1) + 1)
         return slice(start, max(start, stop), self.stride)
+
+
+def margins(axes: Sequence[Axis], lengths: Sequence[int]) -> list[int]:
+    """The padding before and behind each axis that the kernel sees, in `F.pad`'s order: the last axis first."""
+    seen = ((axis.padding, axis.behind(length)) for axis, length in zip(axes, lengths, strict=True))
+    return [*itertools.chain(*reversed(list(seen)))]
+
+
+def unfolded(padded: Tensor, axes: Sequence[Axis], first: int) -> Tensor:
+    """The axes from `first` on as output pixels; what their taps see is appended, one axis for each: a view."""
+    for k, axis in enumerate(axes, first):
+        padded = padded.unfold(k, axis.reach + 1, axis.stride)[..., :: axis.dilation]
+    return padded
 
 
 @dataclass(frozen=True)
@@ -83,13 +97,7 @@ class Patches:
 
     def _windows(self, z: Tensor) -> Tensor:
         """What the kernel sees: a view `[n, g·c, *pixels, *taps]` of the padded input."""
-        margins: list[int] = []
-        for axis, length in zip(self.axes[::-1], z.shape[:1:-1], strict=True):
-            margins += [axis.padding, axis.behind(length)]
-        z = F.pad(z, margins)
-        for k, axis in enumerate(self.axes):  # appends one axis of window entries
-            z = z.unfold(k + 2, axis.reach + 1, axis.stride)[..., :: axis.dilation]
-        return z
+        return unfolded(F.pad(z, margins(self.axes, z.shape[2:])), self.axes, 2)
 
     def sums(self, z: Tensor) -> Tensor:
         """Σ_s x[n,s,g,i], by windows of the input: `[n,g,i]`."""

@@ -14,6 +14,7 @@ import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -150,10 +151,11 @@ class _Source:
 
     def passes(self, matrix: Tensor | None = None) -> Iterator[_Pass]:
         """A forward pass per batch, which may carry J times `matrix[P, k]` along; each is let go of before the next."""
-        copy, parameters = structural_copy(self.model, *self.model.parameters()), list(self.parameters.values())
+        copy = cache(lambda: structural_copy(self.model, *self.model.parameters()))
+        parameters = list(self.parameters.values())
         for inputs, target in tqdm(self._batches(), "batches", disable=self.quiet):
             found = None if matrix is None else self._carried(inputs, matrix)
-            y, images = found or (self._output(copy, inputs), None)
+            y, images = found or (self._output(copy(), inputs), None)
             yield _Pass(y, target, parameters, self.dtype, images)
 
     def _carried(self, inputs: Inputs, matrix: Tensor) -> tuple[Tensor, Tensor] | None:

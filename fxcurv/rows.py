@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxcurv.costs import Cost, copying, of_groups, product
 from fxcurv.pages import new_empty
-from fxcurv.patches import Patches
+from fxcurv.patches import Patches, margins, unfolded
 
 __all__ = ["RowProducts"]
 
@@ -112,13 +112,10 @@ class RowProducts:
         P = products.view(-1, *(self.channels, *lengths) * 2)
         if not count:
             return P
-        margins: list[int] = []
-        for axis, length in zip(self.others[::-1], lengths[::-1], strict=True):
-            margins += [axis.padding, axis.behind(length)]
-        P = F.pad(P, [*margins, 0, 0, *margins])
-        for first in (2, 3 + count):  # appends one axis of window entries
-            for k, axis in enumerate(self.others):
-                P = P.unfold(first + k, axis.reach + 1, axis.stride)[..., :: axis.dilation]
+        padding = margins(self.others, lengths)
+        P = F.pad(P, [*padding, 0, 0, *padding])
+        for first in (2, 3 + count):
+            P = unfolded(P, self.others, first)
         for k in range(count):  # x and x' from one output pixel
             P = P.diagonal(0, 2, 3 + count - k)
         return P.sum(tuple(range(-count, 0)))

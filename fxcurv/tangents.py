@@ -40,7 +40,7 @@ def carried(
     try:
         for v in columns:
             with torch.set_grad_enabled(not outputs):  # one graph is enough, and to look at one pass
-                output, image = _along(model, parameters, v, run, looking=not outputs)
+                output, image = _one_pass(model, parameters, v, run, looking=not outputs)
             outputs.append(output)
             images.append(image)
         return outputs[0], torch.stack(images)
@@ -48,7 +48,7 @@ def carried(
         return None
 
 
-def _along(
+def _one_pass(
     model: nn.Module,
     parameters: Sequence[Tensor],
     v: Sequence[Tensor],
