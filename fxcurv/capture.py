@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxcurv.errors import CaptureError, FxcurvError, InputError, UnsupportedError, a_value, raised_at
+from fxcurv.surroundings import generators_beside_torch, no_report_of_failure
 
 __all__ = [
     "TRACING",
@@ -137,6 +138,35 @@ def _parts(returned: Any) -> str:
 def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured:
     """Trace `model` on inputs shaped like `inputs`, whose values are not read, for any length of the batch axis."""
     args, kwargs = pytree.tree_map_only(Tensor, _example, as_call(inputs))
+    try:
+        with generators_beside_torch() as have_moved:
+            program = _exported(model, args, kwargs, output)
+            fixed = not have_moved() or _equal(program, _exported(model, args, kwargs, output))
+    except FxcurvError:
+        raise
+    except Exception as error:
+        integers = [str(t.dtype) for t in pytree.tree_leaves((args, kwargs)) if _is_integer(t)]
+        if integers and not _mentions_data(error):
+            remedy = "convert it: x.float(), unless the model expects indices"
+            raise InputError(
+                f"the input is of type {integers[0]}, and the model cannot be traced on it: {_first_line(error)}",
+                remedy=remedy,
+                code="FXC111",
+            ) from error
+        raise _translated(error) from error
+    if not fixed:
+        raise CaptureError(
+            "the model computes with random numbers of Python or NumPy",
+            remedy="call model.eval(), or compute without them",
+            code="FXC403",
+        )
+    graph = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
+    _keep_only_selected_output(graph, program)
+    return Captured(graph, *_sources(program, model))
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output) -> ExportedProgram:
+    """The program of a copy of the model, whose axis 0 of every input may have any length."""
     dynamic = ShapesCollection()
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor):
@@ -150,26 +180,17 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
             return select(forward(*args, **kwargs))
 
     shared.forward = selected
-    try:
-        with torch.random.fork_rng(devices=[]), without_autocast(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*assigned during export")  # to the copy, which is dropped
-            with torch.backends.opt_einsum.flags(enabled=False):  # the order it picks would depend on the batch size
-                program = export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
-    except FxcurvError:
-        raise
-    except Exception as error:
-        integers = [str(t.dtype) for t in pytree.tree_leaves((args, kwargs)) if _is_integer(t)]
-        if integers and not _mentions_data(error):
-            remedy = "convert it: x.float(), unless the model expects indices"
-            raise InputError(
-                f"the input is of type {integers[0]}, and the model cannot be traced on it: {_first_line(error)}",
-                remedy=remedy,
-                code="FXC111",
-            ) from error
-        raise _translated(error) from error
-    graph = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
-    _keep_only_selected_output(graph, program)
-    return Captured(graph, *_sources(program, model))
+    with torch.random.fork_rng(devices=[]), without_autocast(), warnings.catch_warnings(), no_report_of_failure():
+        warnings.filterwarnings("ignore", ".*assigned during export")  # to the copy, which is dropped
+        with torch.backends.opt_einsum.flags(enabled=False):  # the order it picks would depend on the batch size
+            return export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
+
+
+def _equal(a: ExportedProgram, b: ExportedProgram) -> bool:
+    """Whether two programs of one model compute the same."""
+    pairs = zip(a.constants.values(), b.constants.values(), strict=False)
+    constants = (torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
+    return a.graph_module.code == b.graph_module.code and len(a.constants) == len(b.constants) and all(constants)
 
 
 class _Traceable(TorchFunctionMode):

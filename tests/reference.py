@@ -373,7 +373,7 @@ def _positions(model: nn.Module, x_n: Tensor, S_n: Tensor, joint: bool) -> dict[
         product = "vsgo,sgi->vgio" if mine[0].inputs_first else "vsgo,sgi->vgoi"
         if not _same(torch.einsum(product, S, x).flatten(1), gradients[name].flatten(1)):
             continue  # this weight is also consumed in another form
-        bias = mine[0].bias
+        bias = mine[0].bias if len({use.bias for use in mine}) == 1 else None
         if joint and bias is not None and _same(S.sum(1).flatten(1), gradients[bias].flatten(1)):
             x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
         result[name] = (x, S)

@@ -6,6 +6,7 @@ What each case says is in tests/messages.txt, word for word; `python tests/test_
 from __future__ import annotations
 
 import copy
+import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +59,15 @@ class Overwrites(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x.add_(1))
+
+
+class Draws(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * random.random()
 
 
 class OneBatch(nn.Module):
@@ -166,6 +176,7 @@ CASES = (
     Case("output_dict", lambda: Returns(lambda y: {"logits": y})),
     Case("output_number", lambda: Returns(lambda y: 1.0)),
     Case("control_flow", Branch),
+    Case("random_python", Draws),
     Case("input_overwritten", Overwrites),
     Case("batch_fixed", OneBatch),
     Case("samples_mix", BatchSoftmax),
@@ -333,11 +344,11 @@ def same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
 @pytest.mark.filterwarnings("ignore:.*target size:UserWarning", "ignore:Lazy modules:UserWarning")
 @pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_refused_with_a_reason(case: Case) -> None:
-    """Nothing of the model, the input and the random state changes, and a second call says the same."""
+def test_refused_with_a_reason(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing of the model, the input and the random states changes, nothing is printed, and it is said again."""
     model = case.model()
     watched = isinstance(model, nn.Module) and case.name != "model_lazy"
-    x, state = copy.deepcopy(case.x), torch.get_rng_state()
+    x, state, python = copy.deepcopy(case.x), torch.get_rng_state(), random.getstate()
     if watched:
         model.register_forward_hook(lambda *_: None)
         for parameter in model.parameters():
@@ -354,6 +365,8 @@ def test_refused_with_a_reason(case: Case) -> None:
     assert messages == [MESSAGES[case.name]] * 2, ANEW
     assert not watched or same(before, snapshot(model))
     assert torch.equal(state, torch.get_rng_state())
+    assert random.getstate() == python
+    assert capfd.readouterr() == ("", "")
     if isinstance(x, Tensor) and isinstance(values, Tensor) and x.device.type == "cpu" and x.layout == torch.strided:
         assert torch.equal(x.nan_to_num(), values.nan_to_num())
     if compiled is not None and case.model is small and case.loss == "cross_entropy" and case.quantities == "kfac":

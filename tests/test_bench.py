@@ -143,11 +143,21 @@ def test_the_gradient_is_the_unit(records: dict[str, dict[str, str]]) -> None:
     assert float(records["torch gradient"]["ratio"]) == 1
 
 
-def test_every_named_quantity_is_a_row() -> None:
+def test_every_quantity_is_one_row() -> None:
     names = [row.name for row in rows.ROWS]
-    assert {f"fxcurv {name}" for name in (*fxcurv.NAMES, "kfac dense", "kflr dense")} <= set(names)
+    ours = [fxcurv.NAMES[row.quantity] for row in rows.ROWS if row.library == "fxcurv" and row.quantity in fxcurv.NAMES]
+    assert len(ours) == len(set(ours))
+    assert set(ours) == set(fxcurv.NAMES.values())
+    assert {"fxcurv kfac dense", "fxcurv kflr dense"} <= set(names)
     assert len(names) == len(set(names))
     assert all(names.index(row.cheaper) < names.index(row.name) for row in rows.ROWS if row.cheaper)
+
+
+def test_a_smoke_test_has_rows_of_every_library() -> None:
+    quick, whole = (tool.parse(arguments).rows for arguments in (["--quick"], []))
+    assert {row.library for row in quick} == {row.library for row in whole}
+    assert {row.quantity for row in quick if row.library == "fxcurv"} == tool.QUICK | {"kfac dense", "kflr dense"}
+    assert whole == list(rows.ROWS)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ BY_CASE = {
     "batchnorm_train": "FXC402",
     "batchnorm_untracked": "FXC402",
     "dropout_train": "FXC403",
+    "random_python": "FXC403",
     "loss_unsupported": "FXC406",
     "loss_reduction": "FXC406",
     "target_range": "FXC407",

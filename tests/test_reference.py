@@ -499,6 +499,14 @@ def test_joint_appends_one_where_the_bias_is_the_weights_own(name: str, joined: 
             same(A[-1, -1], torch.ones((), dtype=torch.float64))
 
 
+def test_columns_of_zero_do_not_join_what_is_used_apart() -> None:
+    """Weight and bias have no gradient here, which alone would not tell that the weight is used without the bias."""
+    model, _, x, _ = drawn(samples.find("param.tied_weight"))
+    S = torch.zeros(1, *ref.outputs(model, x).shape, dtype=torch.float64)
+    separate, joint = (ref.kfac(model, x, S, joint=joint)["fc1.weight"][0] for joint in (False, True))
+    same(joint, separate)
+
+
 def test_a_weight_with_another_consumer_has_no_kronecker_form() -> None:
     row = samples.find("free.weight_and_penalty")
     model, loss, x, y = drawn(row)

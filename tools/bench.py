@@ -1,7 +1,7 @@
 """The benchmark: what a curvature costs, in gradients.
 
     python tools/bench.py                                          every problem, every row
-    python tools/bench.py --quick                                  a smoke test: small batches, few repetitions
+    python tools/bench.py --quick                                  a smoke test of three minutes
     python tools/bench.py --problems 3c3d --rows 'fxcurv*' --repeats 25
     python tools/bench.py --problems gpt2 --add                    this one anew, the others as the files have them
     python tools/bench.py --scaling                                slopes in batch, columns, depth and width
@@ -22,8 +22,8 @@ results and every temporary, torch's or not, but neither the model and data nor 
 allocator gives each block of 64 KiB or more back when it is freed; else a warm heap would hide what the run needs.
 Where the mark cannot be reset the column stays empty.
 
-Time. What was able to run is prepared again in one process per problem and runs three times, once of them at half the
-batch ("first at N/2": a new batch size needs no new compilation), before anything else is timed. Repetitions go
+Time. What was able to run is prepared again in one process per problem and runs once, and once at half the batch
+("first at N/2": a new batch size needs no new compilation), before anything else is timed. Repetitions go
 round-robin over the rows, so that a slow minute of the machine meets all of them. Between, never during, a measurement
 garbage is collected, and as much memory as the row needs is written to: a virtual machine gives free memory back to its
 host, and pays when it is used next. A row has at least three repetitions, and no more once they add up to the limit.
@@ -55,7 +55,7 @@ import torch
 from benchmark import machine, picture, report, scaling
 from benchmark.measure import Settings, apart, import_all, measured
 from benchmark.problems import PROBLEMS, Problem
-from benchmark.rows import GRADIENT, ROWS, Row
+from benchmark.rows import GRADIENT, ROWS, Row, subject
 from fxcurv.targets import MissingPackageError
 
 RESULTS = machine.ROOT / "tools" / "results"
@@ -63,7 +63,7 @@ RESULTS = machine.ROOT / "tools" / "results"
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few problems, small batches, three repetitions")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: few problems, rows and repetitions")
     parser.add_argument("--repeats", type=int, help="repetitions of every row (default 7, with --quick 3)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     parser.add_argument("--problems", help="names separated by commas (default: all)")
@@ -86,13 +86,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 QUICK_BATCH, QUICK_LIMIT = 2, 3.0
-ALIKE = ("dense", "empirical")  # what costs about as much as another row ends in these: not part of a smoke test
+QUICK = {"grad", "kfac", "kflr", "diag_ggn", "diag_ggn_mc", "batch_grad", "sum_grad_squared", "GGN product"}
+"""What a smoke test computes, by each library that has it."""
 
 
 def asked(row: Row, arguments: argparse.Namespace) -> bool:
     if arguments.rows:
         return any(fnmatch.fnmatchcase(row.name, pattern) for pattern in arguments.rows.split(","))
-    return not (arguments.quick and row.name.endswith(ALIKE))
+    return not arguments.quick or subject(row.quantity) in QUICK
 
 
 def sized(problem: Problem, quick: bool) -> Problem:

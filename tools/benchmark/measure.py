@@ -261,7 +261,7 @@ def fetch(size: int) -> None:
 
 
 def ready(row: Row, problem: Problem, peak: int = 0) -> Ready:
-    """The row, warm: it compiled, ran, ran at half the batch, and ran again."""
+    """The row, warm: it compiled, ran, and ran at half the batch."""
     model, x, y = problem.make()
     computation = row.prepare(model)
     if computation.compile is not None:
@@ -269,7 +269,6 @@ def ready(row: Row, problem: Problem, peak: int = 0) -> Ready:
     computation.run(x, y)
     few = max(1, len(x) // 2)
     half = seconds(lambda: computation.run(x[:few], y[:few]))
-    computation.run(x, y)
     return Ready(computation, (x, y), half, peak, [])
 
 

@@ -277,7 +277,8 @@ SAME = {
     "KFAC empirical": "kfac_empirical",
     "DiagGGNExact": "diag_ggn",
     "DiagGGNMC": "diag_ggn_mc",
-    "BatchGrad": "per-sample grad",
+    "BatchGrad": "batch_grad",
+    "per-sample grad": "batch_grad",
     "SumGradSquared": "sum_grad_squared",
     "BatchL2Grad": "batch_l2",
     "Variance": "variance",
@@ -295,18 +296,23 @@ SAME = {
 """What the peers call what fxcurv has, or would have, under another name."""
 
 
+def subject(quantity: str) -> str:
+    """What a row of any library computes, by fxcurv's name."""
+    return SAME.get(quantity, quantity.removesuffix(" dense"))
+
+
 def side_by_side(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:
     """(subject, library, quantity) of rows, those that compute the same next to each other."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     for library, quantity in dict.fromkeys(rows):
-        subject = SAME.get(quantity, quantity.removesuffix(" dense"))
-        found.setdefault(subject, []).append((subject, library, quantity))
+        found.setdefault(subject(quantity), []).append((subject(quantity), library, quantity))
     return [row for rows in found.values() for row in rows]
 
 
 def fxcurv_rows() -> list[Row]:
-    """Everything that has a name, the rows first that others wait for; and factors as matrices."""
-    names = sorted(fxcurv.NAMES, key=CHEAPER.__contains__)
+    """Everything that has a name, under its first, the rows in front that others wait for; and factors as matrices."""
+    first = {quantity: name for name, quantity in reversed(fxcurv.NAMES.items())}
+    names = sorted(reversed(first.values()), key=CHEAPER.__contains__)
     rows = [
         Row("fxcurv", name, fxcurv_quantity(name), cheaper=f"fxcurv {CHEAPER[name]}" if name in CHEAPER else "")
         for name in names
