@@ -27,7 +27,7 @@ assert SPEC.loader is not None
 tool = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(tool)
 
-from benchmark import machine, measure, picture, problems, report, rows, scaling  # noqa: E402  found by the tool
+from benchmark import devices, machine, measure, picture, problems, report, rows, scaling  # noqa: E402  found by the tool
 
 
 def network() -> nn.Module:
@@ -86,9 +86,9 @@ def in_a_process(call: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def run_tool(path: str) -> None:
+def run_tool(path: str, *options: str) -> None:
     vars(tool).update(PROBLEMS=PROBLEMS, ROWS=ROWS)
-    assert tool.main(["--repeats", "4", "--memory", "64", "--output", path]) == 0
+    assert tool.main(["--repeats", "4", "--memory", "64", "--output", path, *options]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -248,13 +248,49 @@ def test_the_facts_name_the_versions() -> None:
     assert machine.version("no-such-package") == "no-such-package not installed"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(tmp_path: Path) -> None:
+    in_a_process(f"run_tool({str(tmp_path)!r}, '--device', 'cuda')")
+    facts, lines = report.read(tmp_path)
+    timed = [line for line in lines if line.state == "timed"]
+    assert any("TF32" in fact for fact in facts)
+    assert timed
+    assert all(line.ms and line.peak_mib is not None for line in timed)
+
+
+def test_a_gpu_is_asked_for_the_end_of_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for torch.cuda that counts: what is allocated, how high it was, when it was waited for."""
+    waits: list[float] = []
+    occupied, highest = iter((100,)), iter((170,))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(time.perf_counter()))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(occupied))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(highest))
+    gpu = devices.CUDA()
+    begin = gpu.now()
+    assert waits[0] <= begin
+    assert gpu.peak(lambda: None) == 70
+    assert measure.seconds(gpu, lambda: time.sleep(0.01)) >= 0.01
+    assert len(waits) == 5
+    with gpu.within(60):
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tool.parse(["--device", "cuda"])
+    assert "torch finds no GPU here" in capsys.readouterr().err
+
+
 def test_scaling_writes_its_points_and_slopes(tmp_path: Path) -> None:
     in_a_process(f"check_scaling({str(tmp_path)!r})")
 
 
 def check_scaling(path: str) -> None:
     net = scaling.Net("small", scaling.mlp, (), scaling.Size(N=4, V=1, depth=1, width=3))
-    found = [p for axis in ("N", "V") for p in measure.apart(scaling.points, net, axis, (1, 2), 1)]
+    found = [p for axis in ("N", "V") for p in measure.apart(scaling.points, net, axis, (1, 2), measure.Settings(1))]
     assert [(p.axis, p.value) for p in found if p.row == "fxcurv kfac"] == [("N", 1), ("N", 2), ("V", 1), ("V", 2)]
     assert {p.row for p in found if p.axis == "V"} == {"fxcurv kfac", "fxcurv diag_ggn"}
     assert scaling.crossing(net, found).startswith("small: N 1, 2; V 1, 2; ")
@@ -264,7 +300,6 @@ def check_scaling(path: str) -> None:
 
 
 def test_the_roofline_is_three_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "SIDE", 64)
+    monkeypatch.setattr(machine, "SIDES", {"cpu": 64})
     monkeypatch.setattr(machine, "FLOATS", 2**18)
-    with torch.random.fork_rng(devices=[]):
-        assert machine.roofline().count("/s (") == 3
+    assert machine.roofline("cpu", time.process_time).count("/s (") == 3

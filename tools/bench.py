@@ -5,6 +5,7 @@
     python tools/bench.py --problems 3c3d --rows 'fxcurv*' --repeats 25
     python tools/bench.py --problems gpt2 --add                    this one anew, the others as the files have them
     python tools/bench.py --scaling                                slopes in batch, columns, depth and width
+    python tools/bench.py --device cuda                            on a GPU: files in results/cuda
 
 A problem is a network, its inputs and labels; a row is a library and a quantity; benchmark/problems.py and
 benchmark/rows.py have the tables. Models and data are made from a seed, the network is in eval mode with random
@@ -28,8 +29,9 @@ round-robin over the rows, so that a slow minute of the machine meets all of the
 garbage is collected, and as much memory as the row needs is written to: a virtual machine gives free memory back to its
 host, and pays when it is used next. A row has at least three repetitions, and no more once they add up to the limit.
 With one thread the clock is the processor time of the process, which neighbours on a shared machine lengthen least;
-with more it is the wall clock. Reported are the median, the quartile spread, and the median over the rounds of the
-row's time divided by the gradient's in the same round. A row times what yields new numbers for a new batch: for
+with more, and on a GPU, once it has nothing left to do, it is the wall clock; and there limits of time are of that
+clock, and memory is what tensors occupy. Reported are the median, the quartile spread, and the median over the rounds
+of the row's time divided by the gradient's in the same round. A row times what yields new numbers for a new batch: for
 curvlinops that includes making the operator, which belongs to one batch and one parameter state.
 
 "covers" is the share of the trainable elements that got a result, "predicted" what a compiled object expects of a run.
@@ -53,6 +55,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the sources b
 import torch
 
 from benchmark import machine, picture, report, scaling
+from benchmark.devices import DEVICES
 from benchmark.measure import Settings, apart, import_all, measured
 from benchmark.problems import PROBLEMS, Problem
 from benchmark.rows import GRADIENT, ROWS, Row, subject
@@ -66,6 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a smoke test: few problems, rows and repetitions")
     parser.add_argument("--repeats", type=int, help="repetitions of every row (default 7, with --quick 3)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to measure (default cpu)")
     parser.add_argument("--problems", help="names separated by commas (default: all)")
     parser.add_argument("--rows", help="patterns separated by commas, as 'fxcurv*,*KFAC*' (default: all)")
     parser.add_argument("--limit", type=float, help="processor seconds a row may take (default: its problem's limit)")
@@ -73,8 +77,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--roofline", action="store_true", help="also measure the machine's peaks")
     parser.add_argument("--scaling", action="store_true", help="instead of the problems: scaling.csv and scaling.md")
     parser.add_argument("--add", action="store_true", help="keep what the files have of other problems")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the files")
+    parser.add_argument("--output", type=Path, help="folder of the files")
     arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not apart(torch.cuda.is_available):  # apart: CUDA and forks do not go together
+        parser.error("torch finds no GPU here")
+    arguments.output = arguments.output or (RESULTS if arguments.device == "cpu" else RESULTS / arguments.device)
     quick = [name for name, problem in PROBLEMS.items() if problem.quick_batch is not None]
     names = arguments.problems.split(",") if arguments.problems else quick if arguments.quick else list(PROBLEMS)
     if unknown := [name for name in names if name not in PROBLEMS]:
@@ -114,24 +121,27 @@ def without(option: str, argv: Iterable[str]) -> list[str]:
 
 def facts(arguments: argparse.Namespace, argv: Sequence[str]) -> list[str]:
     """The command, then where it ran and how."""
-    clock = "processor" if arguments.threads == 1 else "wall-clock"
+    device = DEVICES[arguments.device]
     command = shlex.join(["python", "tools/bench.py", *without("--output", argv)])
-    about = [command, machine.where(arguments.threads)]
-    about.append(f"medians of {arguments.repeats} interleaved repetitions, {clock} time")
+    about = [command, machine.where(apart(lambda: device.about))]
+    about.append(f"medians of {arguments.repeats} interleaved repetitions, {device.clock} time")
     if not arguments.scaling:
         about.append("; ".join(f"{name}: {problem}" for name, problem in arguments.problems.items()))
-    return [*about, apart(machine.roofline)] if arguments.roofline else about
+    return [*about, apart(machine.roofline, device.name, device.now)] if arguments.roofline else about
+
+
+def settings(arguments: argparse.Namespace) -> Settings:
+    return Settings(arguments.repeats, arguments.limit, arguments.memory, DEVICES[arguments.device])
 
 
 def problems(arguments: argparse.Namespace, about: Sequence[str]) -> None:
     """Every problem, its lines written as soon as it is measured."""
-    settings = Settings(arguments.repeats, arguments.limit, arguments.memory)
     earlier, kept = report.read(arguments.output) if arguments.add else ([], [])
     lines = [line for line in kept if line.problem not in arguments.problems]
     about = [*about, *(f"from an earlier run: {fact}" for fact in earlier)]
     paths: list[Path] = []
     for name, problem in arguments.problems.items():
-        found = measured(name, problem, arguments.rows, settings)
+        found = measured(name, problem, arguments.rows, settings(arguments))
         lines += found
         print(report.table(found, "simple", report.empty(found)), end="\n\n", flush=True)
         paths = report.write(arguments.output, about, lines, PROBLEMS | arguments.problems)
@@ -155,7 +165,7 @@ def main(argv: Sequence[str]) -> int:
     about = facts(arguments, argv)
     print("\n".join(about), end="\n\n", flush=True)
     if arguments.scaling:
-        points = scaling.scaling(arguments.repeats, arguments.quick)
+        points = scaling.scaling(settings(arguments), arguments.quick)
         print(scaling.table(points))
         wrote(scaling.write(arguments.output, about, points))
     else:

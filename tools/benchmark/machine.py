@@ -50,41 +50,44 @@ def revision() -> str:
     return f"fxcurv {done.stdout.strip()}".strip()
 
 
-def where(threads: int) -> str:
-    """The date, the machine and the versions on one line."""
+def where(about: str) -> str:
+    """The date, what is said about the device, and the versions on one line."""
     return (
-        f"{time.strftime('%Y-%m-%d')}, {processor()}, {threads} thread(s), float32, "
+        f"{time.strftime('%Y-%m-%d')}, {about}, float32, "
         f"Python {platform.python_version()}, {revision()}, {', '.join(map(version, PACKAGES))}"
     )
 
 
 # Roofline ---------------------------------------------------------------------------------------------------------
 
-SIDE = 1536  # of the square matrices that are multiplied
+SIDES = {"cpu": 1536, "cuda": 8192}  # of the square matrices that are multiplied
 FLOATS = 32 * 2**20  # in each array of a copy: 128 MiB, more than the caches hold
 REPEATS = 9
 
 
-def rate(amount: float, step: Callable[[], object], clock: Callable[[], float]) -> float:
+def rate(amount: float, step: Callable[[], object], now: Callable[[], float]) -> float:
     """What is done per second, in units of 10⁹: the median of some repetitions after a first."""
     took: list[float] = []
     for _ in range(REPEATS + 1):
-        begin = clock()
+        begin = now()
         result = step()
-        took.append(clock() - begin)
+        took.append(now() - begin)
         del result
     return amount / statistics.median(took[1:]) / 1e9
 
 
-def roofline() -> str:
-    """The peaks of this machine with torch's threads: multiplication, copies, and memory that is touched first."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    a, b, product = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE), torch.empty(SIDE, SIDE)
-    flops = rate(2 * SIDE**3, lambda: torch.mm(a, b, out=product), clock)
-    source, target = torch.ones(FLOATS), torch.ones(FLOATS)
-    copied = rate(2 * 4 * FLOATS, lambda: target.copy_(source), clock)
-    touched = rate(4 * FLOATS, lambda: torch.empty(FLOATS).fill_(1.0), clock)
-    return (
-        f"roofline: {flops:.0f} GFLOP/s (product of matrices of side {SIDE}), {copied:.1f} GB/s (copy of "
-        f"{4 * FLOATS / 2**20:.0f} MiB, read and written), {touched:.1f} GB/s (memory that is written to first)"
-    )
+def roofline(device: str, now: Callable[[], float]) -> str:
+    """The peaks of a device by its clock: multiplication, copies, and, on a processor, memory that is touched first."""
+    side, like = SIDES[device], torch.empty(0, device=device)
+    a, b, product = (like.new_ones(side, side) for _ in range(3))
+    flops = rate(2 * side**3, lambda: torch.mm(a, b, out=product), now)
+    source, target = like.new_ones(FLOATS), like.new_ones(FLOATS)
+    copied = rate(2 * 4 * FLOATS, lambda: target.copy_(source), now)
+    peaks = [
+        f"{flops:.0f} GFLOP/s (product of matrices of side {side})",
+        f"{copied:.1f} GB/s (copy of {4 * FLOATS / 2**20:.0f} MiB, read and written)",
+    ]
+    if device == "cpu":
+        touched = rate(4 * FLOATS, lambda: like.new_empty(FLOATS).fill_(1.0), now)
+        peaks.append(f"{touched:.1f} GB/s (memory that is written to first)")
+    return f"roofline: {', '.join(peaks)}"

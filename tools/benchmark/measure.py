@@ -4,20 +4,16 @@ everything and computed nothing."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import multiprocessing as mp
-import os
-import resource
 import signal
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,20 +21,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxcurv
+from benchmark.devices import CPU, Device
 from benchmark.problems import Problem
 from benchmark.rows import GRADIENT, MODULES, Computation, Row
-from fxcurv.pages import new_empty
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: rounds, processor seconds that a row may take (else its problem says), memory it may hold."""
+    """How to measure: rounds, seconds that a row may take (else its problem says), memory it may hold, and where."""
 
     repeats: int
     limit: float | None = None
     gibibytes: float = 12
+    device: Device = field(default_factory=CPU)
 
     def seconds(self, problem: Problem) -> float:
         return problem.limit if self.limit is None else self.limit
@@ -131,42 +128,39 @@ def import_all(problems: Iterable[Problem], rows: Iterable[Row]) -> None:
 
 def trial(line: Line, row: Row, problem: Problem, settings: Settings) -> Line:
     """The row's line with all that is measured in a process of its own, or with the reason why it is not timed."""
-    seconds = settings.seconds(problem)
     try:
-        return apart(attempt, line, row, problem, (seconds, settings.gibibytes))
+        return apart(attempt, line, row, problem, settings)
     except Ended as ended:
-        if ended.code == -signal.SIGPROF:
-            return replace(line, note=f"over the limit of {seconds:g} s", state="over the limit")
+        if ended.code == -settings.device.over:
+            return replace(line, note=f"over the limit of {settings.seconds(problem):g} s", state="over the limit")
         return replace(line, note=str(ended), state="crashed")
 
 
-def attempt(line: Line, row: Row, problem: Problem, limits: tuple[float, float]) -> Line:
+def attempt(line: Line, row: Row, problem: Problem, settings: Settings) -> Line:
     """In the row's own process: compile and run within the limits, then run again for the peak."""
-    seconds, gibibytes = limits
-    allowed = int(gibibytes * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
-    give_back_blocks()
-    model, x, y = problem.make()
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process, in the midst of an operator too
+    device = settings.device
+    device.limited(settings.gibibytes)
+    model, x, y = problem.make(device.name)
     try:
-        computation = row.prepare(model)
-        begin = time.process_time()
-        if computation.compile is not None:
-            computation.compile(x)
-            line = replace(line, compile_s=time.process_time() - begin)
-        line = forecasted(line, computation, x)
-        line = covered(line, model, computation.run(x, y).keys())
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        peak = peak_bytes(computation, x, y)
+        with device.within(settings.seconds(problem)):
+            computation = row.prepare(model)
+            begin = time.process_time()
+            if computation.compile is not None:
+                computation.compile(x)
+                line = replace(line, compile_s=time.process_time() - begin)
+            line = forecasted(line, computation, x)
+            line = covered(line, model, computation.run(x, y).keys())
+        peak = device.peak(lambda: computation.run(x, y))
     except Exception as error:  # a library may refuse with any class; the row reports it
-        return replace(line, **refusal(error, gibibytes))
+        return replace(line, **refusal(error, settings.gibibytes))
     return replace(line, peak_mib=None if peak is None else peak / 2**20)
 
 
 def refusal(error: Exception, gibibytes: float) -> dict[str, str]:
     """A line's note and state after an error."""
     reason = next(iter(str(error).strip().splitlines()), "")
-    if isinstance(error, MemoryError) or "can't allocate memory" in reason:
+    scarce = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in reason
+    if scarce:
         return {"note": f"over the limit of {gibibytes:g} GiB", "state": "over the limit"}
     return {"note": f"refuses: {type(error).__name__}: {reason}"[:160].rstrip(": "), "state": "refused"}
 
@@ -191,37 +185,6 @@ def covered(line: Line, model: nn.Module, names: Iterable[str]) -> Line:
     return noted(replace(line, covers=share), f"without {lacks}" if lacks else "")
 
 
-def give_back_blocks() -> None:
-    """Let the allocator return each block of 64 KiB or more when it is freed: a warm heap hides what a run needs."""
-    os.environ["MKL_DISABLE_FAST_MM"] = "1"
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of glibc
-        libc.mallopt(trim_threshold, 65536)
-        libc.mallopt(mmap_threshold, 65536)
-
-
-def memory_status(field: str) -> int:
-    """A figure of this process in bytes: VmRSS, what is resident, or VmHWM, the highest it was."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
-def peak_bytes(computation: Computation, x: Tensor, y: Tensor) -> int | None:
-    """How far resident memory rises during a run; None where the system cannot tell."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = memory_status("VmRSS")
-    except (OSError, AttributeError):
-        return None
-    result = computation.run(x, y)
-    peak = memory_status("VmHWM") - before
-    del result
-    return max(peak, 0)
-
-
 # Rows in rounds ---------------------------------------------------------------------------------------------------
 
 
@@ -234,42 +197,33 @@ class Ready:
     half: float
     peak: int
     times: list[float]
+    device: Device
 
 
-def seconds(step: Callable[[], object]) -> float:
-    """How long the step took, by the processor's clock where one thread runs, else by the wall's."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+def seconds(device: Device, step: Callable[[], object]) -> float:
+    """How long the step took."""
     gc.collect()
     gc.disable()
     try:
-        begin = clock()
+        begin = device.now()
         result = step()
-        elapsed = clock() - begin
+        elapsed = device.now() - begin
     finally:
         gc.enable()
     del result
     return elapsed
 
 
-def fetch(size: int) -> None:
-    """Have so much memory from the host, in pages of both sizes.
-
-    A virtual machine gives back what is free for a while, and whoever writes to it next pays for fetching it.
-    """
-    torch.empty(size, dtype=torch.uint8).fill_(1)
-    new_empty(torch.empty(0, dtype=torch.uint8), size).fill_(1)
-
-
-def ready(row: Row, problem: Problem, peak: int = 0) -> Ready:
+def ready(row: Row, problem: Problem, device: Device, peak: int = 0) -> Ready:
     """The row, warm: it compiled, ran, and ran at half the batch."""
-    model, x, y = problem.make()
+    model, x, y = problem.make(device.name)
     computation = row.prepare(model)
     if computation.compile is not None:
         computation.compile(x)
     computation.run(x, y)
     few = max(1, len(x) // 2)
-    half = seconds(lambda: computation.run(x[:few], y[:few]))
-    return Ready(computation, (x, y), half, peak, [])
+    half = seconds(device, lambda: computation.run(x[:few], y[:few]))
+    return Ready(computation, (x, y), half, peak, [], device)
 
 
 MINIMUM = 3
@@ -287,8 +241,8 @@ def in_rounds(able: Iterable[Ready], repeats: int, limit: float) -> None:
         for k, warm in enumerate(able):
             if k == 0 or done < MINIMUM or sum(warm.times) < limit:
                 x, y = warm.batch
-                fetch(warm.peak)
-                warm.times.append(seconds(lambda run=warm.computation.run, x=x, y=y: run(x, y)))
+                warm.device.fetch(warm.peak)
+                warm.times.append(seconds(warm.device, lambda run=warm.computation.run, x=x, y=y: run(x, y)))
 
 
 def timed(lines: Sequence[Line], rows: Sequence[Row], problem: Problem, settings: Settings) -> list[Line]:
@@ -299,7 +253,7 @@ def timed(lines: Sequence[Line], rows: Sequence[Row], problem: Problem, settings
     peaks = {line.row: int(2**20 * (line.peak_mib or 0)) for line in lines if line.state == "timed"}
     for name in tqdm(sorted(peaks, key=GRADIENT.name.__ne__), desc="prepare", disable=None, leave=False):
         try:
-            able[name] = ready(named[name], problem, peaks[name])
+            able[name] = ready(named[name], problem, settings.device, peaks[name])
         except Exception as error:
             failed[name] = refusal(error, settings.gibibytes)
     in_rounds(able.values(), settings.repeats, settings.seconds(problem))

@@ -34,18 +34,17 @@ class Problem:
     limit: float = 8
     package: str = "torch"
 
-    def make(self) -> tuple[nn.Module, Tensor, Tensor]:
-        """(model, inputs, labels), the same at every call."""
+    def make(self, device: str = "cpu") -> tuple[nn.Module, Tensor, Tensor]:
+        """(model, inputs, labels), the same at every call and on every device."""
         torch.manual_seed(SEED)
         model = self.build().eval()
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 randomise(module)
-        if self.vocabulary:
-            x = torch.randint(self.vocabulary, (self.batch, *self.shape))
-            return model, x, torch.randint(self.classes, x.shape)
-        x = torch.randn(self.batch, *self.shape)
-        return model, x, torch.randint(self.classes, (self.batch,))
+        size = (self.batch, *self.shape)
+        x = torch.randint(self.vocabulary, size) if self.vocabulary else torch.randn(size)
+        y = torch.randint(self.classes, size if self.vocabulary else (self.batch,))
+        return model.to(device), x.to(device), y.to(device)
 
     @property
     def absent(self) -> bool:

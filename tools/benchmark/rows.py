@@ -146,8 +146,8 @@ def trainable(model: nn.Module) -> list[str]:
 
 def vector(model: nn.Module) -> Tensor:
     """What a matrix is multiplied with, the same for each library."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(sum(p.numel() for p in model.parameters() if p.requires_grad), generator=generator)
+    parameters, generator = [p for p in model.parameters() if p.requires_grad], torch.Generator().manual_seed(0)
+    return torch.randn(sum(p.numel() for p in parameters), generator=generator).to(parameters[0].device)
 
 
 def ggn_product(model: nn.Module) -> Computation:

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from torch import nn
 
 import fxcurv
-from benchmark.measure import apart, in_rounds, ready
+from benchmark.measure import Settings, apart, in_rounds, ready
 from benchmark.problems import Problem
 from benchmark.report import as_csv, write_texts
 from benchmark.rows import GRADIENT, Row, fxcurv_quantity
@@ -78,25 +78,25 @@ def rows(size: Size, axis: str) -> list[Row]:
     return [*others, kfac, diagonal]
 
 
-def points(net: Net, axis: str, values: Sequence[int], repeats: int) -> list[Point]:
+def points(net: Net, axis: str, values: Sequence[int], settings: Settings) -> list[Point]:
     """All rows at all places of an axis, in rounds."""
     sizes = {value: Size(**{**vars(net.middle), axis: value}) for value in values}
     places = [(value, row) for value, size in sizes.items() for row in rows(size, axis)]
-    able = [ready(row, net.problem(sizes[value])) for value, row in places]
-    in_rounds(able, repeats, math.inf)
+    able = [ready(row, net.problem(sizes[value]), settings.device) for value, row in places]
+    in_rounds(able, settings.repeats, math.inf)
     return [
         Point(net.name, axis, value, row.name, 1000 * statistics.median(warm.times))
         for (value, row), warm in zip(places, able, strict=True)
     ]
 
 
-def scaling(repeats: int, quick: bool) -> list[Point]:
+def scaling(settings: Settings, quick: bool) -> list[Point]:
     """The points of all nets and axes; quickly: the two smallest places of each axis."""
     found: list[Point] = []
     for net in NETS:
         for axis, multiples in AXES.items():
             values = [int(m * getattr(net.middle, axis)) for m in (multiples[:2] if quick else multiples)]
-            found += apart(points, net, axis, values, repeats)
+            found += apart(points, net, axis, values, settings)
     return found
 
 
