@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -227,22 +228,24 @@ def ready(row: Row, problem: Problem, device: Device, peak: int = 0) -> Ready:
 
 
 MINIMUM = 3
+SHORT = 0.5  # seconds at half the batch: whoever takes longer does not feel what ran before
 
 
 def in_rounds(able: Iterable[Ready], repeats: int, limit: float) -> None:
     """Every computation once per round, `repeats` times; after three it stops once its times add up to the limit.
 
-    The first runs once more, before it is timed: it is what the others are compared with, and follows the last.
+    A short one runs once more before it is timed, as in a loop: the caches and the heap are otherwise those of another.
+    The first, which the others are compared with, is in every round.
     """
     able = list(able)
     for done in tqdm(range(repeats), desc="rounds", disable=None, leave=False):
-        for warm in able[:1]:
-            warm.computation.run(*warm.batch)
         for k, warm in enumerate(able):
             if k == 0 or done < MINIMUM or sum(warm.times) < limit:
-                x, y = warm.batch
+                step = partial(warm.computation.run, *warm.batch)
                 warm.device.fetch(warm.peak)
-                warm.times.append(seconds(warm.device, lambda run=warm.computation.run, x=x, y=y: run(x, y)))
+                if warm.half < SHORT:
+                    step()
+                warm.times.append(seconds(warm.device, step))
 
 
 def timed(lines: Sequence[Line], rows: Sequence[Row], problem: Problem, settings: Settings) -> list[Line]:

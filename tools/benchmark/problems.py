@@ -161,10 +161,10 @@ PROBLEMS: dict[str, Problem] = {
     "resnet18_32": Problem(
         from_torchvision("resnet18", 10), batch=64, shape=CIFAR, quick_batch=2, package="torchvision"
     ),
-    "resnet18_32_n16": Problem(from_torchvision("resnet18", 10), batch=16, shape=CIFAR, package="torchvision"),
     "vit_tiny": Problem(from_timm("vit_tiny_patch16_224", 10), batch=8, shape=IMAGENET, package="timm"),
     "convnext_atto": Problem(from_timm("convnext_atto", 10), batch=8, shape=IMAGENET, package="timm"),
     "resnet50": Problem(
         from_torchvision("resnet50", 1000), batch=8, shape=IMAGENET, classes=1000, limit=25, package="torchvision"
     ),
+    "resnet18_32_n16": Problem(from_torchvision("resnet18", 10), batch=16, shape=CIFAR, package="torchvision"),
 }
