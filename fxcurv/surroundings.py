@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from typing import Any
 
 __all__ = ["generators_beside_torch", "no_report_of_failure"]
@@ -18,46 +19,39 @@ __all__ = ["generators_beside_torch", "no_report_of_failure"]
 def no_report_of_failure() -> Generator[None]:
     """What torch prints and logs of a graph that it cannot finish is dropped: the error says it, and where.
 
-    Everything else comes once tracing has ended, other threads' records at once.
+    Everything else comes once tracing has ended, what other threads log at once.
     """
-    held, printed = _HeldBack(threading.get_ident()), io.StringIO()
-    handlers = {handler for log in _torch_loggers() for handler in log.handlers}
-    for handler in handlers:
-        handler.addFilter(held)
+    thread, printed, held = threading.get_ident(), io.StringIO(), list[tuple[logging.Handler, logging.LogRecord]]()
+
+    def of_others(handler: logging.Handler, record: logging.LogRecord) -> bool:
+        if record.thread == thread:
+            held.append((handler, record))
+        return record.thread != thread
+
+    filters = {handler: partial(of_others, handler) for log in _torch_loggers() for handler in log.handlers}
+    for handler, only in filters.items():
+        handler.addFilter(only)
     graph = None
     try:
         with redirect_stderr(printed):
             yield
     except Exception as error:
         graph = getattr(error, "partial_fx_graph", None)
-        held.records.clear()
+        held.clear()
         raise
     finally:
-        for handler in handlers:
-            handler.removeFilter(held)
-        for record in held.records:
-            logging.getLogger(record.name).handle(record)
-        sys.stderr.write(printed.getvalue().replace(f"{graph}\n", ""))
+        for handler, only in filters.items():
+            handler.removeFilter(only)
+        for handler, record in held:
+            handler.handle(record)
+        if rest := printed.getvalue().replace(f"{graph}\n", ""):
+            print(rest, end="", file=sys.stderr)
 
 
 def _torch_loggers() -> list[logging.Logger]:
     """All that torch has made: most have handlers of their own."""
     known = [(name, log) for name, log in logging.root.manager.loggerDict.items() if isinstance(log, logging.Logger)]
     return [log for name, log in known if name.partition(".")[0] == "torch"]
-
-
-class _HeldBack(logging.Filter):
-    """Keeps one thread's records."""
-
-    def __init__(self, thread: int) -> None:
-        super().__init__()
-        self.thread, self.records = thread, list[logging.LogRecord]()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it is another thread's."""
-        if record.thread == self.thread and record not in self.records:
-            self.records.append(record)
-        return record.thread != self.thread
 
 
 @contextmanager
