@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxcurv.errors import CaptureError, Location
 
@@ -40,6 +41,14 @@ def size_of(size: int | torch.SymInt, node: str, location: Location = ()) -> int
     symbols = expression.free_symbols
     if not symbols:
         return int(expression)
+    if free_unbacked_symbols(size):
+        raise CaptureError(
+            "a size depends on the values of a tensor",
+            node=node,
+            remedy="keep all entries, and multiply by a mask or use torch.where",
+            code="FXC212",
+            location=location,
+        )
     multiple = expression / next(iter(symbols)) if len(symbols) == 1 else None
     if multiple is None or not multiple.is_Integer:
         raise CaptureError(

@@ -240,8 +240,9 @@ def packet_of(node: fx.Node) -> str:
 def described(node: fx.Node) -> str:
     """'layer1.0' aten.add_.Tensor [N, 8]: how errors name a captured node."""
     stack, value = list(node.meta.get("nn_module_stack", {}).values()), node.meta.get("val")
+    target = node.all_input_nodes[0].target if node.target is operator.getitem else node.target
     try:
         shape = f" {show_shape(shape_of(value, node.name))}" if isinstance(value, Tensor) else ""
     except FxcurvError:
         shape = ""  # of a size that is no multiple of the batch size
-    return f"'{(stack[-1][0] if stack else '') or node.name}' {node.target}{shape}"
+    return f"'{(stack[-1][0] if stack else '') or node.name}' {target}{shape}"

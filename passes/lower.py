@@ -23,6 +23,9 @@ from passes.rewrite import Targets
 
 __all__ = ["lower"]
 
+READS = ("item", "_local_scalar_dense")
+"""What makes a number of a tensor."""
+
 
 def lower(captured: Captured, model: nn.Module) -> fx.GraphModule:
     """The canonical graph of a captured model; its modules hold the model's own live tensors."""
@@ -153,7 +156,16 @@ class _Lowering:
         if node.op == "placeholder":
             return Source((self.captured.sources[node.name],), constants=self.captured.constants)
         ancestors = _ancestors(node)
-        if any(n in self.live and n.op != "placeholder" for n in ancestors):
+        live = [n for n in ancestors if n in self.live and n.op != "placeholder"]
+        if any(packet_of(n) in READS for n in live):
+            raise UnsupportedError(
+                "a number is read out of a tensor that depends on the input or a parameter",
+                node=where(node),
+                remedy="compute with the tensor itself, without .item(), float() or .tolist()",
+                code="FXC211",
+                location=frames_of(node),
+            )
+        if live:
             raise UnsupportedError(
                 "a constant depends on the batch size",
                 node=where(node),

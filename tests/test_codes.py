@@ -144,6 +144,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "FXC204": lambda: Lambda(lambda y, x: torch.cat([y, y.new_ones(1, 2)])),
     "FXC205": lambda: Lambda(lambda y, x: y[:2]),
     "FXC207": lambda: Lambda(lambda y, x: torch.zeros(2)),
+    "FXC211": lambda: Lambda(lambda y, x: y * x.sum().item()),
+    "FXC212": lambda: Lambda(lambda y, x: y + y[y > 0].sum()),
     "FXC404": lambda: Lambda(lambda y, x: y.T),
 }
 

@@ -274,6 +274,22 @@ _TABLE = (
         "Samples of nn.EmbeddingBag must hold equally many indices, so that their batch has an axis of its own.",
         "give indices [N, T] without offsets",
     ),
+    _error(
+        "FXC211",
+        "a number is read out of a tensor",
+        "replace",
+        "forward makes a number of values that depend on the input or a parameter, and computes with it: it has no "
+        "derivative, and is the same for all samples of a batch.",
+        "compute with the tensor itself, without .item(), float() or .tolist()",
+    ),
+    _error(
+        "FXC212",
+        "a size depends on values",
+        "replace",
+        "How many entries a tensor has depends on the values of another, as with nonzero, unique or an index by a "
+        "mask, so that it cannot be told which sample an entry belongs to.",
+        "keep all entries, and multiply by a mask or use torch.where",
+    ),
     # Rules ------------------------------------------------------------------------------------------------------------
     _error(
         "FXC301",
