@@ -166,27 +166,36 @@ class SquaredEntries(Statistic):
 
     def total(self, entries: Callable[[Xs, Ss], Tensor], uses: tuple[Xs, Ss], size: int) -> Tensor:
         """The sums over what `entries` gives for a cut of the uses along n and v: `size` entries for each of them."""
-        parts: dict[int, Tensor] = {}
-        for start, xs, Ss in _chunks(*uses, size):
-            part, sample = entries(xs, Ss).square().sum(self.over), 0 if self.samples is None else start
-            parts[sample] = parts[sample] + part if sample in parts else part
-        first, *others = parts.values()
-        return torch.cat([first, *others], self.samples or 0) if others else first
+        parts = ((cut, self._summed(entries(xs, Ss).square_())) for cut, xs, Ss in _chunks(*uses, size))
+        (_, result), samples = next(parts), uses[1][0].shape[1]
+        if self.samples is not None and len(result) < samples:
+            first, result = result, new_empty(result, samples, *result.shape[1:])
+            result[: len(first)] = first
+        for (n, v), part in parts:
+            rows = result if self.samples is None else result[n : n + len(part)]
+            if v or self.samples is None:
+                rows.add_(part)
+            else:
+                rows.copy_(part)
+        return result
+
+    def _summed(self, squares: Tensor) -> Tensor:
+        return squares[0] if self.over == (0,) and len(squares) == 1 else squares.sum(self.over)
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
         rows, side = entries_of(xs, Ss)
         return _entries_cost(xs, Ss) + Cost(temporary=2 * Ss[0].element_size() * min(CHUNK, rows * side))
 
 
-def _chunks(xs: Xs, Ss: Ss, size: int) -> Iterator[tuple[int, list[Tensor | None], list[Tensor]]]:
-    """The uses cut along n and v, and their first n, so that `size` entries for each n and v stay within `CHUNK`."""
+def _chunks(xs: Xs, Ss: Ss, size: int) -> Iterator[tuple[tuple[int, int], list[Tensor | None], list[Tensor]]]:
+    """The uses cut along n and v, and their first n and v, so that `size` entries for each n and v are in `CHUNK`."""
     v, n = Ss[0].shape[:2]
     samples = max(1, min(n, CHUNK // max(1, size * v)))
     columns = max(1, min(v, CHUNK // max(1, size * samples)))
     for a in range(0, n, samples):
         x = [None if x is None else x[a : a + samples] for x in xs]
         for b in range(0, v, columns):
-            yield a, x, [S[b : b + columns, a : a + samples] for S in Ss]
+            yield (a, b), x, [S[b : b + columns, a : a + samples] for S in Ss]
 
 
 class Gradient(PerOutput):

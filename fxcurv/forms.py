@@ -47,6 +47,7 @@ __all__ = [
     "DiagonalFused",
     "DiagonalOfSinglePositions",
     "DiagonalPerSampleByConvolution",
+    "DiagonalPerSampleByPairs",
     "DiagonalPerSampleOfSinglePositions",
     "GradientOfConvolution",
     "KeptEntries",
@@ -494,6 +495,41 @@ class DiagonalPerSampleOfSinglePositions(Statistic):
         _, n, _, g, o = S.shape
         entries = n * g * o * (1 if x is None else x.shape[-1])
         return copying(S.numel(), S.element_size()) + copying(entries / 2, S.element_size())
+
+
+class DiagonalPerSampleByPairs(Statistic):
+    """`DiagonalPerSample` of one use by pairs of positions: Σ_{s≤t} (2-δ_st) (Σ_v S_vns S_vnt) (x_ns x_nt).
+
+    Each entry is written once, whatever the number of columns: for few positions.
+    """
+
+    reads = "xS"
+    samples, grows = 0, True
+
+    def forward(self, xs: Xs, Ss: Ss) -> Tensor:
+        (x,), (S,) = xs, Ss
+        assert x is not None
+        n, s, g, i = x.shape
+        result = new_empty(S, n, g, S.shape[-1], i)
+        first, second = torch.triu_indices(s, s, device=S.device)
+        twice = 2 - (first == second).to(S.dtype).view(-1, 1, 1)
+        size = max(1, CHUNK // max(1, len(first) * (S[:, 0, 0].numel() + x[0, 0].numel())))
+        for start in range(0, n, size):
+            inputs, outputs = x[start : start + size], S[:, start : start + size]
+            inputs = inputs[:, first] * inputs[:, second]  # [n,st,g,i]
+            outputs = (outputs[:, :, first] * outputs[:, :, second]).sum(0) * twice
+            left, right = outputs.permute(0, 2, 3, 1).flatten(0, 1), inputs.transpose(1, 2).flatten(0, 1)
+            torch.bmm(left, right, out=result[start : start + size].flatten(0, 1))
+        return result
+
+    def cost(self, xs: Xs, Ss: Ss) -> Cost:
+        (x,), (S,) = xs, Ss
+        assert x is not None
+        v, n, s, g, o = S.shape
+        pairs, i, size = s * (s + 1) // 2, x.shape[-1], S.element_size()
+        forming = copying(n * pairs * g * (2 * i + 2 * v * o), size) + Cost(calls=12)
+        held = Cost(temporary=size * min(3 * CHUNK, 3 * n * pairs * g * (i + v * o)))
+        return forming + product(o, i, pairs, size) * (n * g) + held
 
 
 class SquaredNormsByPairs(Statistic):

@@ -212,9 +212,11 @@ def _of_norms(op: contractions.SquaredNorms, node: fx.Node, setting: Setting) ->
 
 def _of_diagonal_per_sample(op: contractions.DiagonalPerSample, node: fx.Node, setting: Setting) -> Iterator[_Form]:
     yield from _by_convolution(forms.DiagonalPerSampleByConvolution, node, setting)
-    Ss: Any = node.args[1]
-    if len(Ss) == 1 and setting.sizes(Ss[0])[2] == 1:
+    (x, *more), (S, *_) = _uses(node)
+    if not more and setting.sizes(S)[2] == 1:
         yield _Form(forms.DiagonalPerSampleOfSinglePositions(), node.args)
+    if not more and x is not None and setting.loops:
+        yield _Form(forms.DiagonalPerSampleByPairs(), node.args)
 
 
 _FORMS: dict[type[Statistic], Callable[[Any, fx.Node, Setting], Iterator[_Form]]] = {

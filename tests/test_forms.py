@@ -97,6 +97,7 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     close(forms.DiagonalBySample()([x], [S]), diagonal)
     if x.shape[1] <= 50:
         close(forms.DiagonalByPairs()([x], [S]), diagonal)
+        close(forms.DiagonalPerSampleByPairs()([x], [S]), DiagonalPerSample()([x], [S]))
     close(DiagonalPerSample()([x], [S]).sum(0), diagonal)
     close(forms.DiagonalByConvolution(op)([z], [raw]), diagonal)
     close(forms.DiagonalPerSampleByConvolution(op)([z], [raw]), DiagonalPerSample()([x], [S]))
@@ -120,6 +121,7 @@ def test_forms_of_positions(groups: int, positions: int) -> None:
         "by sample": (forms.DiagonalBySample()([x], [S]), Diagonal()([x], [S])),
         "norms by pairs": (forms.SquaredNormsByPairs()([x], [S]), SquaredNorms()([x], [S])),
         "by pairs": (forms.DiagonalByPairs()([x], [S]), Diagonal()([x], [S])),
+        "by pairs per sample": (forms.DiagonalPerSampleByPairs()([x], [S]), DiagonalPerSample()([x], [S])),
     }
     if positions == 1:
         pairs["single"] = forms.DiagonalOfSinglePositions()([x], [S]), Diagonal()([x], [S])
@@ -129,6 +131,19 @@ def test_forms_of_positions(groups: int, positions: int) -> None:
         pairs["single bias per sample"] = per_sample([None], [S]), DiagonalPerSample()([None], [S])
     for value, expected in pairs.values():
         close(value, expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 9000, 17000, 1 << 22])
+def test_squares_are_summed_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample and column at a time, all columns of one sample, two samples, all."""
+    for module in (contractions, forms):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+    x, S = draw(N, 5, 2, 40), draw(V, N, 5, 2, 50)
+    squares = torch.einsum("vnsgo,nsgi->vngoi", S, x).square()
+    close(Diagonal()([x], [S]), squares.sum((0, 1)))
+    close(SquaredNorms()([x], [S]), squares.sum((0, 2, 3, 4)))
+    for statistic in (DiagonalPerSample(), forms.DiagonalPerSampleByPairs()):
+        close(statistic([x], [S]), squares.sum(0))
 
 
 def _sum(statistic: Statistic, *args: list[Tensor]) -> Sum:
