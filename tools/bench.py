@@ -135,15 +135,18 @@ def settings(arguments: argparse.Namespace) -> Settings:
     return Settings(arguments.repeats, arguments.limit, arguments.memory, DEVICES[arguments.device])
 
 
+EARLIER = "from an earlier run: "
+
+
 def problems(arguments: argparse.Namespace, about: Sequence[str]) -> None:
     """Every problem, its lines written as soon as it is measured."""
     earlier, kept = report.read(arguments.output) if arguments.add else ([], [])
     lines = [line for line in kept if line.problem not in arguments.problems]
-    about = [*about, *(f"from an earlier run: {fact}" for fact in earlier)]
+    about = [*about, *(EARLIER + fact.removeprefix(EARLIER) for fact in earlier)]
     paths: list[Path] = []
     for name, problem in arguments.problems.items():
         found = measured(name, problem, arguments.rows, settings(arguments))
-        lines += found
+        lines = sorted([*lines, *found], key=lambda line: [*PROBLEMS].index(line.problem))
         print(report.table(found, "simple", report.empty(found)), end="\n\n", flush=True)
         paths = report.write(arguments.output, about, lines, PROBLEMS | arguments.problems)
     try:
