@@ -188,23 +188,21 @@ def test_budgets_that_bound_nothing() -> None:
 
 
 MEASURE = """
-import json, sys
-from pathlib import Path
+import json
 import torch
 from torch import nn
 import fxcurv
-from benchmark.measure import give_back_blocks, peak_bytes
-from benchmark.rows import Computation
+from benchmark.devices import CPU
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-give_back_blocks()
+CPU().limited(gibibytes=64)
 layers = (nn.Conv2d(3, 32, 3, stride=2), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
 model, x = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 10)).eval(), torch.randn(40, 3, 20, 20)
 for budget in (None, "20MiB"):
     kernel = fxcurv.NTK(model, memory_budget=budget)
     kernel(x)
-    print(json.dumps(peak_bytes(Computation(lambda x, y: {"K": kernel(x)}), x, x)))
+    print(json.dumps(CPU().peak(lambda: kernel(x))))
 """
 
 

@@ -33,6 +33,7 @@ def listener(monkeypatch: pytest.MonkeyPatch) -> Listener:
     heard = Listener()
     monkeypatch.setattr(LOG, "handlers", [heard])
     monkeypatch.setattr(LOG, "propagate", False)
+    LOG.setLevel(logging.WARNING)  # the command line raises that of torch
     return heard
 
 
