@@ -27,8 +27,8 @@ Time. What was able to run is prepared again in one process per problem and runs
 ("first at N/2": a new batch size needs no new compilation), before anything else is timed. Repetitions go round-robin
 over the rows, so that a slow minute of the machine meets all of them. Between, never during, a measurement garbage is
 collected, and as much memory as the row needs is written to: a virtual machine gives free memory back to its host, and
-pays when it is used next. A row of less than a second or so runs once more before it is timed, as it would in a loop. A
-row has at least three repetitions, and no more once they add up to the limit. With one thread the clock is the
+pays when it is used next. A row of less than two seconds or so runs once more before it is timed, as it would in a
+loop. A row has at least three repetitions, and no more once they add up to the limit. With one thread the clock is the
 processor time of the process, which neighbours on a shared machine lengthen least; with more, and on a GPU, once it has
 nothing left to do, it is the wall clock; and there limits of time are of that clock, and memory is what tensors occupy.
 Reported are the median, the quartile spread, and the median over the rounds of the row's time divided by the gradient's

@@ -228,7 +228,7 @@ def ready(row: Row, problem: Problem, device: Device, peak: int = 0) -> Ready:
 
 
 MINIMUM = 3
-SHORT = 0.5  # seconds at half the batch: whoever takes longer does not feel what ran before
+SHORT = 1.0  # seconds at half the batch: whoever takes longer hardly feels what ran before
 
 
 def in_rounds(able: Iterable[Ready], repeats: int, limit: float) -> None:
