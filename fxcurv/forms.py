@@ -527,7 +527,7 @@ class DiagonalPerSampleByPairs(Statistic):
         assert x is not None
         v, n, s, g, o = S.shape
         pairs, i, size = s * (s + 1) // 2, x.shape[-1], S.element_size()
-        forming = copying(n * pairs * g * (2 * i + 2 * v * o), size) + Cost(calls=12)
+        forming = copying(n * pairs * g * (4.5 * i + 4 * v * o), size) + Cost(calls=12)
         held = Cost(temporary=size * min(3 * CHUNK, 3 * n * pairs * g * (i + v * o)))
         return forming + product(o, i, pairs, size) * (n * g) + held
 
