@@ -6,7 +6,6 @@ Exit codes: 0 done or passed, 1 findings of `check`, 2 wrong usage or a refusal.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import platform
 import signal
@@ -37,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors are one line on stderr, and 2, so that they are not taken for findings."""
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
-    logging.getLogger("torch").setLevel(logging.ERROR)  # whole graphs, where tracing fails
     try:
         code = command(arguments)
         sys.stdout.flush()

@@ -31,12 +31,13 @@ def no_report_of_failure() -> Generator[None]:
     filters = {handler: partial(of_others, handler) for log in _torch_loggers() for handler in log.handlers}
     for handler, only in filters.items():
         handler.addFilter(only)
-    graph = None
+    report = ""
     try:
         with redirect_stderr(printed):
             yield
     except Exception as error:
         graph = getattr(error, "partial_fx_graph", None)
+        report = "" if graph is None else f"{graph}\n"
         held.clear()
         raise
     finally:
@@ -44,7 +45,8 @@ def no_report_of_failure() -> Generator[None]:
             handler.removeFilter(only)
         for handler, record in held:
             handler.handle(record)
-        if rest := printed.getvalue().replace(f"{graph}\n", ""):
+        said = printed.getvalue()
+        if rest := said.replace(report, "") if report else said:
             print(rest, end="", file=sys.stderr)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import io
-import logging
 import multiprocessing
 import os
 import time
@@ -136,7 +135,6 @@ def _started(context: Any, index: int, task: Task, threads: int) -> _Running:
 
 def _work(task: Task, sender: Connection, threads: int) -> None:
     torch.set_num_threads(min(threads, torch.get_num_threads()))
-    logging.getLogger("torch").setLevel(logging.ERROR)
     sender.send(None)
     try:
         sender.send(perform(task))

@@ -97,8 +97,10 @@ class CPU:
     def within(self, seconds: float) -> Generator[None]:
         """Processor time."""
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        yield
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
     def peak(self, step: Callable[[], object]) -> int | None:
         """How far resident memory rises."""
@@ -147,9 +149,11 @@ class CUDA:
     def within(self, seconds: float) -> Generator[None]:
         """Wall-clock time: the GPU's is no process's."""
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        yield
-        torch.cuda.synchronize()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            yield
+            torch.cuda.synchronize()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def peak(self, step: Callable[[], object]) -> int | None:
         """How far what tensors occupy rises."""
