@@ -1,64 +1,101 @@
-"""fxcurv: a graph-rewriting compiler on torch.fx that computes curvature of neural networks."""
+"""fxcurv: a graph-rewriting compiler on torch.fx that computes curvature of neural networks.
 
-from fxcurv.api import Compiled as Compiled
-from fxcurv.api import compile as compile
-from fxcurv.api import trace as trace
-from fxcurv.blockdiagonal import BlockDiagonal as BlockDiagonal
-from fxcurv.blocks import Block as Block
-from fxcurv.blocks import Dense as Dense
-from fxcurv.blocks import Diagonal as Diagonal
-from fxcurv.blocks import Eigenbasis as Eigenbasis
-from fxcurv.blocks import Kronecker as Kronecker
-from fxcurv.checks import Demands as Demands
-from fxcurv.checks import Report as Report
-from fxcurv.checks import check as check
-from fxcurv.ekfac import EKFAC as EKFAC
-from fxcurv.errors import CaptureError as CaptureError
-from fxcurv.errors import FxcurvError as FxcurvError
-from fxcurv.errors import InputError as InputError
-from fxcurv.errors import LossError as LossError
-from fxcurv.errors import QuantityError as QuantityError
-from fxcurv.errors import SpecError as SpecError
-from fxcurv.errors import UnsupportedError as UnsupportedError
-from fxcurv.estimates import Spectrum as Spectrum
-from fxcurv.estimates import estimate_diagonal as estimate_diagonal
-from fxcurv.estimates import estimate_trace as estimate_trace
-from fxcurv.estimates import spectral_density as spectral_density
-from fxcurv.family import FOOF as FOOF
-from fxcurv.family import KFRA as KFRA
-from fxcurv.family import BatchDiagGGN as BatchDiagGGN
-from fxcurv.family import BatchDot as BatchDot
-from fxcurv.family import BatchGrad as BatchGrad
-from fxcurv.family import BatchL2 as BatchL2
-from fxcurv.family import DiagHessian as DiagHessian
-from fxcurv.family import GGNBlock as GGNBlock
-from fxcurv.family import GGNGram as GGNGram
-from fxcurv.family import Jacobian as Jacobian
-from fxcurv.family import SqrtGGN as SqrtGGN
-from fxcurv.family import SumGradSquared as SumGradSquared
-from fxcurv.family import Variance as Variance
-from fxcurv.files import load as load
-from fxcurv.merging import merge as merge
-from fxcurv.names import NAMES as NAMES
-from fxcurv.ntk import NTK as NTK
-from fxcurv.ntk import Linearized as Linearized
-from fxcurv.ntk import ntk as ntk
-from fxcurv.operators import LinearOperator as LinearOperator
-from fxcurv.products import fisher_operator as fisher_operator
-from fxcurv.products import ggn_operator as ggn_operator
-from fxcurv.products import hessian_operator as hessian_operator
-from fxcurv.products import jacobian_operator as jacobian_operator
-from fxcurv.quantities import KFAC as KFAC
-from fxcurv.quantities import DiagGGN as DiagGGN
-from fxcurv.quantities import Empirical as Empirical
-from fxcurv.quantities import Exact as Exact
-from fxcurv.quantities import Grad as Grad
-from fxcurv.quantities import Identity as Identity
-from fxcurv.quantities import LossGradient as LossGradient
-from fxcurv.quantities import Rademacher as Rademacher
-from fxcurv.quantities import Sampled as Sampled
-from fxcurv.quantities import Stratified as Stratified
-from fxcurv.result import Curvature as Curvature
-from fxcurv.show import tabular as tabular
+Rooms, from the lowest; each may import those before it:
 
-__version__ = "0.1.0"
+core              errors, shapes, fingerprints, private names of torch, optional packages
+linalg            factorizations, matrix products, allocation, cost model, linear operators
+convolution       patches and their second moments
+blocks            the curvature of one parameter: Kronecker, dense, diagonal, eigenbasis, lazy Gram
+contractions      statistics: definitions, algorithms, fused kernels
+ir                operators, derivative rules, backward operators, grammar, rewriting
+results           entries, curvature, block-diagonal operator, files, merging
+quantities        factors, quantities, their registry, selection and plan
+losses, frontend  loss terms and factors of their Hessians; capture, isolation, program cache
+passes            (at the top level) one pass a file, and the pipeline
+runtime           programs, their runs and memory, plain autograd, explanations
+dataset, matrixfree, inspect, models   accumulation; products and estimators; tables and pictures; targets and data
+api               compile() and the compiled object
+tangent_kernel, checks, optim, recipes; testing; cli
+
+The names below are imported when they are first read, so that `import fxcurv` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fxcurv.core.version import __version__ as __version__
+
+_HOMES: dict[str, tuple[str, ...]] = {
+    "fxcurv.api": ("Compiled", "compile", "trace"),
+    "fxcurv.blocks.base": ("Block",),
+    "fxcurv.blocks.dense": ("Dense",),
+    "fxcurv.blocks.diagonal": ("Diagonal",),
+    "fxcurv.blocks.eigenbasis": ("Eigenbasis",),
+    "fxcurv.blocks.kronecker": ("Kronecker",),
+    "fxcurv.checks.levels": ("check",),
+    "fxcurv.checks.policy": ("Demands",),
+    "fxcurv.checks.report": ("Report",),
+    "fxcurv.core.errors": (
+        "CaptureError",
+        "FxcurvError",
+        "InputError",
+        "LossError",
+        "QuantityError",
+        "SpecError",
+        "UnsupportedError",
+    ),
+    "fxcurv.inspect.tables": ("tabular",),
+    "fxcurv.linalg.operator": ("LinearOperator",),
+    "fxcurv.matrixfree.estimates": ("Spectrum", "estimate_diagonal", "estimate_trace", "spectral_density"),
+    "fxcurv.matrixfree.products": ("fisher_operator", "ggn_operator", "hessian_operator", "jacobian_operator"),
+    "fxcurv.quantities.ekfac": ("EKFAC",),
+    "fxcurv.quantities.factors": (
+        "Empirical",
+        "Exact",
+        "Identity",
+        "LossGradient",
+        "Rademacher",
+        "Sampled",
+        "Stratified",
+    ),
+    "fxcurv.quantities.ggn": ("BatchDiagGGN", "DiagGGN", "GGNBlock", "GGNGram", "Jacobian", "SqrtGGN"),
+    "fxcurv.quantities.gradients": ("BatchDot", "BatchGrad", "BatchL2", "Grad", "SumGradSquared", "Variance"),
+    "fxcurv.quantities.hessian": ("DiagHessian",),
+    "fxcurv.quantities.kfac": ("KFAC",),
+    "fxcurv.quantities.kfac_variants": ("FOOF", "KFRA"),
+    "fxcurv.quantities.registry": ("NAMES",),
+    "fxcurv.results.block_diagonal": ("BlockDiagonal",),
+    "fxcurv.results.curvature": ("Curvature",),
+    "fxcurv.results.merging": ("merge",),
+    "fxcurv.results.reading": ("load",),
+    "fxcurv.tangent_kernel.kernel": ("NTK", "ntk"),
+    "fxcurv.tangent_kernel.linearized": ("Linearized",),
+}
+"""The public names by the module that defines them; `__init__.pyi` says the same to type checkers."""
+
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_MODULES = {
+    "quantities": "fxcurv.quantities",
+    "distributed": "fxcurv.dataset.processes",
+    "recipes": "fxcurv.recipes",
+    "testing": "fxcurv.testing",
+}
+"""Public modules by the name under which users find them."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first read."""
+    if name in _MODULES:
+        value: Any = importlib.import_module(_MODULES[name])
+    elif name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module 'fxcurv' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_MODULES})

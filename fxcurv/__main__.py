@@ -2,6 +2,6 @@
 
 import sys
 
-from fxcurv.cli import main
+from fxcurv.cli.main import main
 
 sys.exit(main())

@@ -4,39 +4,41 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 import passes
-from fxcurv.accumulation import Accumulator, Settings, Split
-from fxcurv.backend import Backend, built
-from fxcurv.capture import Inputs, Output, as_call, batch_size, device_of
-from fxcurv.choice import Asked, Choice, chosen
-from fxcurv.eager import by_autograd
-from fxcurv.ekfac import Bases
-from fxcurv.errors import CaptureError, FxcurvError, InputError, QuantityError, UnsupportedError, a_value
-from fxcurv.explain import Explanation, explained
-from fxcurv.losses import as_loss
-from fxcurv.memory import Chunks, bytes_of, cut
-from fxcurv.picture import Format, picture
-from fxcurv.program import Plan, Program
-from fxcurv.result import Curvature
-from fxcurv.run import Batch, default_columns, fresh_generator, run
-from fxcurv.second_pass import accumulate
-from fxcurv.show import tabular
-from fxcurv.signature import kept, question, signature
+from fxcurv.core.errors import CaptureError, FxcurvError, InputError, QuantityError, UnsupportedError, a_value
+from fxcurv.core.generators import fresh_generator
+from fxcurv.core.torch_compat import pytree
+from fxcurv.dataset.accumulation import Accumulator
+from fxcurv.dataset.batches import Split
+from fxcurv.dataset.state import Settings
+from fxcurv.dataset.two_passes import accumulate
+from fxcurv.frontend.cache import kept, question, signature
+from fxcurv.frontend.inputs import Inputs, Output, as_call, batch_size, device_of
+from fxcurv.inspect.picture import Format, picture
+from fxcurv.inspect.tables import family_of, tabular
+from fxcurv.losses.registry import as_loss
+from fxcurv.quantities.ekfac import Bases
+from fxcurv.quantities.plan import Plan
+from fxcurv.quantities.selection import Asked, Choice, chosen
+from fxcurv.results.curvature import Curvature
+from fxcurv.runtime.autograd import by_autograd
+from fxcurv.runtime.explain import Explanation, explained
+from fxcurv.runtime.inductor import Backend, built
+from fxcurv.runtime.memory import Chunks, bytes_of, cut
+from fxcurv.runtime.options import OnUnsupported, Options
+from fxcurv.runtime.program import Program
+from fxcurv.runtime.run import Batch, default_columns, run
 
-__all__ = ["Compiled", "Options", "compile", "trace"]
-
-
-OnUnsupported = Literal["error", "skip", "fallback"]
+__all__ = ["Compiled", "OnUnsupported", "Options", "compile", "trace"]
 
 
 def compile(
@@ -83,23 +85,6 @@ def trace(model: nn.Module, example_inputs: Inputs, output: Output = None) -> fx
     """The tracer alone: the canonical graph, an all-module GraphModule that computes what the model computes."""
     _check_inputs(model, example_inputs)
     return passes.canonicalize(model, example_inputs, output)["canonical"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `compile` takes besides the model, its loss and the quantities; the budget in bytes."""
-
-    output: Output = None
-    on_unsupported: OnUnsupported = "error"
-    backend: Backend = "eager"
-    memory_budget: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, kind in (("on_unsupported", OnUnsupported), ("backend", Backend)):
-            value = getattr(self, name)
-            if value not in get_args(kind):
-                remedy = f"choose one of {', '.join(get_args(kind))}"
-                raise QuantityError(f"{name}={value!r}", remedy=remedy, code="FXC409")
 
 
 class Compiled:
@@ -207,6 +192,10 @@ class Compiled:
         loss.reduction = "sum"  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
         return Compiled(self.model, loss, self.choice, self.options, self.bases)
 
+    def choosing(self, choice: Choice, bases: Bases | None = None) -> Compiled:
+        """The same model, loss and options for other quantities."""
+        return Compiled(self.model, self.loss, choice, self.options, bases)
+
     def chunks(self, inputs: Inputs) -> Chunks:
         """How many samples and columns of a batch are processed at once: within the budget, remembered for its size."""
         return self._cut(self.prepare(inputs), inputs)
@@ -238,7 +227,7 @@ class Compiled:
         return self._latest
 
     def _compiled(self, inputs: Inputs) -> Program:
-        program = passes.compile_program(self.model, self._canonicalized(inputs), self.choice, inputs)
+        program = Program.of(passes.emit(self.model, self._canonicalized(inputs), self.choice, inputs))
         return built(program, self.options.backend)
 
     def plan(self, inputs: Inputs) -> tuple[Plan, fx.GraphModule]:
@@ -265,7 +254,10 @@ class Compiled:
 
     @property
     def stages(self) -> Mapping[str, fx.GraphModule]:
-        """The latest program's graph after each stage: captured, lowered, canonical, forward, backward[factor]."""
+        """The latest program's graph of each stage: captured, lowered, canonical, forward, backward[factor].
+
+        `stage:pass`, as `forward:schedule`, is the graph after a pass.
+        """
         return self.program.stages
 
     def explain(self, inputs: Inputs | None = None) -> Explanation:
@@ -286,10 +278,12 @@ class Compiled:
     def print_tabular(self, stage: str | None = None) -> None:
         """Print the graph of a stage (`"backward"`: of all factors), by default the canonical and backward graphs."""
         asked = ("canonical", "backward") if stage is None else (stage,)
-        found = [name for name in self.stages if name in asked or name.partition("[")[0] in asked]
+        found = [name for name in self.stages if name in asked or family_of(name) in asked]
         if not found:
             raise QuantityError(
-                f"no stage is called {stage!r}", remedy=f"there are {', '.join(self.stages)}", code="FXC410"
+                f"no stage is called {stage!r}",
+                remedy=f"there are {', '.join(name for name in self.stages if ':' not in name)}",
+                code="FXC410",
             )
         for name in found:
             print(f"{name}\n{tabular(self.stages[name])}\n")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from fxcurv.capture import Inputs, Output
 from fxcurv.checks import Demands, Report, check
 from fxcurv.checks.policy import Level, Require
-from fxcurv.choice import Asked
+from fxcurv.frontend.inputs import Inputs, Output
+from fxcurv.quantities.selection import Asked
 
 __all__ = ["assert_compatible"]
 

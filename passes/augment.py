@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxcurv import ops
-from fxcurv.contractions import Diagonal, RotatedDiagonal, Statistic
-from fxcurv.ekfac import bases, rotated
-from fxcurv.program import Job, Plan
-from fxcurv.pullback import (
+from fxcurv.contractions.definitions import Diagonal, RotatedDiagonal
+from fxcurv.contractions.statistic import Statistic
+from fxcurv.core.shapes import Shape
+from fxcurv.ir import ops
+from fxcurv.ir.backward_ops import (
     Accumulate,
     Apart,
     InputPositions,
@@ -34,12 +34,13 @@ from fxcurv.pullback import (
     Rotate,
     Unbroadcast,
 )
-from fxcurv.quantities import Again, Factor
-from fxcurv.rules import rule_of
-from fxcurv.shapes import Shape
-from fxcurv.spec import inputs_of, module_of, output_of
-from passes.rewrite import Targets
-from passes.uses import Uses, carrying, inputs_layout_of, layout_of, parameter_uses
+from fxcurv.ir.nodes import inputs_of, module_of, output_of
+from fxcurv.ir.rewriting import Targets
+from fxcurv.ir.rules import rule_of
+from fxcurv.quantities.ekfac import bases, rotated
+from fxcurv.quantities.factors import Again, Factor
+from fxcurv.quantities.plan import Job, Plan
+from passes.parameter_usage import Uses, carrying, inputs_layout_of, layout_of, parameter_uses
 
 __all__ = ["Augmented", "augment"]
 

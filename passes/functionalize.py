@@ -15,8 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from fxcurv.errors import CaptureError, FxcurvError, Location, frames_of
-from fxcurv.shapes import shape_of, show_shape
+from fxcurv.core.errors import CaptureError, FxcurvError, Location, frames_of
+from fxcurv.core.shapes import shape_of, show_shape
+from fxcurv.core.torch_compat import overload_name, schema_of, storage_id
 
 __all__ = ["described", "functionalize", "packet_of"]
 
@@ -174,14 +175,14 @@ def _shares(a: fx.Node, b: fx.Node) -> bool:
 def _memory(node: fx.Node) -> int | None:
     """Which memory the node's tensor occupies: equal for names that share it."""
     value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    return storage_id(value) if isinstance(value, Tensor) else None
 
 
 def _memories(node: fx.Node) -> set[int]:
     """The memory of the node's tensor, or of each of several."""
     value = node.meta.get("val")
     values = value if isinstance(value, list | tuple) else [value]
-    return {v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)}
+    return {storage_id(v) for v in values if isinstance(v, Tensor)}
 
 
 def _same_entries(a: fx.Node, b: fx.Node) -> bool:
@@ -191,18 +192,18 @@ def _same_entries(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _is_inplace(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and schema.is_mutable
 
 
 def _out_of_place(node: fx.Node) -> Any:
     """The operator that returns what an in-place operator writes."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    name = node.target.overloadpacket.__name__
+    operator: Any = node.target
+    name = operator.overloadpacket.__name__
     plain = f"__{name[3:]}" if name.startswith("__i") else name.removesuffix("_")  # `__ior__` is `__or__`
     packet = getattr(torch.ops.aten, plain, None) if plain != name else None
-    functional = getattr(packet, node.target._overloadname, None)
-    if functional is None or functional._schema.is_mutable:
+    functional = getattr(packet, overload_name(node.target), None)
+    if functional is None or schema_of(functional).is_mutable:
         raise CaptureError(
             f"{node.target} changes a tensor in place",
             node=described(node),

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcurv.errors import CaptureError, frames_of
+from fxcurv.core.errors import CaptureError, frames_of
+from fxcurv.core.torch_compat import HIGHER_ORDER, schema_of
 
 __all__ = ["inline"]
 
@@ -20,7 +21,7 @@ __all__ = ["inline"]
 def inline(gm: fx.GraphModule) -> fx.GraphModule:
     """The captured graph with ATen calls alone."""
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph), class_name="Captured")
-    for node in [n for n in gm.graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)]:  # pyright: ignore[reportPrivateUsage]
+    for node in [n for n in gm.graph.nodes if isinstance(n.target, HIGHER_ORDER)]:
         for position, value in enumerate(_copied(node, *_block(gm, node))):
             for user in [user for user in node.users if user.args[1] == position]:
                 user.replace_all_uses_with(value)
@@ -54,7 +55,7 @@ def _copied(node: fx.Node, body: fx.GraphModule, args: Sequence[Any], enabled: b
     outside = set(values)
     with node.graph.inserting_before(node):
         for n in (n for n in body.graph.nodes if n.op == "call_function"):
-            if not enabled and n.target._schema.is_mutable and n.args[0] in outside:
+            if not enabled and schema_of(n.target).is_mutable and n.args[0] in outside:
                 raise CaptureError(
                     "an in-place op in a block without gradients changes a tensor from outside",
                     node=f"'{n.name}'",

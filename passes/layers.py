@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxcurv import ops
-from fxcurv.errors import InputError, frames_of
+from fxcurv.core.errors import InputError, frames_of
+from fxcurv.ir import calls, ops
 from passes.functionalize import packet_of
-from passes.lowerings import (
+from passes.lowering_table import (
     PERMUTES,
     Arguments,
     Builder,
@@ -95,7 +95,7 @@ def _rows_are_inputs(low: Builder, weight: fx.Node) -> bool:
 def _linear(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     found = _product(low, node)
     if found is None or (found.inputs_first and not _rows_are_inputs(low, found.weight)):
-        return generic(ops.Opaque)(low, node, a)
+        return generic(calls.Opaque)(low, node, a)
     weight = low.slot(found.weight)
     assert weight is not None
     inputs, outputs = weight.shape if found.inputs_first else reversed(weight.shape)
@@ -110,7 +110,7 @@ def _linear(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 @lowers("conv1d", "conv2d", "conv3d")
 def _conv(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     if not low.depends(a["input"]) or not low.holdable(a["weight"]):
-        return generic(ops.Opaque)(low, node, a)
+        return generic(calls.Opaque)(low, node, a)
     if not low.holdable(a["bias"]):
         return _biased(low, node, _conv(low, node, {**a, "bias": None}), a["bias"], rank(a["weight"]) - 2)
     weight, bias = low.slot(a["weight"]), low.slot(a["bias"])
@@ -160,7 +160,7 @@ def _batch_norm(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
         )
     slots: Slots = {"weight": a["weight"], "bias": a["bias"], "mean": a["running_mean"], "var": a["running_var"]}
     if not low.depends(a["input"]) or not low.holdable(*slots.values()):
-        return generic(ops.Opaque)(low, node, a)
+        return generic(calls.Opaque)(low, node, a)
     weight, bias, mean, var = (low.slot(n) for n in slots.values())
     assert mean is not None
     assert var is not None
@@ -173,12 +173,12 @@ def _normalization(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     """The normalization itself, and γ x̂ + β behind it."""
     slots: Slots = {"weight": a["weight"], "bias": a.get("bias")}
     if a["weight"] is None or not low.depends(first(a)) or not low.holdable(*slots.values()):
-        return generic(ops.Opaque)(low, node, a)
-    op, *inputs = called(ops.Opaque, low, node)
+        return generic(calls.Opaque)(low, node, a)
+    op, *inputs = called(calls.Opaque, low, node)
     names = list(a)
     given = [None if name in slots else value for name, value in zip(names, op.args, strict=False)]
     kwargs = {name: None if name in slots else value for name, value in op.kwargs.items()}
-    unit = low.emit(node, ops.Opaque(op.function, given, kwargs, op.sized), inputs[0])
+    unit = low.emit(node, calls.Opaque(op.function, given, kwargs, op.sized), inputs[0])
     behind = rank(first(a)) - 2 if "num_groups" in a else 0
     return _scale_shift(low, node, unit, slots, behind)
 

@@ -10,18 +10,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fxcurv import ops
-from fxcurv.capture import Captured
-from fxcurv.errors import CaptureError, UnsupportedError, frames_of
-from fxcurv.shapes import Batch, shape_of
-from fxcurv.spec import Source
+from fxcurv.core.errors import CaptureError, UnsupportedError, frames_of
+from fxcurv.core.shapes import Batch, shape_of
+from fxcurv.frontend.capture import Captured
+from fxcurv.ir import ops
+from fxcurv.ir.nodes import Source
+from fxcurv.ir.rewriting import Targets
 from passes import layers as layers  # its rows are part of the table
 from passes import lowerings
 from passes.functionalize import packet_of
-from passes.lowerings import Slots, where
-from passes.rewrite import Targets
+from passes.lowering_table import Slots, arguments, lowering_of, where
 
 __all__ = ["lower"]
+
 
 READS = ("item", "_local_scalar_dense")
 """What makes a number of a tensor."""
@@ -102,7 +103,7 @@ class _Lowering:
             assert isinstance(whole, fx.Node)
             assert isinstance(part, int)
             return lowerings.part(self, node, whole, part)
-        return lowerings.lowering_of(node)(self, node, lowerings.arguments(node))
+        return lowering_of(node)(self, node, arguments(node))
 
     # What lowerings build with
 

@@ -1,149 +1,37 @@
-"""The table of lowerings: one row per ATen operator, saying which module of the vocabulary it becomes.
-
-An operator without a row becomes `Pointwise` where it is an elementwise function of one tensor, else `Opaque`.
-"""
+"""The rows of the table of lowerings: elementwise, arithmetic, shape, reductions and pooling."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from fxcurv import ops
-from fxcurv.errors import InputError, UnsupportedError, frames_of
-from fxcurv.shapes import Batch, Shape, shape_of, size_of
-from passes.functionalize import described, packet_of
+from fxcurv.core.errors import InputError, UnsupportedError, frames_of
+from fxcurv.core.shapes import Batch
+from fxcurv.ir import calls, ops
+from passes.functionalize import packet_of
+from passes.lowering_table import (
+    FILLS,
+    PERMUTES,
+    RESHAPES,
+    Arguments,
+    Builder,
+    arguments,
+    first,
+    flexible,
+    generic,
+    kind_of_call,
+    lowers,
+    order_of,
+    rank,
+    shape_at,
+    unary,
+    where,
+)
 
-__all__ = [
-    "PERMUTES",
-    "Arguments",
-    "Builder",
-    "Slots",
-    "arguments",
-    "called",
-    "first",
-    "flexible",
-    "generic",
-    "lowering_of",
-    "lowers",
-    "order_of",
-    "part",
-    "per_axis",
-    "rank",
-    "shape_at",
-    "where",
-]
-
-Slots = dict[str, fx.Node | None]
-Arguments = dict[str, Any]
-
-
-class Builder(Protocol):
-    """What a lowering builds the canonical graph with."""
-
-    def emit(self, node: fx.Node, op: nn.Module, *args: fx.Node, slots: Slots | None = None) -> fx.Node: ...
-
-    def value(self, argument: Any, user: fx.Node) -> fx.Node: ...
-
-    def slot(self, argument: fx.Node | None) -> Tensor | None: ...
-
-    def holdable(self, *arguments: fx.Node | None) -> bool: ...
-
-    def depends(self, argument: Any) -> bool: ...
-
-    def placeholders(self, argument: fx.Node) -> list[fx.Node]: ...
-
-    def batch(self) -> fx.Node: ...
-
-
-Lowering = Callable[[Builder, fx.Node, Arguments], fx.Node]
-LOWERINGS: dict[str, Lowering] = {}
-
-
-FILLS = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
-RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as")
-PERMUTES = ("permute", "transpose", "t", "movedim", "swapaxes", "T", "numpy_T", "mT")
-MOVES = {*RESHAPES, *PERMUTES, "expand", "expand_as", "slice", "narrow", "select", "cat", "copy", "index"}
-"""Operators that put entries elsewhere, and so are lowered alike for every type of entry."""
-
-
-def lowers(*packets: str) -> Callable[[Lowering], Lowering]:
-    """Declare how the ATen operators `packets` are lowered."""
-
-    def declare(lowering: Lowering) -> Lowering:
-        for packet in packets:
-            assert packet not in LOWERINGS, packet
-            LOWERINGS[packet] = lowering
-        return lowering
-
-    return declare
-
-
-def unary(packet: str, make: Callable[[Arguments], nn.Module]) -> None:
-    """Declare an operator of one tensor by the module that it is, as a function of its other arguments."""
-    lowers(packet)(lambda low, node, a: low.emit(node, make(a), low.value(first(a), node)))
-
-
-def lowering_of(node: fx.Node) -> Lowering:
-    """The row of an ATen call."""
-    packet, dtype = packet_of(node), node.meta["val"].dtype
-    operands = [n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    if packet in FILLS or (packet in MOVES and set(operands) == {dtype}):
-        return LOWERINGS[packet]
-    if not dtype.is_floating_point or any(d.is_complex for d in operands):
-        return generic(_any_kind(node))
-    return LOWERINGS.get(packet) or generic(ops.Pointwise if _is_pointwise(node) else ops.Opaque)
-
-
-# Reading ATen calls -----------------------------------------------------------------------------------------------
-
-
-def arguments(node: fx.Node) -> Arguments:
-    """The arguments of an ATen call by name, defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        raise UnsupportedError(
-            f"{node.target} is no operator",
-            node=where(node),
-            remedy="keep such calls out of forward",
-            code="FXC203",
-            location=frames_of(node),
-        )
-    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
-    return {a.name: _plain(given.get(a.name, node.kwargs.get(a.name, a.default_value))) for a in schema.arguments}
-
-
-def _plain(argument: Any) -> Any:
-    """Lists as Python's own, of which modules may be made, instead of those of a graph."""
-    return [_plain(a) for a in cast("list[Any]", argument)] if isinstance(argument, list) else argument
-
-
-def where(node: fx.Node) -> str:
-    """'layer1.0' aten.add.Tensor at file.py:7 in forward: how errors name an ATen node."""
-    location = frames_of(node)
-    return described(node) + (f" at {location[0]}" if location else "")
-
-
-def first(a: Arguments) -> Any:
-    return next(iter(a.values()))
-
-
-def per_axis(value: Sequence[int] | int, kernel: Sequence[int]) -> tuple[int, ...]:
-    """One number per spatial axis."""
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * len(kernel) if len(values) == 1 else values
-
-
-def rank(node: Any) -> int:
-    return node.meta["val"].ndim
-
-
-def shape_at(argument: Any, user: fx.Node) -> Shape:
-    return shape_of(argument.meta["val"], where(user), frames_of(user))
+__all__ = ["part"]
 
 
 def _dims(a: Arguments, key: str = "dim") -> tuple[int, ...]:
@@ -156,26 +44,62 @@ def _dims(a: Arguments, key: str = "dim") -> tuple[int, ...]:
 # Elementwise ------------------------------------------------------------------------------------------------------
 
 unary("relu", lambda a: nn.ReLU())
+
+
 unary("relu6", lambda a: nn.ReLU6())
+
+
 unary(
     "hardtanh",
     lambda a: nn.ReLU6() if (a["min_val"], a["max_val"]) == (0, 6) else nn.Hardtanh(a["min_val"], a["max_val"]),
 )
+
+
 unary("threshold", lambda a: nn.Threshold(a["threshold"], a["value"]))
+
+
 unary("hardshrink", lambda a: nn.Hardshrink(a["lambd"]))
+
+
 unary("softshrink", lambda a: nn.Softshrink(a["lambd"]))
+
+
 unary("sigmoid", lambda a: nn.Sigmoid())
+
+
 unary("tanh", lambda a: nn.Tanh())
+
+
 unary("log_sigmoid", lambda a: nn.LogSigmoid())
+
+
 unary("silu", lambda a: nn.SiLU())
+
+
 unary("leaky_relu", lambda a: nn.LeakyReLU(a["negative_slope"]))
+
+
 unary("selu", lambda a: nn.SELU())
+
+
 unary("celu", lambda a: nn.CELU(a["alpha"]))
+
+
 unary("gelu", lambda a: nn.GELU(a["approximate"]))
+
+
 unary("mish", lambda a: nn.Mish())
+
+
 unary("softplus", lambda a: nn.Softplus(a["beta"], a["threshold"]))
+
+
 unary("hardsigmoid", lambda a: nn.Hardsigmoid())
+
+
 unary("hardswish", lambda a: nn.Hardswish())
+
+
 unary("neg", lambda a: ops.Neg())
 
 
@@ -193,88 +117,8 @@ def _prelu(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 @lowers("elu")
 def _elu(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     if a["scale"] != 1 or a["input_scale"] != 1:
-        return generic(ops.Pointwise)(low, node, a)
+        return generic(calls.Pointwise)(low, node, a)
     return low.emit(node, nn.ELU(a["alpha"]), low.value(a["self"], node))
-
-
-def _any_kind(node: fx.Node) -> type[ops.Call]:
-    """The kind of any operator, by the type of its entries."""
-    dtype = node.meta["val"].dtype
-    return ops.Opaque if dtype.is_floating_point or dtype.is_complex else ops.Discrete
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) and len(node.all_input_nodes) == 1
-
-
-def generic(kind: type[ops.Call]) -> Lowering:
-    """An operator as it stands, called on its tensors; or one of the tensors that it returns."""
-
-    def lowering(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-        if node.target is not operator.getitem:
-            return low.emit(node, *called(kind, low, node))
-        whole, index = node.args
-        assert isinstance(whole, fx.Node)
-        assert isinstance(index, int)
-        op, *inputs = called(kind, low, whole)
-        op.part = index
-        return low.emit(node, op, *inputs)
-
-    return lowering
-
-
-def called(kind: type[ops.Call], low: Builder, node: fx.Node) -> tuple[ops.Call, *tuple[fx.Node, ...]]:
-    """The call as a module, and the nodes of its tensors."""
-    inputs: list[fx.Node] = []
-
-    sized = False
-
-    def take(argument: fx.Node) -> Any:
-        nonlocal sized
-        value = argument.meta.get("val")
-        if isinstance(value, Tensor):
-            inputs.append(low.value(argument, node))
-            return ops.INPUT
-        sized = True
-        return ops.Size(_multiple(value, node))
-
-    function: Any = node.target
-    args: Any = [_plain(a) for a in fx.map_arg(node.args, take)]
-    kwargs: Any = {key: _plain(a) for key, a in fx.map_arg(node.kwargs, take).items()}
-    if sized and not _sizes_alone(node):
-        raise UnsupportedError(
-            "it computes with the batch size",
-            node=where(node),
-            remedy="let no value depend on the number of samples",
-            code="FXC208",
-            location=frames_of(node),
-        )
-    return kind(function, args, kwargs, sized), *inputs, *([low.batch()] if sized else [])
-
-
-def _multiple(value: Any, node: fx.Node) -> int:
-    size = size_of(value, where(node), frames_of(node)) if isinstance(value, torch.SymInt) else None
-    if not isinstance(size, Batch):
-        raise UnsupportedError(
-            "an argument depends on the batch size",
-            node=where(node),
-            remedy="write it with -1 or another op",
-            code="FXC204",
-            location=frames_of(node),
-        )
-    return size.multiple
-
-
-def _sizes_alone(node: fx.Node) -> bool:
-    """Whether every argument that depends on the batch size says how large something is, not what it holds."""
-    types = {a.name: str(a.type) for a in cast("Any", node.target)._schema.arguments}
-    given = {**dict(zip(types, node.args, strict=False)), **node.kwargs}
-    symbolic = [name for name, value in given.items() if any(_is_size(leaf) for leaf in pytree.tree_leaves(value))]
-    return packet_of(node) == "arange" or all("int" in types[name].lower() for name in symbolic)
-
-
-def _is_size(argument: Any) -> bool:
-    return isinstance(argument, fx.Node) and not isinstance(argument.meta.get("val"), Tensor)
 
 
 # Arithmetic -------------------------------------------------------------------------------------------------------
@@ -311,21 +155,9 @@ def _reshape(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     return low.emit(node, ops.Reshape(flexible(shape)), low.value(first(a), node))
 
 
-def flexible(shape: Shape) -> list[int]:
-    """The shape for any batch size."""
-    return [size if isinstance(size, int) else -1 for size in shape]
-
-
 @lowers(*PERMUTES)
 def _permute(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     return low.emit(node, ops.Permute(order_of(node)), low.value(first(a), node))
-
-
-def order_of(node: fx.Node) -> list[int]:
-    """The axes of what a node permutes, in their new order."""
-    axes = torch.empty(tuple(range(1, 1 + rank(node))), device="meta")  # every axis has a size of its own
-    operator: Any = node.target
-    return [size - 1 for size in operator(axes, *node.args[1:], **node.kwargs).shape]
 
 
 @lowers("expand", "expand_as")
@@ -350,13 +182,13 @@ def _blank(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 @lowers("index")
 def _index(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     """Entries picked for each sample: `x[torch.arange(len(x)), …]`."""
-    kind = _any_kind(node)
+    kind = kind_of_call(node)
     rows, *others = a["indices"]
     if not isinstance(rows, fx.Node) or not _counts_samples(rows) or shape_at(a["self"], node)[0] != Batch():
         return generic(kind)(low, node, a)
-    indices = [rank(rows) - 1, *(ops.INPUT if isinstance(i, fx.Node) else i for i in others)]
+    indices = [rank(rows) - 1, *(calls.INPUT if isinstance(i, fx.Node) else i for i in others)]
     tensors = [a["self"], *(i for i in others if isinstance(i, fx.Node))]
-    return low.emit(node, kind(ops.pick, [ops.INPUT, indices], {}), *(low.value(t, node) for t in tensors))
+    return low.emit(node, kind(calls.pick, [calls.INPUT, indices], {}), *(low.value(t, node) for t in tensors))
 
 
 def _counts_samples(node: fx.Node) -> bool:
@@ -390,14 +222,14 @@ def _bags(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     weights = a["per_sample_weights"]
     tensors = [a["weight"], a["indices"], *([weights] if isinstance(weights, fx.Node) else [])]
     args = [
-        ops.INPUT,
-        ops.INPUT,
+        calls.INPUT,
+        calls.INPUT,
         step,
         a["mode"],
-        ops.INPUT if isinstance(weights, fx.Node) else None,
+        calls.INPUT if isinstance(weights, fx.Node) else None,
         a["padding_idx"],
     ]
-    return low.emit(node, ops.Opaque(ops.embedding_bags, args, {}), *(low.value(t, node) for t in tensors))
+    return low.emit(node, calls.Opaque(calls.embedding_bags, args, {}), *(low.value(t, node) for t in tensors))
 
 
 @lowers("copy")
@@ -455,7 +287,7 @@ def part(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
     if packet == "unbind":
         return low.emit(node, ops.Select(a["dim"], index % len(parts)), low.value(a["self"], node))
     if packet not in ("chunk", "split", "split_with_sizes"):
-        return generic(_any_kind(node))(low, node, {})
+        return generic(kind_of_call(node))(low, node, {})
     sizes = [_number(p.shape[a["dim"]], node) for p in parts]
     start = sum(sizes[:index])
     return low.emit(node, ops.Slice(a["dim"], start, start + sizes[index]), low.value(a["self"], node))
@@ -479,10 +311,20 @@ def _cat(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 
 unary("pad", lambda a: ops.Pad(a["pad"], a["mode"], a["value"]))
+
+
 unary("constant_pad_nd", lambda a: ops.Pad(a["pad"], "constant", a["value"]))
+
+
 unary("contiguous", lambda a: nn.Identity())
+
+
 unary("clone", lambda a: nn.Identity())
+
+
 unary("alias", lambda a: nn.Identity())
+
+
 unary("detach", lambda a: ops.Detach())
 
 
@@ -519,6 +361,8 @@ for stochastic in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha
 # Reductions and pooling -------------------------------------------------------------------------------------------
 
 unary("mean", lambda a: ops.Mean(_dims(a), bool(a.get("keepdim"))))
+
+
 unary("sum", lambda a: ops.Sum(_dims(a), bool(a.get("keepdim"))))
 
 
@@ -527,7 +371,11 @@ def _max_pool(pool: type[nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d], a: Argumen
 
 
 unary("max_pool1d", lambda a: _max_pool(nn.MaxPool1d, a))
+
+
 unary("max_pool2d", lambda a: _max_pool(nn.MaxPool2d, a))
+
+
 unary("max_pool3d", lambda a: _max_pool(nn.MaxPool3d, a))
 
 
@@ -537,8 +385,18 @@ def _avg_pool(pool: Any, a: Arguments) -> nn.Module:
 
 
 unary("avg_pool1d", lambda a: _avg_pool(nn.AvgPool1d, a))
+
+
 unary("avg_pool2d", lambda a: _avg_pool(nn.AvgPool2d, a))
+
+
 unary("avg_pool3d", lambda a: _avg_pool(nn.AvgPool3d, a))
+
+
 unary("adaptive_avg_pool1d", lambda a: nn.AdaptiveAvgPool1d(a["output_size"]))
+
+
 unary("adaptive_avg_pool2d", lambda a: nn.AdaptiveAvgPool2d(a["output_size"]))
+
+
 unary("adaptive_avg_pool3d", lambda a: nn.AdaptiveAvgPool3d(a["output_size"]))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from fxcurv.choice import Choice
-from fxcurv.program import Plan, jobs_for
-from passes.uses import bending, parameter_uses, refusals, used
+from fxcurv.quantities.plan import Plan, jobs_for
+from fxcurv.quantities.selection import Choice
+from passes.parameter_usage import bending, parameter_uses, refusals, used
 
 __all__ = ["plan"]
 
@@ -21,4 +21,4 @@ def plan(model: nn.Module, canonical: fx.GraphModule, choice: Choice) -> Plan:
     }
     bent = bending(canonical)
     described = {quantity: {name: used(name, own, bent) for name in own} for quantity, own in uses.items()}
-    return Plan.of(model, choice, jobs_for(choice.quantities, described), refused)
+    return Plan.of(model, choice.quantities, choice.of(model), jobs_for(choice.quantities, described), refused)

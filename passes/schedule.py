@@ -6,9 +6,9 @@ from collections import defaultdict
 
 from torch import fx
 
-from fxcurv.contractions import Statistic
-from fxcurv.pullback import InputPositions, Keep, OutputPositions, ParameterPositions, Rotate
-from fxcurv.spec import module_of
+from fxcurv.contractions.statistic import Statistic
+from fxcurv.ir.backward_ops import InputPositions, Keep, OutputPositions, ParameterPositions, Rotate
+from fxcurv.ir.nodes import module_of
 
 __all__ = ["schedule"]
 

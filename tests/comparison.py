@@ -11,7 +11,7 @@ from samples import Sample
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv.result import Entries
+from fxcurv.results.entry import Entries
 
 __all__ = ["QUANTITIES", "TOLERANCE", "assert_close", "check_against_oracle", "check_result"]
 

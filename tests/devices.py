@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxcurv.capture import Inputs, as_call
-from fxcurv.program import Program
-from fxcurv.spec import output_of
+from fxcurv.frontend.inputs import Inputs, as_call
+from fxcurv.ir.nodes import output_of
+from fxcurv.runtime.program import Program
 
 __all__ = ["DEVICE", "WAITING", "Strayed", "run_elsewhere"]
 

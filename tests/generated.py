@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 import fxcurv
 import passes
-from fxcurv.choice import chosen
-from fxcurv.memory import Chunks
-from fxcurv.run import Batch, run
+from fxcurv.quantities.selection import chosen
+from fxcurv.runtime.memory import Chunks
+from fxcurv.runtime.program import Program
+from fxcurv.runtime.run import Batch, run
 
 __all__ = ["DTYPES", "FORCED", "KINDS", "Case", "check", "draw", "script", "smaller", "source", "written"]
 
@@ -478,7 +479,7 @@ def computed(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> fxcurv.Curva
     loss, quantities = eval(case.loss).to(x.dtype), list(QUANTITIES.values())
     if case.forced is None and not case.parts:
         return fxcurv.compile(model, loss, quantities)(x, y)
-    program = passes.compile_program(model, passes.canonicalize(model, x), chosen(quantities), x, case.forced)
+    program = Program.of(passes.emit(model, passes.canonicalize(model, x), chosen(quantities), x, case.forced))
     r = random.Random(case.parts)
     samples, columns = (r.randint(1, len(x)), r.randint(1, 4)) if case.parts else (len(x), 100)
     return run(program, model, loss, Batch(x, y), Chunks(samples, dict.fromkeys(program.backwards, columns)))

@@ -19,13 +19,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from test_files import EXACT, LOSSES, labels, reals, tokens
+from curvatures import EXACT, LOSSES, labels, reals, tokens
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv import distributed
-from fxcurv.family import APART
-from fxcurv.fingerprint import digest
+from fxcurv.core.fingerprint import digest
+from fxcurv.dataset import processes as distributed
+from fxcurv.quantities.protocol import facts_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
@@ -95,7 +95,7 @@ def _one(pipe: Connection, address: str, place: tuple[int, int], function: Any, 
 SHARES = ((0,), (), (1, 2), (3,))
 """Which batches each process has."""
 
-ADDED = [name for name in fxcurv.NAMES if not repr(fxcurv.NAMES[name]).startswith(APART)]
+ADDED = [name for name in fxcurv.NAMES if facts_of(fxcurv.NAMES[name])["combine"] == "add"]
 
 
 def losses() -> Iterator[tuple[str, fxcurv.Compiled, tuple[Tensor, Tensor]]]:

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import fxcurv
-from fxcurv.files import checksum
-from fxcurv.targets import TargetError, resolve
+from fxcurv.models.targets import TargetError, resolve
+from fxcurv.results.writing import checksum
 
 pytest.importorskip("safetensors")
 from safetensors import safe_open

@@ -60,7 +60,7 @@ from benchmark.devices import DEVICES
 from benchmark.measure import Settings, apart, import_all, measured
 from benchmark.problems import PROBLEMS, Problem
 from benchmark.rows import GRADIENT, ROWS, Row, subject
-from fxcurv.targets import MissingPackageError
+from fxcurv.core.optional import MissingPackageError
 
 RESULTS = machine.ROOT / "tools" / "results"
 

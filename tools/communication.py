@@ -3,7 +3,7 @@
     python tools/communication.py               tools/results/communication.md and .csv
 
 Nothing is run. The blocks are those that fxcurv plans for the models on the meta device; what travels is what
-fxcurv/distributed.py would pack for them, in its buckets, and who decomposes which block is its assignment. The
+fxcurv/dataset/processes.py would pack for them, in its buckets, and who decomposes which block is its assignment. The
 schemes of KAISA (Pauloski et al., SC 2021) are modelled for the same blocks, from how they are described.
 
 An update is: factors are added up over all workers; blocks are decomposed, each by one worker; `ITERATIONS` gradients
@@ -32,12 +32,16 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv import distributed
-from fxcurv.blocks import Block, Dense, Diagonal, Kronecker
+from fxcurv.blocks.base import Block
+from fxcurv.blocks.dense import Dense
+from fxcurv.blocks.diagonal import Diagonal
+from fxcurv.blocks.kronecker import Kronecker
 from fxcurv.checks.static import static_found
-from fxcurv.choice import chosen
-from fxcurv.contractions import Gram, InputCovariance, Statistic
-from fxcurv.program import Job
+from fxcurv.contractions.definitions import Gram, InputCovariance
+from fxcurv.contractions.statistic import Statistic
+from fxcurv.dataset import processes as distributed
+from fxcurv.quantities.plan import Job
+from fxcurv.quantities.selection import chosen
 from passes.plan import plan
 
 RESULTS = Path(__file__).resolve().parent / "results"

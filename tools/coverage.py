@@ -56,13 +56,13 @@ from torch import nn
 from tqdm import tqdm
 
 import fxcurv
-from fxcurv import targets
-from fxcurv.capture import Inputs
 from fxcurv.checks import Report, levels
 from fxcurv.checks.policy import Level
-from fxcurv.choice import chosen as choice
-from fxcurv.errors import FxcurvError
-from fxcurv.losses import as_loss
+from fxcurv.core.errors import FxcurvError
+from fxcurv.frontend.inputs import Inputs
+from fxcurv.losses.registry import as_loss
+from fxcurv.models import targets
+from fxcurv.quantities.selection import chosen as choice
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results"

@@ -36,9 +36,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the sources beside it, not an installed copy
 
 import fxcurv
-from fxcurv import demo, plots
-from fxcurv.blocks import Kronecker
-from fxcurv.quantities import Factor, Rademacher, Sampled, Stratified
+from fxcurv.blocks.kronecker import Kronecker
+from fxcurv.cli import demo
+from fxcurv.inspect import plots
+from fxcurv.quantities.factors import Factor, Rademacher, Sampled, Stratified
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (1, 2, 3, 5, 8)

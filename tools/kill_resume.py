@@ -31,8 +31,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxcurv
-from fxcurv.fingerprint import digest
-from fxcurv.merging import values_of
+from fxcurv.core.fingerprint import digest
+from fxcurv.results.merging import values_of
 
 QUANTITIES = ["kfac", "diag_ggn_mc", "kflr"]
 

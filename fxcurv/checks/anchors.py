@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fxcurv.errors import Frame, Location
+from fxcurv.core.errors import Frame, Location
 
 __all__ = ["Anchors", "defined_at", "repository"]
 

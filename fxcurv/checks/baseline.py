@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fxcurv.checks.report import Report, Row
-from fxcurv.errors import InputError
+from fxcurv.core.errors import InputError
 
 __all__ = ["FILE", "Baseline", "read", "write"]
 
+
 FILE = Path(".fxcurv-baseline.json")
 """Where `--write-baseline` writes if no file is named."""
+
 
 _FACTS = ("target", "parameter", "quantity", "op", "code")
 

@@ -6,16 +6,17 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from xml.etree import ElementTree as ET
 
 from tabulate import tabulate
 
 from fxcurv.checks.policy import base
-from fxcurv.checks.report import STATUSES, Report, Row, document
+from fxcurv.checks.report import STATUSES, Report, Row, document, finding_of, grouped, names_of, text
 from fxcurv.checks.sarif import as_sarif
 
 __all__ = ["FORMATS", "markdown", "text"]
+
 
 Reports = Sequence[Report]
 
@@ -23,83 +24,24 @@ Reports = Sequence[Report]
 # For people -------------------------------------------------------------------------------------------------------
 
 
-def text(reports: Reports) -> str:
-    """A table per target, each reason once, and a verdict."""
-    return "\n\n".join(map(_text, reports))
-
-
-def _text(report: Report) -> str:
-    headers, rows = _table(report)
-    table = tabulate(rows, headers, disable_numparse=True) if rows else ""
-    reasons = ["  " + "  ".join(filter(None, _said(rows))) for rows in _together(report.findings)]
-    return "\n".join(filter(None, (table, *reasons, *_suppressed(report), _verdict(report))))
-
-
-def _table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """A line per parameter; codes and places only where something is found."""
-    status = {(row.parameter, row.quantity): row.status for row in report.rows}
-    rows = {row.parameter: row for row in report.rows if row.parameter}
-    found = {row.parameter: row for row in reversed(report.findings)}
-    lines = [
-        [name, row.op or row.module_type, str(list(row.shape)), *(status[name, q] for q in report.quantities)]
-        + ([found[name].code if name in found else "", found[name].where if name in found else ""] if found else [])
-        for name, row in rows.items()
-    ]
-    return ["parameter", "op", "shape", *report.quantities, *(("code", "where") if found else ())], lines
-
-
-def _together(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows that say the same about several parameters and quantities."""
-    groups: dict[tuple[object, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.target, row.code, row.severity, row.where, row.text), []).append(row)
-    return list(groups.values())
-
-
-def _said(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Code, severity, place and text of rows that say the same."""
-    return rows[0].code, str(rows[0].severity), rows[0].where, f"{_names(rows)}{rows[0].text}"
-
-
-def _names(rows: Sequence[Row]) -> str:
-    """The first of their parameters, before what is said about them."""
-    names = list(dict.fromkeys(row.parameter for row in rows if row.parameter))
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}: " if names else ""
-
-
-def _suppressed(report: Report) -> list[str]:
-    counts = Counter(row.suppressed for row in report.rows if row.suppressed)
-    return [f"  {count} suppressed: {reason}" for reason, count in counts.items()]
-
-
-def _verdict(report: Report) -> str:
-    counts = Counter(row.status for row in report.rows)
-    found = ", ".join(f"{count} {status}" for status, count in counts.items())
-    share = ", ".join(f"{quantity} {report.coverage(quantity):.1%}" for quantity in report.quantities)
-    number = len({row.parameter for row in report.rows if row.parameter})
-    verdict = "PASS" if report.ok else "FAIL"
-    return f"{report.target}: {number} parameters: {found}; {share} -> {verdict}   {report.seconds:.1f} s"
-
-
 def markdown(reports: Reports) -> str:
     """A line per target, and below it what was found: the summary of a job."""
     quantities = list(dict.fromkeys(quantity for report in reports for quantity in report.quantities))
     shares = [[f"{r.coverage(q):.1%}" if q in r.quantities else "" for q in quantities] for r in reports]
     lines = [
-        [f"`{r.target}`", "✅" if r.ok else "❌", str(len(_together(r.failures))), *share, f"{r.seconds:.1f}"]
+        [f"`{r.target}`", "✅" if r.ok else "❌", str(len(grouped(r.failures))), *share, f"{r.seconds:.1f}"]
         for r, share in zip(reports, shares, strict=True)
     ]
     headers = ["target", "", "failures", *quantities, "seconds"]
     parts = ["## fxcurv check", tabulate(lines, headers, tablefmt="github", disable_numparse=True)]
-    found = [_cells(rows) for r in reports for rows in _together(r.findings)]
+    found = [_cells(rows) for r in reports for rows in grouped(r.findings)]
     if found:
         parts.append(tabulate(found, ["target", "code", "severity", "where", "finding"], tablefmt="github"))
     return "\n\n".join(parts)
 
 
 def _cells(rows: Sequence[Row]) -> list[str]:
-    code, severity, where, said = _said(rows)
+    code, severity, where, said = finding_of(rows)
     escaped = said.replace("|", "\\|").replace("\n", " ")
     return [f"`{rows[0].target}`", code, severity, f"`{where}`" if where else "", escaped]
 
@@ -134,7 +76,7 @@ def as_csv(reports: Reports) -> str:
 
 def as_github(reports: Reports) -> str:
     """Workflow commands, which GitHub shows beside the lines, ten errors and ten warnings a step: one per reason."""
-    return "\n".join(_annotation(rows) for report in reports for rows in _together(report.findings))
+    return "\n".join(_annotation(rows) for report in reports for rows in grouped(report.findings))
 
 
 def _annotation(rows: Sequence[Row]) -> str:
@@ -144,7 +86,7 @@ def _annotation(rows: Sequence[Row]) -> str:
     properties = {"title": f"fxcurv ({row.code})", **place}
     help = f"\n  help: {row.suggestion}" if row.suggestion else ""
     listed = ",".join(f"{key}={_escaped(str(value), ':,')}" for key, value in properties.items())
-    return f"::{level} {listed}::{_escaped(f'{row.target}: {_names(rows)}{row.message}{help}')}"
+    return f"::{level} {listed}::{_escaped(f'{row.target}: {names_of(rows)}{row.message}{help}')}"
 
 
 def _escaped(text: str, more: str = "") -> str:

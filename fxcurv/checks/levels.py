@@ -13,17 +13,18 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from fxcurv.api import Compiled, OnUnsupported, Options
-from fxcurv.capture import Inputs, Output
+from fxcurv.api import Compiled
 from fxcurv.checks.anchors import Anchors, defined_at
 from fxcurv.checks.numeric import disagreements, doubled
 from fxcurv.checks.policy import Demands, Level
 from fxcurv.checks.report import Report, judged
 from fxcurv.checks.rows import Found, Place, computed, described, fallen_back, refused
 from fxcurv.checks.static import static_found
-from fxcurv.choice import Asked, Choice, chosen
-from fxcurv.errors import FxcurvError
-from fxcurv.losses import as_loss
+from fxcurv.core.errors import FxcurvError
+from fxcurv.frontend.inputs import Inputs, Output
+from fxcurv.losses.registry import as_loss
+from fxcurv.quantities.selection import Asked, Choice, chosen
+from fxcurv.runtime.options import OnUnsupported, Options
 
 __all__ = ["Question", "Subject", "check", "examine"]
 

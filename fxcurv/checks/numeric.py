@@ -14,19 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from fxcurv.api import Compiled
-from fxcurv.blocks import Eigenbasis
-from fxcurv.capture import Inputs, as_call, selector
-from fxcurv.eager import by_autograd
-from fxcurv.result import Entry
-from fxcurv.run import Batch
+from fxcurv.blocks.eigenbasis import Eigenbasis
+from fxcurv.core.torch_compat import pytree
+from fxcurv.frontend.inputs import Inputs, as_call, selector
+from fxcurv.results.entry import Entry
+from fxcurv.runtime.autograd import by_autograd
+from fxcurv.runtime.run import Batch
 
 __all__ = ["disagreements", "doubled"]
 
+
 SAMPLES = 2
+
+
 SEED = 0
+
+
 NEGLIGIBLE = 1e-6
 """Values this much smaller than the largest of their quantity are rounding, such as gradients that cancel to zero."""
 

@@ -9,17 +9,25 @@ from typing import Literal, Protocol
 
 from fxcurv.checks.codes import CODES, Severity
 
-__all__ = ["Allowance", "Demands", "Finding", "Level", "Require", "base"]
+__all__ = ["Allowance", "Demands", "FailOn", "Finding", "Level", "Require", "base"]
+
 
 Level = Literal["static", "shape", "numeric"]
+
+
 Require = Literal["exact", "approx", "any"]
+
+
 FailOn = Literal["error", "warning"]
+
 
 _PASSING: dict[Require, tuple[str, ...]] = {
     "exact": ("exact",),
     "approx": ("exact", "approx"),
     "any": ("exact", "approx", "fallback"),
 }
+
+
 _WITHOUT_VALUE = ("frozen", "unreached")  # rightly: nothing was asked for, or it is zero
 
 

@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fxcurv import targets
 from fxcurv.checks.anchors import Anchors, defined_at
 from fxcurv.checks.codes import CODES
 from fxcurv.checks.levels import Question, Subject, examine
 from fxcurv.checks.report import Report, Row, judged
-from fxcurv.errors import Frame, FxcurvError
-from fxcurv.examples import example
+from fxcurv.core.errors import Frame, FxcurvError
+from fxcurv.models import targets
+from fxcurv.models.examples import example
 
 __all__ = ["Outcome", "Task", "perform", "perform_all"]
+
 
 Outcome = Report | FxcurvError
 """What came of a target: its report, or why it is none."""

@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
-import fxcurv
 from fxcurv.checks.codes import Severity
 from fxcurv.checks.policy import Demands, Level, base
-from fxcurv.errors import FxcurvError
+from fxcurv.core.errors import FxcurvError
+from fxcurv.core.version import __version__
 
-__all__ = ["STATUSES", "Report", "Row", "document", "judged"]
+__all__ = ["STATUSES", "Report", "Row", "document", "finding_of", "grouped", "judged", "names_of", "text"]
+
 
 STATUSES = ("exact", "approx", "fallback", "frozen", "unreached", "unsupported", "error")
 """The closed set, without the names of approximations."""
@@ -147,8 +149,6 @@ class Report:
         }
 
     def __str__(self) -> str:
-        from fxcurv.checks.formats import text
-
         return text([self])
 
 
@@ -157,7 +157,7 @@ def document(reports: Sequence[Report]) -> dict[str, Any]:
     rows = [row for report in reports for row in report.rows]
     return {
         "schema_version": 1,
-        "tool": {"name": "fxcurv", "version": fxcurv.__version__},
+        "tool": {"name": "fxcurv", "version": __version__},
         "environment": {
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -191,3 +191,65 @@ def _judged(rows: Sequence[Row], demands: Demands) -> Iterable[Row]:
     for row in rows:
         severity = demands.severity(row.status, row.code, enough)
         yield replace(row, severity=severity, suppressed=demands.suppressed(row) if severity else "")
+
+
+# Text --------------------------------------------------------------------------------------------------------------
+
+
+def text(reports: Sequence[Report]) -> str:
+    """A table per target, each reason once, and a verdict."""
+    return "\n\n".join(map(_text, reports))
+
+
+def _text(report: Report) -> str:
+    headers, rows = parameter_table(report)
+    table = tabulate(rows, headers, disable_numparse=True) if rows else ""
+    reasons = ["  " + "  ".join(filter(None, finding_of(rows))) for rows in grouped(report.findings)]
+    return "\n".join(filter(None, (table, *reasons, *_suppressed(report), verdict(report))))
+
+
+def parameter_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """A line per parameter; codes and places only where something is found."""
+    status = {(row.parameter, row.quantity): row.status for row in report.rows}
+    rows = {row.parameter: row for row in report.rows if row.parameter}
+    found = {row.parameter: row for row in reversed(report.findings)}
+    lines = [
+        [name, row.op or row.module_type, str(list(row.shape)), *(status[name, q] for q in report.quantities)]
+        + ([found[name].code if name in found else "", found[name].where if name in found else ""] if found else [])
+        for name, row in rows.items()
+    ]
+    return ["parameter", "op", "shape", *report.quantities, *(("code", "where") if found else ())], lines
+
+
+def grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that say the same about several parameters and quantities."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.target, row.code, row.severity, row.where, row.text), []).append(row)
+    return list(groups.values())
+
+
+def finding_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Code, severity, place and text of rows that say the same."""
+    return rows[0].code, str(rows[0].severity), rows[0].where, f"{names_of(rows)}{rows[0].text}"
+
+
+def names_of(rows: Sequence[Row]) -> str:
+    """The first of their parameters, before what is said about them."""
+    names = list(dict.fromkeys(row.parameter for row in rows if row.parameter))
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}: " if names else ""
+
+
+def _suppressed(report: Report) -> list[str]:
+    counts = Counter(row.suppressed for row in report.rows if row.suppressed)
+    return [f"  {count} suppressed: {reason}" for reason, count in counts.items()]
+
+
+def verdict(report: Report) -> str:
+    counts = Counter(row.status for row in report.rows)
+    found = ", ".join(f"{count} {status}" for status, count in counts.items())
+    share = ", ".join(f"{quantity} {report.coverage(quantity):.1%}" for quantity in report.quantities)
+    number = len({row.parameter for row in report.rows if row.parameter})
+    verdict = "PASS" if report.ok else "FAIL"
+    return f"{report.target}: {number} parameters: {found}; {share} -> {verdict}   {report.seconds:.1f} s"

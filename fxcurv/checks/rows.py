@@ -8,24 +8,27 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from fxcurv.capture import Inputs, as_call
 from fxcurv.checks.anchors import Anchors
 from fxcurv.checks.codes import CODES
 from fxcurv.checks.policy import base
 from fxcurv.checks.report import Row
-from fxcurv.errors import FxcurvError, frames_of, raised_at
-from fxcurv.spec import describe, module_of
-from passes.uses import parameter_uses
+from fxcurv.core.errors import FxcurvError, frames_of, raised_at
+from fxcurv.core.torch_compat import pytree
+from fxcurv.frontend.inputs import Inputs, as_call
+from fxcurv.ir.nodes import describe, module_of
+from passes.parameter_usage import parameter_uses
 
 __all__ = ["TOLERANCE", "Found", "Place", "computed", "described", "fallen_back", "refused", "whole"]
+
 
 _CODES = {"approx": "FXC320", "fallback": "FXC321", "unsupported": "FXC322", "unreached": "FXC430"}
 """What a status says by itself."""
 
+
 TOLERANCE = 1e-8
 """The relative error that rounding in float64 explains."""
+
 
 _DEFECTS = "FXC9"
 """Codes with which a check went wrong, so that it says nothing about the model."""

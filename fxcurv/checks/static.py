@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from fxcurv.capture import Inputs, Output
 from fxcurv.checks.rows import Found
-from fxcurv.choice import Choice
-from fxcurv.shapes import Batch, Samples, Shape
-from passes import lowered
+from fxcurv.core.shapes import Batch, Samples, Shape
+from fxcurv.core.torch_compat import pytree
+from fxcurv.frontend.inputs import Inputs, Output
+from fxcurv.ir.rewriting import copied, settled
+from fxcurv.quantities.selection import Choice
+from passes.pipeline import lowered
 from passes.plan import plan
-from passes.rewrite import copied, settled
 
 __all__ = ["static_found"]
 
@@ -27,7 +27,7 @@ __all__ = ["static_found"]
 def static_found(model: nn.Module, inputs: Inputs, output: Output, choice: Choice) -> Found:
     """What each parameter would get, and the graph that it is read off."""
     on_meta: Any = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
-    gm = _assumed_apart(lowered(_without_memory(model), on_meta, output)["folded"])
+    gm = _assumed_apart(lowered(_without_memory(model), on_meta, output)["lowered"])
     return Found(plan(model, gm, choice).statuses, gm)
 
 

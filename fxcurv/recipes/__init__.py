@@ -1,9 +1,9 @@
 """Recipes: what curvature is used for. Each takes what `fxcurv.compile` returns, with blocks of any form."""
 
+from fxcurv.optim.preconditioned import Preconditioned as Preconditioned
 from fxcurv.recipes.averaging import weighted_average as weighted_average
 from fxcurv.recipes.influence import influence as influence
 from fxcurv.recipes.laplace import Laplace as Laplace
-from fxcurv.recipes.optimizer import Preconditioned as Preconditioned
 from fxcurv.recipes.penalty import Penalty as Penalty
 from fxcurv.recipes.pruning import compensated as compensated
 from fxcurv.recipes.pruning import masks as masks

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from fxcurv.api import Compiled
-from fxcurv.capture import Inputs
-from fxcurv.errors import InputError
+from fxcurv.core.errors import InputError
+from fxcurv.frontend.inputs import Inputs
 from fxcurv.recipes.samples import gradients, weights_of
-from fxcurv.result import Curvature
+from fxcurv.results.curvature import Curvature
 
 __all__ = ["influence"]
+
 
 Data = tuple[Inputs, Tensor]
 

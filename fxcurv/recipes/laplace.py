@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv.api import Compiled
-from fxcurv.blockdiagonal import BlockDiagonal
-from fxcurv.capture import Inputs
-from fxcurv.errors import InputError
-from fxcurv.operators import checked_count
+from fxcurv.core.errors import InputError
+from fxcurv.frontend.inputs import Inputs
+from fxcurv.linalg.operator import checked_count
 from fxcurv.recipes.samples import jacobians, outputs, weights_of
-from fxcurv.result import Curvature
+from fxcurv.results.block_diagonal import BlockDiagonal
+from fxcurv.results.curvature import Curvature
 
 __all__ = ["Laplace"]
+
 
 Predictive = Literal["probit", "outputs", "weights"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fxcurv.blockdiagonal import BlockDiagonal
+from fxcurv.results.block_diagonal import BlockDiagonal
 
 __all__ = ["Penalty"]
 

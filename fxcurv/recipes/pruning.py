@@ -7,13 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxcurv.blockdiagonal import BlockDiagonal
-from fxcurv.errors import InputError
-from fxcurv.linalg import damping_of
-from fxcurv.operators import LinearOperator
-from fxcurv.recipes.solver import conjugate_gradients
+from fxcurv.core.errors import InputError
+from fxcurv.linalg.conjugate_gradients import conjugate_gradients
+from fxcurv.linalg.factorizations import damping_of
+from fxcurv.linalg.operator import LinearOperator
+from fxcurv.results.block_diagonal import BlockDiagonal
 
 __all__ = ["compensated", "masks", "saliencies"]
+
 
 Weights = Mapping[str, Tensor]
 

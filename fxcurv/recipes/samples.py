@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jacrev, vmap
-from torch.utils import _pytree as pytree
 
 from fxcurv.api import Compiled
-from fxcurv.capture import Inputs, as_call, selector
+from fxcurv.core.torch_compat import pytree
+from fxcurv.frontend.inputs import Inputs, as_call, selector
 
-__all__ = ["Weights", "gradients", "jacobians", "weights_of"]
+__all__ = ["Weights", "gradients", "jacobians", "outputs", "weights_of"]
+
 
 Weights = Mapping[str, Tensor]
 

@@ -19,7 +19,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else to ask for a
 import torch
 
 from benchmark.machine import processor
-from fxcurv.pages import new_empty
+from fxcurv.linalg.allocation import new_empty
 
 __all__ = ["CPU", "CUDA", "DEVICES", "Device"]
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from benchmark.measure import Line
 from benchmark.report import by_problem, partial, short
 from benchmark.rows import side_by_side
-from fxcurv.plots import COLOURS
-from fxcurv.targets import imported
+from fxcurv.core.optional import imported
+from fxcurv.inspect.plots import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

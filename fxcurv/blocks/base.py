@@ -1,0 +1,271 @@
+"""Block: the interface of every kind of block.
+
+A block B is used with a damping δ ≥ 0, in the units of the curvature: what is solved, sampled and inverted is B + δI.
+Its tensors are not to be written into, since decompositions are cached with it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.core.errors import InputError
+from fxcurv.linalg.factorizations import damping_of, singular
+
+__all__ = ["Block", "Damping", "Function"]
+
+
+Damping = Literal["plain", "pi", "exact"]
+"""How an inverse of Kronecker factors is damped; the forms without factors have one way, `exact`."""
+
+
+Function = Callable[[Tensor], Tensor]
+"""Of eigenvalues, elementwise."""
+
+
+KINDS: dict[str, type[Block]] = {}
+"""Every kind of block by the name of its class; a subclass of `Block` registers itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block(ABC):
+    """An operator on vectors of `shape` (the parameter's, or `[o, i+1]` or `[i+1, o]` for a joint weight and bias).
+
+    `parameters` says whose block it is, `status` whether it is exact to its definition, and `reduction` how the loss
+    scales it.
+    """
+
+    shape: tuple[int, ...]
+    parameters: tuple[str, ...] = field(default=(), kw_only=True)
+    status: str = field(default="exact", kw_only=True)
+    reduction: str = field(default="sum", kw_only=True)
+
+    def __init_subclass__(cls) -> None:
+        KINDS[cls.__name__] = cls
+
+    # What a form defines ----------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+
+    @abstractmethod
+    def _mm(self, matrix: Tensor) -> Tensor:
+        """The product with `[numel, k]`."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The matrix, `[numel, numel]`."""
+
+    @abstractmethod
+    def diag(self) -> Tensor:
+        """The diagonal, of the block's shape."""
+
+    @abstractmethod
+    def _mapped(self, f: Function) -> Block:
+        """f(B): the same eigenvectors with the eigenvalues f(λ)."""
+
+    @property
+    @abstractmethod
+    def _like(self) -> Tensor:
+        """A tensor of the block's type and place."""
+
+    @abstractmethod
+    def eigvalsh(self) -> Tensor:
+        """All eigenvalues, ascending: `[numel]`."""
+
+    @abstractmethod
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        """All eigenvalues, ascending, `[numel]`, and an orthonormal basis of eigenvectors, `[numel, numel]`."""
+
+    @abstractmethod
+    def _changed(self, change: Callable[[Tensor | SecondMoment], Any]) -> Self:
+        """With every stored tensor changed."""
+
+    @abstractmethod
+    def __mul__(self, factor: float) -> Self:
+        """The block times a number ≥ 0."""
+
+    # What follows -----------------------------------------------------------------------------------------------------
+
+    @property
+    def numel(self) -> int:
+        """Entries of the vectors that the block acts on."""
+        return math.prod(self.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self._like.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its tensors."""
+        return self._like.dtype
+
+    @property
+    def sizes(self) -> dict[str, torch.Size]:
+        """The shapes of the stored tensors; nothing is formed for it."""
+        return {name: t.shape for name, t in self.tensors.items()}
+
+    @property
+    def name(self) -> str:
+        """Whose block it is, in words."""
+        return f"the block of {' and '.join(map(repr, self.parameters)) or 'no parameter'}"
+
+    def trace(self) -> Tensor:
+        """The trace, a scalar tensor."""
+        return self.diag().sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """√Σ B_ij², a scalar tensor."""
+        return torch.linalg.vector_norm(self.eigvalsh())
+
+    def mv(self, v: Tensor) -> Tensor:
+        """B v for a vector of the block's shape, or flat; the result has the shape of `v`."""
+        return self._mm(self._column(v)).reshape(v.shape)
+
+    def mm(self, matrix: Tensor) -> Tensor:
+        """B times the columns of `[numel, k]`."""
+        if matrix.ndim != 2 or len(matrix) != self.numel:
+            raise InputError(
+                f"a matrix of shape {list(matrix.shape)} for a block on {list(self.shape)}",
+                remedy=f"give [{self.numel}, k]",
+                code="FXC411",
+            )
+        return self._mm(matrix)
+
+    def __matmul__(self, right: Tensor) -> Tensor:
+        """`mm` of a matrix `[numel, k]`, `mv` of anything else."""
+        return self.mm(right) if right.ndim == 2 and tuple(right.shape) != self.shape else self.mv(right)
+
+    def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
+        """(B + δI)⁻¹ v, in the shape of `v`; a singular block needs δ > 0."""
+        return self._solve(self._column(v), self._damped(damping)).reshape(v.shape)
+
+    def _solve(self, columns: Tensor, damping: float) -> Tensor:
+        self._require_regular(damping)
+        return self._mapped(lambda x: 1 / (x + damping))._mm(columns)
+
+    def inverse(self, damping: float = 0.0, method: Damping = "exact") -> Block:
+        """(B + δI)⁻¹ as a block of its own; what the methods are is said at `Kronecker.inverse`."""
+        if method not in get_args(Damping):
+            raise InputError(f"method={method!r}", remedy=f"choose one of {get_args(Damping)}", code="FXC421")
+        return self._inverse(self._damped(damping), method)
+
+    def _inverse(self, damping: float, method: Damping) -> Block:
+        self._require_regular(damping)
+        return self._mapped(lambda x: 1 / (x + damping))
+
+    def decomposed(self) -> Block:
+        """The same operator with nothing left to decompose: its matrix, or factors, in their eigenvectors."""
+        return self
+
+    def sqrt(self) -> Block:
+        """The symmetric root: R R = B."""
+        return self.power(0.5)
+
+    def power(self, exponent: float) -> Block:
+        """Bᵖ of the same form, for any real p; for p < 0 of a block that is not singular. B⁰ = I."""
+        if exponent < 0:
+            self._require_regular(0.0)
+        return self._mapped(lambda x: x**exponent)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """log det(B + δI), a scalar tensor; -inf where it is singular to rounding."""
+        damping = self._damped(damping)
+        singular = not damping and any(found < side for _, found, side in self._ranks())
+        values = self.eigvalsh()
+        return values.new_full((), -math.inf) if singular else (values.clamp(min=0) + damping).log().sum()
+
+    def det(self, damping: float = 0.0) -> Tensor:
+        """det(B + δI), a scalar tensor, which overflows where `logdet` does not."""
+        return self.logdet(damping).exp()
+
+    def sample(self, generator: torch.Generator | None = None, damping: float = 0.0) -> Tensor:
+        """A draw of N(0, (B + δI)⁻¹), of the block's shape: B + δI is the precision, as in a Laplace approximation."""
+        damping = self._damped(damping)
+        self._require_regular(damping)
+        noise = torch.randn(self.numel, 1, dtype=self.dtype, device=self.device, generator=generator)
+        return self._mapped(lambda x: (x + damping).rsqrt())._mm(noise).reshape(self.shape)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The block elsewhere, or in another floating-point type."""
+        return self._changed(lambda t: t.to(device=device, dtype=dtype))
+
+    def as_dense(self) -> Block:
+        """The same operator as a `Dense` block."""
+        make: Any = KINDS["Dense"]
+        return make(self.shape, self.dense(), **self.labels)
+
+    def __add__(self, other: Block) -> Block:
+        """The sum of two blocks of a form that is closed under it; others are added as `a.as_dense() + b.as_dense()`.
+
+        The sum of two Kronecker products is none, unless they share a factor.
+        """
+        if not isinstance(other, Block):  # pyright: ignore[reportUnnecessaryIsInstance]
+            return NotImplemented
+        if self.shape != other.shape:
+            raise InputError(
+                f"{self.name}, {list(self.shape)}, plus {other.name}, {list(other.shape)}",
+                remedy="add blocks of one shape",
+                code="FXC422",
+            )
+        total = self.plus(other)
+        if total is None:
+            raise InputError(
+                f"the sum of a {type(self).__name__} and a {type(other).__name__} block is of neither form",
+                remedy="add a.as_dense() + b.as_dense()",
+                code="FXC422",
+            )
+        return total
+
+    def plus(self, other: Block) -> Block | None:
+        """The sum in a form of its own, if it has one."""
+        return None
+
+    def __rmul__(self, factor: float) -> Self:
+        return self * factor
+
+    def _factor(self, factor: float) -> float:
+        """What a block may be multiplied with."""
+        if not 0 <= factor < math.inf:
+            raise InputError(
+                f"a block times {factor!r}", remedy="blocks are positive semi-definite: give 0 or more", code="FXC422"
+            )
+        return factor
+
+    def _damped(self, damping: float) -> float:
+        return damping_of(damping)
+
+    def _column(self, v: Tensor) -> Tensor:
+        """v as `[numel, 1]`."""
+        if v.numel() != self.numel:
+            raise InputError(
+                f"a vector of {v.numel()} entries for a block on {list(self.shape)}",
+                remedy=f"give {self.numel} entries",
+                code="FXC411",
+            )
+        return v.reshape(-1, 1)
+
+    def _require_regular(self, damping: float) -> None:
+        """An error where the block has no inverse."""
+        for what, found, side in () if damping else self._ranks():
+            if found < side:
+                raise singular(what, found, side)
+
+    def _ranks(self) -> Iterator[tuple[str, int, int]]:
+        """What is singular if the block is: its name, rank and side; stored eigenvalues stand for themselves."""
+        yield self.name, int((self.eigvalsh() > 0).sum()), self.numel
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {"parameters": self.parameters, "status": self.status, "reduction": self.reduction}

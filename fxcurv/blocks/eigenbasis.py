@@ -1,0 +1,116 @@
+"""Eigenbasis: a block that is diagonal in a Kronecker product of orthonormal bases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from fxcurv.blocks.base import Block, Function
+from fxcurv.blocks.lazy_gram import SecondMoment
+
+__all__ = ["Eigenbasis"]
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenbasis(Block):
+    """Q diag(values) Qᵀ + rest (I - Q Qᵀ) with Q = blockdiag_g(Q_g ⊗ U_g) of orthonormal columns.
+
+    `input_vectors` are U `[g,i,a]`, `output_vectors` Q `[g,o,b]`, `values` `[g,b,a]`; `rest` is the eigenvalue of what
+    the columns do not span (George et al. 2018 call it the Kronecker-factored eigenbasis). With `inputs_first` Q is
+    U_g ⊗ Q_g. The damped inverse and every function of a Kronecker product are of this form.
+    """
+
+    input_vectors: Tensor
+    output_vectors: Tensor
+    values: Tensor
+    rest: float = 0.0
+    inputs_first: bool = field(default=False, kw_only=True)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"U": self.input_vectors, "Q": self.output_vectors, "values": self.values}
+
+    @property
+    def _full(self) -> bool:
+        """Whether the columns span everything."""
+        return self.values.numel() == self.numel
+
+    @property
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        """Q and U in the order of the product."""
+        return in_layout_order(self.inputs_first, self.input_vectors, self.output_vectors)
+
+    @property
+    def _values(self) -> Tensor:
+        """The values in the order of the product: `[g,b,a]` or `[g,a,b]`."""
+        return self.values.mT if self.inputs_first else self.values
+
+    def _mm(self, matrix: Tensor) -> Tensor:
+        first, second = self._vectors
+        inside = kronecker_product(matrix, (first.shape[1], second.shape[1]), first.mT.matmul, second.mT.matmul)
+        scaled = self._back(self._values.reshape(-1, 1) * inside)
+        if self._full or not self.rest:
+            return scaled
+        return scaled + self.rest * (matrix - self._back(inside))
+
+    def _back(self, inside: Tensor) -> Tensor:
+        """Q times coefficients `[g·b·a, k]`."""
+        first, second = self._vectors
+        return kronecker_product(inside, (first.shape[2], second.shape[2]), first.matmul, second.matmul)
+
+    def dense(self) -> Tensor:
+        return self._mm(torch.eye(self.numel, dtype=self.values.dtype, device=self.values.device))
+
+    def diag(self) -> Tensor:
+        first, second = self._vectors
+        squares = first.square() @ (self._values - self.rest) @ second.square().mT
+        return (squares + self.rest).reshape(self.shape)
+
+    def _mapped(self, f: Function) -> Eigenbasis:
+        rest = 0.0 if self._full else float(f(self.values.new_full((), self.rest)))
+        return replace(self, values=f(self.values.clamp(min=0)), rest=rest)
+
+    @property
+    def _like(self) -> Tensor:
+        return self.values
+
+    def eigvalsh(self) -> Tensor:
+        values = self.values.flatten()
+        return torch.cat([values, values.new_full((self.numel - len(values),), self.rest)]).sort().values
+
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        if not self._full:
+            return torch.linalg.eigh(self.dense())
+        columns = self._back(torch.eye(self.numel, dtype=self.values.dtype, device=self.values.device))
+        values, order = self._values.flatten().sort()
+        return values, columns[:, order]
+
+    def _changed(self, change: Callable[[Tensor | SecondMoment], Any]) -> Self:
+        U, Q, values = (change(t) for t in self.tensors.values())
+        return replace(self, input_vectors=U, output_vectors=Q, values=values)
+
+    def __mul__(self, factor: float) -> Self:
+        return replace(self, values=self.values * self._factor(factor), rest=self.rest * factor)
+
+
+def in_layout_order(inputs_first: bool, inputs: T, outputs: T) -> tuple[T, T]:
+    """The parts of a block that belong to its inputs and outputs, in the order of its Kronecker product."""
+    return (inputs, outputs) if inputs_first else (outputs, inputs)
+
+
+def kronecker_product(
+    matrix: Tensor, sides: tuple[int, int], first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """(first ⊗ second) of columns `[g·p·q, k]`, each a function from `[g,d,m]` to `[g,d',m]`."""
+    p, q = sides
+    k = matrix.shape[-1]
+    right = second(matrix.reshape(-1, p, q, k).transpose(1, 2).flatten(2))  # [g, q', p·k]
+    right = right.unflatten(2, (p, k)).transpose(1, 2)  # [g, p, q', k]
+    return first(right.flatten(2)).reshape(-1, k)

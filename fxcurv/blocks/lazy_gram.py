@@ -1,0 +1,221 @@
+"""Blocks: the curvature of one parameter as a symmetric positive semi-definite operator on it, flattened row-major.
+
+A block B is used with a damping δ ≥ 0, in the units of the curvature: what is solved, sampled and inverted is B + δI.
+Its tensors are not to be written into: decompositions are kept with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fxcurv.convolution.patches import Patches
+from fxcurv.convolution.second_moment import cheapest
+from fxcurv.linalg.factorizations import cholesky, decomposed, singular
+from fxcurv.linalg.matmul import transpose_times
+
+__all__ = ["Matrix", "Moment", "SecondMoment", "formed", "moment_of"]
+
+
+def damped_inverse(moment: Moment, damping: Tensor | float, what: str) -> Tensor:
+    """The matrices (moment + damping I)⁻¹, `[g,d,d]`."""
+    if isinstance(moment, Matrix):
+        return torch.cholesky_inverse(cholesky(moment.entries, damping, what))
+    like = moment.kept[0]
+    identity = torch.eye(moment.side, dtype=like.dtype, device=like.device).expand(moment.shape)
+    return moment.solve(identity, damping, what)
+
+
+def ungrouped(matrices: Tensor) -> Tensor:
+    """`[d,d]`, or `[g,d,d]` of several groups."""
+    return matrices[0] if len(matrices) == 1 else matrices
+
+
+def matrix_of(moment: Tensor | SecondMoment) -> Tensor:
+    """The matrix `[d,d]`, or `[g,d,d]` of several groups."""
+    return ungrouped(moment_of(moment).dense())
+
+
+def an_entry(moment: Tensor | SecondMoment) -> Tensor:
+    """A tensor that it holds."""
+    return moment.kept[0] if isinstance(moment, SecondMoment) else moment
+
+
+def shape_of(moment: Tensor | SecondMoment) -> torch.Size:
+    """The shape of `matrix_of`."""
+    shape = moment_of(moment).shape
+    return shape[1:] if shape[0] == 1 else shape
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoment:
+    """scale · Σ_m X_m X_mᵀ for every group, `[g,d,d]`, as the vectors X that it sums over.
+
+    They are the positions `[*, s, g, d]` that are kept, or with `patches` the patches of the inputs that are kept. With
+    fewer vectors than entries, r < d, it takes r·d numbers or fewer for d², and a system is solved with r equations.
+    """
+
+    kept: tuple[Tensor, ...]
+    patches: Patches | None = None
+    scale: float = 1.0
+
+    def smaller(self) -> SecondMoment | Tensor:
+        """The same, as matrices if they take less."""
+        return self if self.count < self.side else self.dense()
+
+    def rows(self) -> Tensor:
+        """The vectors, `[g, m, d]`, unscaled."""
+        positions = self.kept if self.patches is None else [self.patches.positions(z) for z in self.kept]
+        return torch.cat([x.flatten(0, -3) for x in positions]).transpose(0, 1)
+
+    @property
+    def side(self) -> int:
+        """d."""
+        first = self.kept[0]
+        return first.shape[-1] if self.patches is None else first.shape[1] // self.patches.groups * self.patches.taps
+
+    @property
+    def count(self) -> int:
+        """How many vectors each group has."""
+        if self.patches is None:
+            return sum(x.shape[:-2].numel() for x in self.kept)
+        return sum(len(z) * self.patches.pixels(z) for z in self.kept)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[g, d, d]."""
+        groups = self.kept[0].shape[-2] if self.patches is None else self.patches.groups
+        return torch.Size((groups, self.side, self.side))
+
+    def dense(self) -> Tensor:
+        """The matrices, `[g,d,d]`."""
+        if self.scale <= 0:  # of a difference
+            return replace(self, scale=1.0).dense().mul_(self.scale)
+        kept = [t if self.scale == 1 else t * self.scale**0.5 for t in self.kept]  # smaller than the matrices are
+        if self.patches is not None:
+            return cheapest(self.patches, torch.cat(kept)).covariance()
+        rows = replace(self, kept=tuple(kept)).rows()
+        return transpose_times(rows[0], rows[0]).unsqueeze(0) if len(rows) == 1 else rows.mT @ rows
+
+    def __add__(self, other: SecondMoment | Tensor) -> SecondMoment | Tensor:
+        """The sum, kept in this form as long as that is smaller."""
+        if isinstance(other, Tensor):
+            return self.dense() + other
+        if self.patches != other.patches or self.count + other.count >= self.side or self.scale <= 0:
+            return self.dense() + other.dense()
+        ratio = (other.scale / self.scale) ** 0.5
+        return replace(self, kept=(*self.kept, *(t if ratio == 1 else t * ratio for t in other.kept)))
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: float) -> SecondMoment:
+        return replace(self, scale=self.scale * factor)
+
+    def __truediv__(self, divisor: float) -> SecondMoment:
+        return replace(self, scale=self.scale / divisor)
+
+    def clone(self) -> SecondMoment:
+        """The same in memory of its own."""
+        return replace(self, kept=tuple(t.clone() for t in self.kept))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SecondMoment:
+        """The same elsewhere, or in another type."""
+        return replace(self, kept=tuple(t.to(device=device, dtype=dtype) for t in self.kept))
+
+    def diagonal(self) -> Tensor:
+        """The diagonals, `[g,d]`."""
+        return self.rows().square().sum(1) * self.scale
+
+    def mm(self, matrix: Tensor) -> Tensor:
+        """The product with `[g,d,k]`."""
+        rows = self.rows()
+        return rows.mT @ (rows @ matrix) * self.scale
+
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norms, `[g]`, of r × r products."""
+        rows = self.rows()
+        return torch.linalg.matrix_norm(rows @ rows.mT) * self.scale
+
+    def eigen(self, what: str = "the matrix") -> tuple[Tensor, Tensor]:
+        """Eigenvalues `[g,r]` and orthonormal eigenvectors `[g,d,r]`; 0 belongs to what they do not span.
+
+        They are the singular vectors of the r × d matrix of the vectors, so that nothing is squared.
+        """
+        if self.count >= self.side:
+            return Matrix(self.dense()).eigen(what)
+        values, vectors = decomposed(_right_singular, self.rows() * self.scale**0.5, what)
+        return values.square(), vectors.mT
+
+    def solve(self, matrix: Tensor, damping: Tensor | float, what: str = "the matrix") -> Tensor:
+        """(A + damping·I)⁻¹ matrix, `[g,d,k]` (Woodbury's identity: r equations in place of d); damping may be `[g]`.
+
+        Without damping it is an error, in which `what` names the matrix, unless there are as many vectors as entries.
+        """
+        shift = torch.as_tensor(damping, dtype=matrix.dtype, device=matrix.device).reshape(-1, 1, 1)
+        if self.count >= self.side:
+            return Matrix(self.dense()).solve(matrix, damping, what)
+        if not bool((shift > 0).all()):
+            raise singular(what, self.count, self.side)
+        rows = self.rows() * self.scale**0.5
+        root = cholesky(rows @ rows.mT, damping, what)
+        return (matrix - rows.mT @ torch.cholesky_solve(rows @ matrix, root)) / shift
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """Second moments that are formed: `[g,d,d]`."""
+
+    entries: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """[g, d, d]."""
+        return self.entries.shape
+
+    def dense(self) -> Tensor:
+        """The matrices, `[g,d,d]`."""
+        return self.entries
+
+    def diagonal(self) -> Tensor:
+        """The diagonals, `[g,d]`."""
+        return self.entries.diagonal(dim1=-2, dim2=-1)
+
+    def mm(self, matrix: Tensor) -> Tensor:
+        """The product with `[g,d,k]`."""
+        return self.entries @ matrix
+
+    def frobenius_norm(self) -> Tensor:
+        """The Frobenius norms, `[g]`."""
+        return torch.linalg.matrix_norm(self.entries)
+
+    def eigen(self, what: str = "the matrix") -> tuple[Tensor, Tensor]:
+        """Eigenvalues `[g,d]`, those below zero by rounding as zero, and orthonormal eigenvectors `[g,d,d]`."""
+        values, vectors = decomposed(torch.linalg.eigh, self.entries, what)
+        return values.clamp(min=0), vectors
+
+    def solve(self, matrix: Tensor, damping: Tensor | float, what: str = "the matrix") -> Tensor:
+        """(A + damping·I)⁻¹ matrix, `[g,d,k]`; damping may be `[g]`; `what` names the matrix in errors."""
+        return torch.cholesky_solve(matrix, cholesky(self.entries, damping, what))
+
+
+def _right_singular(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values `[g,r]` and right singular vectors `[g,r,d]`."""
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+    return values, vectors
+
+
+Moment = Matrix | SecondMoment
+
+
+def formed(value: Tensor | SecondMoment) -> Tensor:
+    """A sum as a tensor."""
+    return value.dense() if isinstance(value, SecondMoment) else value
+
+
+def moment_of(value: Tensor | SecondMoment) -> Moment:
+    """A moment, from a sum: `[d,d]` or `[g,d,d]`."""
+    if isinstance(value, SecondMoment):
+        return value
+    return Matrix(value if value.ndim == 3 else value.unsqueeze(0))

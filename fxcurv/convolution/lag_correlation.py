@@ -1,0 +1,227 @@
+"""What two taps of a convolution meet: every different sum of products once, however many pairs of taps share it.
+
+From the output pixels from which both see the input, two taps meet entries of it pair by pair, at one displacement.
+Away from the border that is all that tells pairs of taps apart, and the border makes few more kinds: of the 81 pairs of
+a padded 3 × 3 kernel 49 differ, half of them the transposes of others. Those at one displacement follow from the widest
+of them, less the few rows and columns at the border that they do not meet. None reads padding, and pairs that on a
+small map never see the input from the same pixel are zero.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxcurv.convolution.patches import Axis, Patches
+from fxcurv.linalg.allocation import new_empty
+from fxcurv.linalg.cost import CACHE, Cost, at_once, copying, of_groups, product
+from fxcurv.linalg.matmul import batched_times_transpose
+
+__all__ = ["Meetings"]
+
+
+PART = 2 * CACHE
+"""Entries of the samples whose windows are laid out and multiplied at a time."""
+
+
+WRITING = 2
+"""Passes over the matrix that putting it together costs."""
+
+
+SHORT = 64
+"""Inner size below which a product is made faster than the transpose of another."""
+
+
+class Meeting(NamedTuple):
+    """Entries along an axis that two taps meet: `first + k·stride` with `other + k·stride`, k < length."""
+
+    first: int
+    other: int
+    length: int
+    stride: int
+
+    @property
+    def mirrored(self) -> Meeting:
+        return Meeting(self.other, self.first, self.length, self.stride)
+
+    @property
+    def last(self) -> int:
+        """The last entry that the first of the taps meets."""
+        return self.first + self.stride * (self.length - 1)
+
+    @property
+    def window(self) -> slice:
+        """The entries that the first of the taps meets."""
+        return slice(self.first, self.last + 1, self.stride)
+
+    def part(self, start: int, stop: int) -> Meeting:
+        """What is met with start ≤ k < stop."""
+        shift = self.stride * start
+        return Meeting(self.first + shift, self.other + shift, stop - start, self.stride)
+
+    def without(self, part: Meeting) -> list[Meeting]:
+        """What is met before and behind a part."""
+        start = (part.first - self.first) // self.stride
+        outside = self.part(0, start), self.part(start + part.length, self.length)
+        return [one for one in outside if one.length]
+
+
+NOTHING = Meeting(0, 0, 0, 1)
+
+
+Met = tuple[Meeting, ...]
+"""What two taps meet along every axis."""
+
+
+class Along(NamedTuple):
+    """What the taps of one axis meet."""
+
+    pairs: list[list[Meeting]]
+    """The meeting of each with each."""
+    follows: dict[Meeting, list[Meeting]]
+    """From a meeting to a wider one at its displacement and, behind it, what that has too much, if this is less."""
+
+    @property
+    def different(self) -> set[Meeting]:
+        """The meetings of all pairs that meet anything."""
+        return set(itertools.chain(*self.pairs)) - {NOTHING}
+
+    @property
+    def multiplied(self) -> list[Meeting]:
+        """The meetings from which all others follow."""
+        return sorted((self.different | set(itertools.chain(*self.follows.values()))) - set(self.follows))
+
+
+@lru_cache
+def along(axis: Axis, length: int) -> Along:
+    """What the taps of an axis meet of an input of this length."""
+    pairs = [[_meeting(axis, a, b, length) for b in range(axis.size)] for a in range(axis.size)]
+    alike: defaultdict[tuple[int, int], set[Meeting]] = defaultdict(set)
+    for met in set(itertools.chain(*pairs)) - {NOTHING}:
+        alike[met.other - met.first, met.first % met.stride].add(met)
+    follows: dict[Meeting, list[Meeting]] = {}
+    for group in alike.values():
+        first, last = min(group), max(met.last for met in group)
+        widest = first.part(0, (last - first.first) // first.stride + 1)
+        for met in group:
+            outside = widest.without(met)
+            if 0 < sum(one.length for one in outside) < met.length:
+                follows[met] = [widest, *outside]
+    return Along(pairs, follows)
+
+
+def _meeting(axis: Axis, a: int, b: int, length: int) -> Meeting:
+    """What two taps meet from the output pixels from which both see the input."""
+    offsets = [axis.dilation * tap - axis.padding for tap in (a, b)]
+    first = max(0, -(min(offsets) // axis.stride))
+    stop = min(axis.outputs(length), (length - 1 - max(offsets)) // axis.stride + 1)
+    if stop <= first:
+        return NOTHING
+    left, right = (axis.stride * first + offset for offset in offsets)
+    return Meeting(left, right, stop - first, axis.stride)
+
+
+class Meetings:
+    """The meetings of all pairs of taps in one batch `z[n, g·c, …]`."""
+
+    def __init__(self, patches: Patches, z: Tensor) -> None:
+        self.groups, self.taps, self.z = patches.groups, patches.taps, z
+        self.channels = z.shape[1] // patches.groups
+        self.axes = [along(axis, length) for axis, length in zip(patches.axes, z.shape[2:], strict=True)]
+
+    def cost(self) -> Cost:
+        """What `covariance` takes."""
+        z, size, c, g = self.z, self.z.element_size(), self.channels, self.groups
+        multiplied = [axis.multiplied for axis in self.axes]
+        seen = len(z) * math.prod(sum(one.length for one in axis) for axis in multiplied)
+        products = math.prod(map(len, multiplied))
+        sums = products + math.prod(len(axis.different) for axis in self.axes)
+        flops = of_groups(product(c, c, seen / 2, size), g).flops
+        copied = z.numel() + g * c * (seen + c * sums)
+        matrix, part = g * (c * self.taps) ** 2, min(z.numel(), self._samples * z[0].numel())
+        calls = 3 * products * -(-len(z) // self._samples) + 2 * sums + 2 * self.taps * -(-g * c // self._rows)
+        moved = copying(copied, size).bytes + WRITING * size * matrix
+        return Cost(flops, moved, calls, size * (3 * part + g * c * c * sums + 2 * CACHE))
+
+    def covariance(self) -> Tensor:
+        """Σ_ns x xᵀ, `[g,i,i]`."""
+        rows, c, sums = self.groups * self.channels, self.channels, self._products()
+        taps = list(itertools.product(*(range(len(axis.pairs)) for axis in self.axes)))
+        blocks = [[self._sum(self._met(a, b), sums) for b in taps] for a in taps]
+        A = new_empty(self.z, rows, self.taps, c * self.taps)
+        for start in range(0, rows, self._rows):
+            part = slice(start, min(rows, start + self._rows))
+            for tap, row in enumerate(blocks):
+                A[part, tap] = _interleaved(torch.cat([block[part] for block in row], 1), self.taps)
+        return A.view(self.groups, c * self.taps, c * self.taps)
+
+    @property
+    def _rows(self) -> int:
+        """How many channels are put together at a time, in the cache."""
+        return max(1, CACHE // (self.taps * self.channels))
+
+    @property
+    def _samples(self) -> int:
+        """How many samples are multiplied at a time."""
+        count = len(self.z)
+        return count if torch.compiler.is_compiling() else at_once(self.z, self.z[0].numel(), count, PART)
+
+    def _met(self, a: Sequence[int], b: Sequence[int]) -> Met:
+        """The meetings of two taps along every axis; without one along some axis they meet nothing."""
+        met = tuple(axis.pairs[i][j] for axis, i, j in zip(self.axes, a, b, strict=True))
+        return (NOTHING,) * len(met) if NOTHING in met else met
+
+    def _products(self) -> dict[Met, Tensor]:
+        """Σ z[g,c,q] z[g,c',q'] over the q and q' of meetings from which all others follow: `[g·c, c']`."""
+        sums: dict[Met, Tensor] = {}
+        multiplied = list(itertools.product(*(axis.multiplied for axis in self.axes)))
+        for part in self.z.split(self._samples):
+            entries = part.unflatten(1, (self.groups, -1)).movedim(0, -1).contiguous()  # long runs to copy
+            for met in multiplied:
+                mirrored = _mirrored(met)
+                if mirrored < met and len(self.z) * math.prod(one.length for one in met) >= SHORT:
+                    continue  # its transpose is made
+                left = _window(entries, met)
+                right = left if mirrored == met else _window(entries, mirrored)
+                products = batched_times_transpose(left, right).flatten(0, 1)
+                sums[met] = sums[met].add_(products) if met in sums else products
+        return sums
+
+    def _sum(self, met: Met, sums: dict[Met, Tensor]) -> Tensor:
+        """The sum of products of any meeting, kept among the others."""
+        if met not in sums:
+            sums[met] = self._following(met, sums)
+        return sums[met]
+
+    def _following(self, met: Met, sums: dict[Met, Tensor]) -> Tensor:
+        if NOTHING in met:
+            return self.z.new_zeros(self.groups * self.channels, self.channels)
+        for k, (axis, one) in enumerate(zip(self.axes, met, strict=True)):
+            if one in axis.follows:
+                parts = (self._sum((*met[:k], part, *met[k + 1 :]), sums) for part in axis.follows[one])
+                return functools.reduce(torch.sub, parts)
+        return sums[_mirrored(met)].unflatten(0, (self.groups, -1)).mT.flatten(0, 1).contiguous()
+
+
+def _mirrored(met: Met) -> Met:
+    return tuple(one.mirrored for one in met)
+
+
+def _window(entries: Tensor, met: Met) -> Tensor:
+    """What the first taps meet of `[g, c, …, n]`: `[g, c, q·n]`."""
+    return entries[(slice(None), slice(None), *(one.window for one in met))].flatten(2)
+
+
+def _interleaved(rows: Tensor, taps: int) -> Tensor:
+    """`[r, t·c] -> [r, c·t]`: what torch calls a shuffle of channels, by far its fastest transpose of narrow blocks."""
+    count, width = rows.shape
+    pixels = rows.as_strided((count, width, 1, 1), (width, 1, width, width))
+    return torch.native_channel_shuffle(pixels, taps).view(count, width)

@@ -1,0 +1,70 @@
+"""What a model is recognised by: the names, shapes and types of its parameters, not values; and digests of values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.core.torch_compat import pytree
+
+__all__ = ["Fingerprint", "digest", "values_digest"]
+
+
+def digest(value: Any, before: str = "") -> str:
+    """BLAKE2 of a pytree, of which tensors count with type, shape and every byte, all else as repr shows it.
+
+    `before` is a digest that this one continues, so that a chain stands for a sequence in its order.
+    """
+    leaves, structure = pytree.tree_flatten(value)
+    found = hashlib.blake2b(f"{before} {structure}".encode(), digest_size=16)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            found.update(repr(leaf).encode())
+            continue
+        found.update(f"{leaf.dtype} {list(leaf.shape)}".encode())
+        found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def values_digest(model: nn.Module) -> str:
+    """A digest of the values of all parameters and buffers."""
+    return digest({**dict(model.named_parameters()), **dict(model.named_buffers())})
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """name -> (shape, dtype) of every parameter, tied copies once, in `named_parameters()` order."""
+
+    parameters: Mapping[str, tuple[tuple[int, ...], str]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Fingerprint:
+        """The fingerprint of a model."""
+        return cls({name: (tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the parameters, as hexadecimal digits."""
+        rows = [[name, list(shape), dtype] for name, (shape, dtype) in self.parameters.items()]
+        return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """The first parameter in which another model differs, and how; None if it does not."""
+        ours, theirs = self.parameters, other.parameters
+        for name in (*ours, *theirs):
+            if ours.get(name) != theirs.get(name):
+                return f"{name!r} is {_kind(ours, name)} here and {_kind(theirs, name)} there"
+        return None if list(ours) == list(theirs) else "the parameters have another order"
+
+
+def _kind(parameters: Mapping[str, tuple[tuple[int, ...], str]], name: str) -> str:
+    if name not in parameters:
+        return "missing"
+    shape, dtype = parameters[name]
+    return f"{list(shape)} of {dtype}"

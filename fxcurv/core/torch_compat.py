@@ -1,0 +1,134 @@
+"""Every private name of torch that fxcurv uses, in one place.
+
+Seen in torch 2.11, 2.12, 2.13 and 2.14 (CPU and CUDA builds). A release that renames one of them is mended here. What
+is slow to import (`torch._dynamo`, sympy) is imported by the functions that need it, at the first trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+__all__ = [
+    "HIGHER_ORDER",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "base_of",
+    "compile_errors",
+    "default_store",
+    "depends_on_values",
+    "dispatch_keys",
+    "has_backward_hooks",
+    "holds",
+    "linear_onednn",
+    "overload_name",
+    "pytree",
+    "safe_softmax",
+    "schema_of",
+    "storage_id",
+    "unset_fake_temporarily",
+    "version_of",
+    "with_dispatch_keys",
+]
+
+
+# Operators --------------------------------------------------------------------------------------------------------
+
+HIGHER_ORDER: type = torch._ops.HigherOrderOperator  # pyright: ignore[reportPrivateUsage]
+"""The type of operators that call a graph of their own."""
+
+
+def schema_of(function: Any) -> Any:
+    """The schema of an ATen operator; None for any other function."""
+    return getattr(function, "_schema", None)
+
+
+def overload_name(operator: Any) -> str:
+    """`Tensor` of aten.add.Tensor."""
+    return operator._overloadname
+
+
+def safe_softmax(x: Tensor, dim: int) -> Tensor:
+    """softmax that is 0 where all entries are -inf."""
+    return torch.ops.aten._safe_softmax(x, dim)
+
+
+def linear_onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """a, b -> a bᵀ by oneDNN, None in a build without it."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return None
+    return lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+# Tensors and modules ----------------------------------------------------------------------------------------------
+
+
+def storage_id(t: Tensor) -> int:
+    """A number of the tensor's storage, equal for tensors that share it; fake tensors have one too."""
+    return t.untyped_storage()._cdata
+
+
+def version_of(t: Tensor) -> int | None:
+    """How often a tensor was written in place; None for an inference tensor, which does not count."""
+    return None if t.is_inference() else t._version
+
+
+def base_of(t: Any) -> Tensor | None:
+    """The tensor that a view was taken of."""
+    return getattr(t, "_base", None)
+
+
+def has_backward_hooks(t: Tensor) -> bool:
+    """Whether hooks are registered on a tensor, which may change its gradient."""
+    return bool(getattr(t, "_backward_hooks", None))
+
+
+def holds(module: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether a module itself holds this tensor as its parameter or buffer of that name."""
+    return module._parameters.get(name) is tensor or module._buffers.get(name) is tensor
+
+
+# Tracing and compiling --------------------------------------------------------------------------------------------
+
+
+def depends_on_values(size: torch.SymInt) -> bool:
+    """Whether a traced size depends on the values of a tensor."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return bool(free_unbacked_symbols(size))
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """The errors of torch.compile."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return TorchDynamoException, InductorError
+
+
+def dispatch_keys() -> tuple[Any, Any]:
+    """The dispatch keys that operators go through here: included and excluded."""
+    return torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()  # pyright: ignore[reportPrivateUsage]
+
+
+def with_dispatch_keys(keys: tuple[Any, Any]) -> AbstractContextManager[Any]:
+    """Within, operators go through these dispatch keys."""
+    return torch._C._ForceDispatchKeyGuard(*keys)  # pyright: ignore[reportPrivateUsage]
+
+
+# Processes --------------------------------------------------------------------------------------------------------
+
+
+def default_store() -> Any:
+    """The key-value store of the default process group."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()

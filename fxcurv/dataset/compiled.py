@@ -1,0 +1,47 @@
+"""The compiled model as accumulation sees it: `fxcurv.api.Compiled` has this interface."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.frontend.inputs import Inputs
+from fxcurv.quantities.ekfac import Bases
+from fxcurv.quantities.selection import Choice
+from fxcurv.results.curvature import Curvature
+from fxcurv.runtime.options import Options
+
+__all__ = ["CompiledModel"]
+
+
+class CompiledModel(Protocol):
+    """A model, a loss and the quantities asked for, called with a batch."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def loss(self) -> nn.Module: ...
+
+    @property
+    def choice(self) -> Choice: ...
+
+    @property
+    def options(self) -> Options: ...
+
+    @property
+    def bases(self) -> Bases | None: ...
+
+    def __call__(self, inputs: Inputs, target: Tensor, generator: torch.Generator | None = None) -> Curvature:
+        """The curvature at a batch."""
+        ...
+
+    def summed(self) -> CompiledModel:
+        """The same for the sum of the loss terms."""
+        ...
+
+    def choosing(self, choice: Choice, bases: Bases | None = None) -> CompiledModel:
+        """The same model, loss and options for other quantities."""
+        ...

@@ -1,0 +1,85 @@
+"""The state of an accumulation, and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcurv.blocks.base import Block
+from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.core.errors import QuantityError
+from fxcurv.dataset.batches import Split
+from fxcurv.dataset.standard_error import Spread
+from fxcurv.results.curvature import Curvature
+from fxcurv.results.merging import values_changed, values_of
+
+__all__ = ["Settings", "State", "length_of", "owned"]
+
+
+@dataclass(frozen=True)
+class State:
+    """The result over so many batches, and what else a further one depends on; `weight` is theirs in an average."""
+
+    total: Curvature | None = None
+    batches: int = 0
+    spread: Spread = field(default_factory=Spread)
+    digest: str = ""
+    generator: Tensor | None = None
+    weight: float = 0.0
+
+
+def length_of(loader: Iterable[Any]) -> int | None:
+    """The number of batches, None of a stream, which is also a DataLoader of an IterableDataset without a length."""
+    try:
+        return len(loader)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a data set is accumulated; see `Compiled.accumulate`."""
+
+    split: Split | None = None
+    generator: torch.Generator | None = None
+    dtype: torch.dtype | None = None
+    max_batches: int | None = None
+    until_rel_error: float | None = None
+    min_batches: int = 8
+    checkpoint: str | Path | None = None
+    every: int = 10
+    progress: bool = True
+    timeout: float = 600.0
+    check_deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        wrong = [
+            name
+            for name, least in (("max_batches", 1), ("min_batches", 2), ("every", 1), ("timeout", 0))
+            if (value := getattr(self, name)) is not None and not value >= least
+        ]
+        wrong += ["until_rel_error"] * (self.until_rel_error is not None and not self.until_rel_error > 0)
+        for name in wrong:
+            raise QuantityError(
+                f"{name}={getattr(self, name)!r}", remedy="give a positive number, min_batches ≥ 2", code="FXC409"
+            )
+
+
+def owned(result: Curvature, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Curvature:
+    """The same values, contiguous and in memory of their own, in a type and place; outputs are left empty, `[N, 0]`."""
+
+    def own(held: Tensor | SecondMoment) -> Any:
+        if isinstance(held, SecondMoment):
+            return replace(held, kept=tuple(own(t) for t in held.kept))
+        moved = held.detach().to(dtype=dtype or held.dtype, device=device or held.device)
+        return moved.clone(memory_format=torch.contiguous_format)
+
+    changed = [v._changed(own) if isinstance(v, Block) else own(v) for v in values_of(result)]
+    divisor = result.divisor if result.divisor is None else float(result.divisor)
+    output = result.output.new_empty(result.samples, 0)
+    return replace(values_changed(result, changed), loss=own(result.loss), output=output, divisor=divisor)

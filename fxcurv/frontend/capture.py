@@ -1,0 +1,188 @@
+"""capture: any eval-mode model -> one flat ATen graph, valid for every batch size, through torch.export.
+
+The graph's placeholders are the model's tensors (parameters, buffers, constants) and its inputs; `Captured.sources`
+says which tensor of the model each of the former is. The model itself is traced through a structural copy that shares
+its tensors, so nothing that tracing leaves behind (caches, counters, flags) reaches it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection, export
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.overrides import TorchFunctionMode
+
+from fxcurv.core.errors import CaptureError, FxcurvError, InputError, raised_at
+from fxcurv.core.torch_compat import pytree
+from fxcurv.frontend.copying import structural_copy
+from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
+from fxcurv.frontend.isolation import generators_beside_torch, no_report_of_failure, without_autocast
+
+__all__ = ["Captured", "capture"]
+
+
+TRACED_BATCH = 3
+"""Tracing sees three samples: export takes 0 and 1 for constants, and two would hide a broadcast against a pair."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The ATen graph, and for each placeholder that is not an input the name of the model's tensor it stands for."""
+
+    graph: fx.GraphModule
+    sources: dict[str, str]
+    constants: dict[str, Tensor]
+
+
+def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured:
+    """Trace `model` on inputs shaped like `inputs`, whose values are not read, for any length of the batch axis."""
+    args, kwargs = pytree.tree_map_only(Tensor, _example, as_call(inputs))
+    try:
+        with generators_beside_torch() as have_moved:
+            program = _exported(model, args, kwargs, output)
+            fixed = not have_moved() or _equal(program, _exported(model, args, kwargs, output))
+    except FxcurvError:
+        raise
+    except Exception as error:
+        integers = [str(t.dtype) for t in pytree.tree_leaves((args, kwargs)) if _is_integer(t)]
+        if integers and not _mentions_data(error):
+            remedy = "convert it: x.float(), unless the model expects indices"
+            raise InputError(
+                f"the input is of type {integers[0]}, and the model cannot be traced on it: {_first_line(error)}",
+                remedy=remedy,
+                code="FXC111",
+            ) from error
+        raise _translated(error) from error
+    if not fixed:
+        raise CaptureError(
+            "the model computes with random numbers of Python or NumPy",
+            remedy="call model.eval(), or compute without them",
+            code="FXC403",
+        )
+    graph = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
+    _keep_only_selected_output(graph, program)
+    return Captured(graph, *_sources(program, model))
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output) -> ExportedProgram:
+    """The program of a copy of the model, whose axis 0 of every input may have any length."""
+    dynamic = ShapesCollection()
+    for t in pytree.tree_leaves((args, kwargs)):
+        if isinstance(t, Tensor):
+            dynamic[t] = {0: Dim.AUTO}
+    shared = structural_copy(model, *model.parameters(), *model.buffers())
+    forward, select = shared.forward, selector(output)
+
+    @functools.wraps(forward)
+    def selected(*args: Any, **kwargs: Any) -> Tensor:
+        with _Traceable():
+            return select(forward(*args, **kwargs))
+
+    shared.forward = selected
+    with torch.random.fork_rng(devices=[]), without_autocast(), warnings.catch_warnings(), no_report_of_failure():
+        warnings.filterwarnings("ignore", ".*assigned during export")  # to the copy, which is dropped
+        with torch.backends.opt_einsum.flags(enabled=False):  # the order it picks would depend on the batch size
+            return export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
+
+
+def _equal(a: ExportedProgram, b: ExportedProgram) -> bool:
+    """Whether two programs of one model compute the same."""
+    pairs = zip(a.constants.values(), b.constants.values(), strict=False)
+    constants = (torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
+    return a.graph_module.code == b.graph_module.code and len(a.constants) == len(b.constants) and all(constants)
+
+
+class _Traceable(TorchFunctionMode):
+    """Traces what tracing would lose sight of, or fix to one batch size, as calls that mean the same."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        same = _TRACEABLE[func] if func in _TRACEABLE else func
+        return same(*args, **(kwargs or {}))
+
+
+def _take_along_dim(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+    """`torch.take_along_dim`, whose own code reads the batch size as a number."""
+    if dim is None:
+        return input.flatten().gather(0, indices.flatten())
+    sizes = torch.broadcast_shapes(input.select(dim, 0).shape, indices.select(dim, 0).shape)
+    axis = dim % input.ndim
+    whole, at = (t.expand(*sizes[:axis], t.shape[axis], *sizes[axis:]) for t in (input, indices))
+    return whole.gather(axis, at)
+
+
+_TRACEABLE: dict[Any, Callable[..., Any]] = {
+    Tensor.data.__get__: Tensor.detach,  # pyright: ignore[reportAttributeAccessIssue]
+    torch.take_along_dim: _take_along_dim,
+    Tensor.take_along_dim: _take_along_dim,
+}
+
+
+def _example(t: Tensor) -> Tensor:
+    return torch.empty(TRACED_BATCH, *t.shape[1:], dtype=t.dtype, device=t.device)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
+def _mentions_data(error: Exception) -> bool:
+    """Whether the error of tracing is a branch on values."""
+    text = f"{type(error).__name__}: {error}"
+    return any(hint in text for hint in ("data-dependent", "DataDependent", "bool on", "item()"))
+
+
+def _translated(error: Exception) -> CaptureError:
+    """An error of tracing as cause and remedy, with the line of the model that it came from."""
+    location = raised_at(error)
+    where = f" at {location[0]}" if location else ""
+    if _mentions_data(error):
+        return CaptureError(
+            f"data-dependent control flow{where}: the values of a tensor decide what is computed",
+            remedy="decide on shapes or constants instead of values, or use torch.where",
+            code="FXC101",
+            location=location,
+        )
+    return CaptureError(
+        f"the model cannot be traced{where}: {type(error).__name__}: {_first_line(error)}",
+        remedy="give the inputs that its forward takes, and let it compute by torch alone; "
+        "the error that this was raised from has the whole trace",
+        code="FXC102",
+        location=location,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+
+
+def _keep_only_selected_output(graph: fx.GraphModule, program: ExportedProgram) -> None:
+    node = graph.graph.output_node()
+    kinds = [spec.kind for spec in program.graph_signature.output_specs]
+    outputs: list[Any] = list(pytree.tree_leaves(node.args))
+    node.args = (outputs[kinds.index(OutputKind.USER_OUTPUT)],)
+
+
+def _sources(program: ExportedProgram, model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Placeholder -> name of the model's tensor, by identity (tied ones share the first); and lifted constants."""
+    names = {id(t): name for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
+    sources: dict[str, str] = {}
+    constants: dict[str, Tensor] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT or spec.target is None:
+            continue
+        tensor = program.state_dict.get(spec.target, program.constants.get(spec.target))
+        if id(tensor) in names:
+            sources[spec.arg.name] = names[id(tensor)]
+        elif isinstance(tensor, Tensor):
+            sources[spec.arg.name], constants[spec.target] = spec.target, tensor.detach().clone()
+    return sources, constants

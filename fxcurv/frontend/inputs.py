@@ -1,0 +1,93 @@
+"""Inputs of a model, and the output that is taken of what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcurv.core.errors import CaptureError, InputError, a_value
+from fxcurv.core.torch_compat import pytree
+
+__all__ = ["Inputs", "Output", "as_call", "batch_size", "device_of", "selector"]
+
+
+Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
+
+
+Output = str | int | Callable[[Any], Tensor] | None
+
+
+def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor or a tuple is positional, a dict is keyword arguments."""
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def batch_size(inputs: Inputs) -> int:
+    """The length of axis 0, which all input tensors share."""
+    tensors = [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
+    if not tensors:
+        raise InputError("no input tensor was given", remedy="call it as curv(inputs, target)", code="FXC110")
+    for t in tensors:
+        if t.ndim == 0:
+            raise InputError("an input is a scalar", remedy="give every input a leading batch axis", code="FXC110")
+    sizes = {t.shape[0] for t in tensors}
+    if len(sizes) != 1:
+        raise InputError(
+            f"inputs have different batch sizes {sorted(sizes)}",
+            remedy="let axis 0 of every input be the batch",
+            code="FXC110",
+        )
+    return sizes.pop()
+
+
+def device_of(inputs: Inputs) -> torch.device:
+    """Where the inputs lie."""
+    return next((t.device for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)), torch.device("cpu"))
+
+
+def selector(output: Output) -> Callable[[Any], Tensor]:
+    """The function that takes the tensor to differentiate out of what the model returns."""
+
+    def select(returned: Any) -> Tensor:
+        if callable(output):
+            chosen = output(returned)
+        elif output is None:
+            chosen = returned
+        else:
+            chosen = _item(returned, output)
+        if isinstance(chosen, Tensor):
+            return chosen
+        raise _choose(f"the model returns {_described(chosen)}, not a tensor")
+
+    return select
+
+
+def _item(returned: Any, output: str | int) -> Any:
+    """What the model returns under a name or at an index."""
+    try:
+        if isinstance(output, str) and not isinstance(returned, dict):
+            return getattr(returned, output)
+        return returned[output]
+    except (LookupError, AttributeError, TypeError) as error:
+        raise _choose(f"the model returns {_described(returned)}, nothing that output={output!r} names") from error
+
+
+def _choose(cause: str) -> CaptureError:
+    remedy = "choose one with output= (an index, a name, or a function of what the model returns)"
+    return CaptureError(cause, node="output", remedy=remedy, code="FXC105")
+
+
+def _described(returned: Any) -> str:
+    parts = _parts(returned)
+    return "a tensor" if isinstance(returned, Tensor) else a_value(returned) + (f" of {parts}" if parts else "")
+
+
+def _parts(returned: Any) -> str:
+    if isinstance(returned, dict):
+        return ", ".join(map(repr, returned))
+    return f"{len(returned)} items" if isinstance(returned, list | tuple) else ""

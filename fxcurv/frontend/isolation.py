@@ -1,0 +1,99 @@
+"""capture: any eval-mode model -> one flat ATen graph, valid for every batch size, through torch.export.
+
+The graph's placeholders are the model's tensors (parameters, buffers, constants) and its inputs; `Captured.sources`
+says which tensor of the model each of the former is. The model itself is traced through a structural copy that shares
+its tensors, so nothing that tracing leaves behind (caches, counters, flags) reaches it.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import random
+import sys
+import threading
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from functools import partial
+from typing import Any
+
+import torch
+
+__all__ = ["TRACING", "generators_beside_torch", "no_report_of_failure", "without_autocast"]
+
+
+TRACING = threading.RLock()
+"""Held by the thread that traces: torch.export and fx exchange functions of the whole process."""
+
+
+@contextmanager
+def without_autocast() -> Generator[None]:
+    """Nothing of it on any device; the types of the model's own tensors are those that it computes with."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def no_report_of_failure() -> Generator[None]:
+    """What torch prints and logs of a graph that it cannot finish is dropped: the error says it, and where.
+
+    Everything else comes once tracing has ended, what other threads log at once.
+    """
+    thread, printed, held = threading.get_ident(), io.StringIO(), list[tuple[logging.Handler, logging.LogRecord]]()
+
+    def of_others(handler: logging.Handler, record: logging.LogRecord) -> bool:
+        if record.thread == thread:
+            held.append((handler, record))
+        return record.thread != thread
+
+    filters = {handler: partial(of_others, handler) for log in _torch_loggers() for handler in log.handlers}
+    for handler, only in filters.items():
+        handler.addFilter(only)
+    report = ""
+    try:
+        with redirect_stderr(printed):
+            yield
+    except Exception as error:
+        graph = getattr(error, "partial_fx_graph", None)
+        report = "" if graph is None else f"{graph}\n"
+        held.clear()
+        raise
+    finally:
+        for handler, only in filters.items():
+            handler.removeFilter(only)
+        for handler, record in held:
+            handler.handle(record)
+        said = printed.getvalue()
+        if rest := said.replace(report, "") if report else said:
+            print(rest, end="", file=sys.stderr)
+
+
+def _torch_loggers() -> list[logging.Logger]:
+    """All that torch has made: most have handlers of their own."""
+    known = [(name, log) for name, log in logging.root.manager.loggerDict.items() if isinstance(log, logging.Logger)]
+    return [log for name, log in known if name.partition(".")[0] == "torch"]
+
+
+@contextmanager
+def generators_beside_torch() -> Generator[Callable[[], bool]]:
+    """Those of Python and NumPy that all share are put back; what is yielded says whether they have moved."""
+    numpy: Any = sys.modules.get("numpy")  # without which nothing draws from it
+
+    def state() -> tuple[Any, Any]:
+        theirs = numpy.random.get_state(legacy=False) if numpy is not None else {}
+        return random.getstate(), theirs
+
+    def have_moved() -> bool:
+        return repr(state()) != before
+
+    python, theirs = state()
+    before = repr((python, theirs))
+    try:
+        yield have_moved
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(theirs)

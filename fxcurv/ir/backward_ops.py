@@ -1,0 +1,300 @@
+"""The modules of the augmented graphs: what the forward graph keeps, and how the backward graph carries S.
+
+`S[v, *y.shape]` holds v columns of the factor, pulled back to a node with output y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.contractions.entries import widened, with_ones
+from fxcurv.contractions.statistic import Statistic, Sum
+from fxcurv.core.shapes import Samples
+from fxcurv.ir import ops
+from fxcurv.ir.declare import autograd_pull_each, pull_together
+from fxcurv.ir.rules import rule_of
+from fxcurv.linalg.cost import Cost
+
+__all__ = [
+    "Accumulate",
+    "Apart",
+    "InputPositions",
+    "Joined",
+    "Keep",
+    "OutputPositions",
+    "ParameterPositions",
+    "Part",
+    "Pull",
+    "PullInputs",
+    "PullScaled",
+    "PullToParameter",
+    "Rotate",
+    "Scaled",
+    "Selected",
+    "Unbroadcast",
+]
+
+
+class _OfOp(nn.Module):
+    """A module that applies one part of the rule of `op`, which it shares with the canonical graph."""
+
+    def __init__(self, op: nn.Module) -> None:
+        super().__init__()
+        self.op = op
+        self.rule = rule_of(op)
+
+    @property
+    def title(self) -> str:
+        """`Pull(ReLU)`: how tables call it."""
+        return f"{type(self).__name__}({type(self.op).__name__})"
+
+
+class Keep(_OfOp):
+    """What the pullback through `op` needs to know about this run: (y, *xs) -> tensors and shapes."""
+
+    def forward(self, y: Tensor, *xs: Tensor) -> Any:
+        return self.rule.keep(self.op, xs, y)
+
+
+class Selected(nn.Module):
+    """y = x[indices], by what the selection kept: the indices count the entries of the last `axes` axes of x."""
+
+    def __init__(self, axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x: Tensor, kept: tuple[Tensor, Any]) -> Tensor:
+        indices = kept[0]
+        return x.flatten(-self.axes).gather(-1, indices.flatten(-self.axes)).view(indices.shape)
+
+    def extra_repr(self) -> str:
+        return f"axes={self.axes}"
+
+
+class Pull(_OfOp):
+    """S[v, *y.shape] -> S[v, *x_k.shape], before broadcasting is undone; with `per_sample`, S[v, n, …] at constants."""
+
+    def __init__(self, op: nn.Module, k: int, per_sample: bool = False) -> None:
+        super().__init__(op)
+        self.k, self.per_sample = k, per_sample
+
+    def forward(self, S: Tensor, kept: Any) -> Tensor:
+        if not self.per_sample:
+            return self.rule.pull(self.op, S, kept, self.k)
+        return self.rule.pull(self.op, S.flatten(0, 1), kept, self.k).unflatten(0, S.shape[:2])
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, per_sample={self.per_sample}"
+
+
+class PullInputs(_OfOp):
+    """`Pull` through an opaque op to several of its inputs, from their values: [S[v, *x_k.shape] for k in ks].
+
+    By autograd, one column after the other, or all `together`.
+    """
+
+    def __init__(self, op: nn.Module, ks: Sequence[int], per_sample: bool = False, together: bool = False) -> None:
+        super().__init__(op)
+        self.ks, self.per_sample, self.together = tuple(ks), per_sample, together
+
+    def forward(self, S: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+        pull = pull_together if self.together else autograd_pull_each
+        if not self.per_sample:
+            return pull(self.op, S, xs, self.ks)
+        return [pulled.unflatten(0, S.shape[:2]) for pulled in pull(self.op, S.flatten(0, 1), xs, self.ks)]
+
+    def extra_repr(self) -> str:
+        return f"ks={self.ks}, per_sample={self.per_sample}, together={self.together}"
+
+
+class Part(nn.Module):
+    """One of several results."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def forward(self, results: Sequence[Tensor]) -> Tensor:
+        return results[self.index]
+
+    def extra_repr(self) -> str:
+        return str(self.index)
+
+
+class PullScaled(_OfOp):
+    """`Pull` through a convolution and the `scale` of its output channels in one: the weight is scaled, not S."""
+
+    def __init__(self, op: nn.Module, scale: ops.Affine) -> None:
+        super().__init__(op)
+        self.scale = scale
+
+    def forward(self, S: Tensor, kept: Any) -> Tensor:
+        weight: Any = self.op.weight
+        scale = self.scale.slope().view(-1, *(1,) * (weight.ndim - 1))
+        assert self.rule.use is not None
+        return self.rule.use.pull(self.op, weight * scale, S, kept)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale.extra_repr()}"
+
+
+class Scaled(Statistic):
+    """A sum over the columns that arrive at the `scale` of a convolution's outputs, as of those behind it."""
+
+    def __init__(self, statistic: Statistic, scale: ops.Affine) -> None:
+        super().__init__()
+        self.statistic, self.scale, self.reads = statistic, scale, statistic.reads
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.statistic.scaled(self.statistic(*args), self.scale.slope())
+
+    def cost(self, *args: Any) -> Cost:
+        return self.statistic.cost(*args)
+
+    def sum_of(self, returned: Tensor) -> Sum:
+        return self.statistic.sum_of(returned)
+
+    @property
+    def title(self) -> str:
+        """`Scaled(Diagonal)`: how tables call it."""
+        return f"Scaled({type(self.statistic).__name__})"
+
+
+class PullToParameter(_OfOp):
+    """S[v, *y.shape] -> S[v, n, *θ.shape] where input k of `op`, θ, is the same for all samples.
+
+    `places` says where the inputs, and last the output, hold their samples; each sample is pulled back alone by
+    autograd, one after the other or all `together`.
+    """
+
+    def __init__(self, op: nn.Module, k: int, places: Sequence[Samples | None], together: bool = False) -> None:
+        super().__init__(op)
+        self.k, self.places, self.together = k, tuple(places), together
+
+    def forward(self, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
+        *places, last = self.places
+        assert last is not None
+        S = last.apart(S, lead=1)  # [v, n, …]
+        xs = [x if place is None else place.apart(x) for x, place in zip(kept, places, strict=True)]
+        if self.together:
+            axes = [None if place is None else 0 for place in places]
+            return torch.func.vmap(lambda S, *xs: pull_together(self.op, S, xs, [self.k])[0], (1, *axes), 1)(S, *xs)
+        own = [[x if place is None else x[n] for x, place in zip(xs, places, strict=True)] for n in range(S.shape[1])]
+        return torch.stack([autograd_pull_each(self.op, S[:, n], x, [self.k])[0] for n, x in enumerate(own)], 1)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, places=({', '.join(map(str, self.places))}), together={self.together}"
+
+
+class Unbroadcast(nn.Module):
+    """Sum over the axes along which an input was repeated: `lead` in front of it, and its `axes` of size one.
+
+    They are counted behind the first `columns` axes of S.
+    """
+
+    def __init__(self, lead: int, axes: Sequence[int], columns: int = 1) -> None:
+        super().__init__()
+        self.lead, self.axes, self.columns = lead, tuple(axes), columns
+
+    def forward(self, S: Tensor) -> Tensor:
+        S = S.sum(tuple(range(self.columns, self.columns + self.lead))) if self.lead else S
+        return S.sum(tuple(axis + self.columns for axis in self.axes), keepdim=True) if self.axes else S
+
+    def extra_repr(self) -> str:
+        return f"lead={self.lead}, axes={self.axes}, columns={self.columns}"
+
+
+class Apart(nn.Module):
+    """S[v, *y.shape] -> S[v, n, …], with what belongs to one sample left at `place`'s axis."""
+
+    def __init__(self, place: Samples) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, S: Tensor) -> Tensor:
+        return self.place.apart(S, lead=1)
+
+    def extra_repr(self) -> str:
+        return f"samples at {self.place}"
+
+
+class Accumulate(nn.Module):
+    """Σ of the cotangents that arrive at a node with several consumers."""
+
+    def forward(self, *Ss: Tensor) -> Tensor:
+        total = Ss[0]
+        for S in Ss[1:]:
+            total = total + S
+        return total
+
+
+class Joined(nn.Module):
+    """The cotangents of parts that tile a tensor -> that of the whole: side by side along `dim`, which may be `new`."""
+
+    def __init__(self, dim: int, new: bool) -> None:
+        super().__init__()
+        self.dim, self.new = dim, new
+
+    def forward(self, *Ss: Tensor) -> Tensor:
+        return torch.stack(Ss, self.dim) if self.new else torch.cat(Ss, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, new={self.new}"
+
+
+class InputPositions(_OfOp):
+    """x -> x[n,s,g,i]: where the parameters of `op` meet its input, whose samples lie at `place`."""
+
+    def __init__(self, op: nn.Module, place: Samples) -> None:
+        super().__init__(op)
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.rule.use is not None
+        x = self.rule.use.x(self.op, widened(x).movedim(self.place.axis, 0))
+        return self.place.regrouped(x)
+
+    def extra_repr(self) -> str:
+        return f"samples at {self.place}"
+
+
+class ParameterPositions(nn.Module):
+    """S[v, n, *θ.shape] -> S[v,n,s,g,o] with one position and one group: a parameter as a bias of its own."""
+
+    def forward(self, S: Tensor) -> Tensor:
+        return widened(S).reshape(*S.shape[:2], 1, 1, -1)
+
+
+class OutputPositions(_OfOp):
+    """S -> S[v,n,s,g,o]: the cotangents where the parameters of `op` meet its output, whose samples lie at `place`."""
+
+    def __init__(self, op: nn.Module, place: Samples) -> None:
+        super().__init__(op)
+        self.place = place
+
+    def forward(self, S: Tensor) -> Tensor:
+        assert self.rule.use is not None
+        S = self.rule.use.S(self.op, widened(S).movedim(self.place.axis + 1, 1))
+        return self.place.regrouped(S, lead=1)
+
+    def extra_repr(self) -> str:
+        return f"samples at {self.place}"
+
+
+class Rotate(nn.Module):
+    """X[*,s,g,d] -> Σ_d U[g,d,e] X[*,s,g,d]: positions in another basis; with `ones` the constant 1 is behind them."""
+
+    def __init__(self, ones: bool = False) -> None:
+        super().__init__()
+        self.ones = ones
+
+    def forward(self, X: Tensor, U: Tensor) -> Tensor:
+        X = with_ones(X) if self.ones else X
+        return (X.transpose(-3, -2) @ U).transpose(-3, -2)
+
+    def extra_repr(self) -> str:
+        return f"ones={self.ones}"

@@ -1,0 +1,100 @@
+"""The engine of rewrites: a rewrite is a function of a node that returns its replacement, or None for «no match»."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from keyword import iskeyword
+from typing import Any
+
+from torch import fx, nn
+
+from fxcurv.ir.nodes import module_of
+
+__all__ = ["Rewrite", "Targets", "copied", "instead", "rewrites", "settled"]
+
+
+Rewrite = Callable[[fx.Node, nn.Module], fx.Node | None]
+
+
+class _Draft(fx.GraphModule):
+    """A graph that is still being changed: its code is written once, when it is settled."""
+
+    def recompile(self) -> Any:
+        pass
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A draft of its own that shares the modules of `gm`: passes change copies, never what they were given."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, values := {}))
+    graph.output_node().meta = copy.copy(gm.graph.output_node().meta)
+    for old, new in values.items():
+        new.meta = copy.copy(old.meta)
+    return _Draft(gm, graph, class_name=type(gm).__name__)
+
+
+def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
+    """A copy of `gm` with every node replaced by what the first matching rule returns, from inputs to outputs.
+
+    Nodes that nothing reads any more are dropped.
+    """
+    gm = copied(gm)
+    for node in list(gm.graph.nodes):
+        if node.op != "call_module":
+            continue
+        for rule in rules:
+            replacement = rule(node, module_of(node))
+            if replacement is not None:
+                node.replace_all_uses_with(replacement)
+                gm.graph.erase_node(node)
+                break
+    gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    return settled(gm)
+
+
+def instead(node: fx.Node, op: nn.Module, args: tuple[Any, ...]) -> fx.Node:
+    """A call of `op` in the place of a node of a draft, under its target."""
+    gm = node.graph.owning_module
+    assert gm is not None
+    gm.set_submodule(str(node.target), op)
+    with node.graph.inserting_before(node):
+        replacement = node.graph.call_module(str(node.target), args)
+    replacement.meta = dict(node.meta)
+    return replacement
+
+
+def settled(gm: fx.GraphModule) -> fx.GraphModule:
+    """A draft as it is to stay, with the code of its graph, and no module that it does not call."""
+    return fx.GraphModule(gm, gm.graph, class_name=type(gm).__name__)
+
+
+class Targets:
+    """The targets of a graph's modules, each given once."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+        self.parents: set[str] = set()
+
+    def free(self, path: str) -> str:
+        """`path`, as `a_b` instead of `a.b` where `a` is a module already, and with a number behind it if it is taken.
+
+        A part that is a keyword of Python gets an underscore.
+        """
+        path = ".".join(f"{part}_" if iskeyword(part) else part for part in path.split("."))
+        while not self.taken.isdisjoint(_parents(path)):
+            parent, _, last = path.rpartition(".")
+            path = f"{parent}_{last}"
+        target, number = path, 0
+        while hasattr(fx.GraphModule, target.rpartition(".")[2]) or target in self.taken or target in self.parents:
+            number += 1
+            target = f"{path}_{number}"
+        self.taken.add(target)
+        self.parents.update(_parents(target))
+        return target
+
+
+def _parents(path: str) -> list[str]:
+    """a.b.c -> a, a.b."""
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]

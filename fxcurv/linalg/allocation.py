@@ -1,0 +1,58 @@
+"""Memory for large results.
+
+What is written first to memory that is new to a process costs a fault for every page. On Linux, where the system grants
+huge pages to those who ask ("madvise", the default of most distributions), asking makes that several times faster.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["LARGE", "multiplied", "new_empty"]
+
+
+LARGE = 4 << 20
+"""Bytes from which huge pages, of 2 MiB as a rule, are asked for."""
+
+
+def new_empty(like: Tensor, *shape: int) -> Tensor:
+    """`like.new_empty(shape)`, in huge pages if it is large and the system grants them."""
+    result = like.new_empty(shape)
+    size = result.numel() * result.element_size()
+    # Neither fake tensors nor those of a compiler that traces have an address.
+    if size >= LARGE and type(result) is Tensor and result.device.type == "cpu" and not torch.compiler.is_compiling():
+        _ask(result.data_ptr(), size)
+    return result
+
+
+def multiplied(a: Tensor, b: Tensor) -> Tensor:
+    """a · b, of a's shape and type, in huge pages like `new_empty`."""
+    large = a.numel() * a.element_size() >= LARGE and a.is_contiguous()
+    if not large or a.requires_grad or b.requires_grad or torch.compiler.is_compiling():
+        return a * b
+    return torch.mul(a, b, out=new_empty(a, *a.shape))
+
+
+def _ask(address: int, size: int) -> None:
+    """Advice alone: whatever the system answers, the memory can be used."""
+    advise = _advise()
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    if advise is not None:
+        advise(start, address + size - start, mmap.MADV_HUGEPAGE)
+
+
+@lru_cache
+def _advise() -> Any:
+    """The system's `madvise`, where it knows huge pages."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    function = getattr(ctypes.CDLL(None), "madvise", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function

@@ -1,0 +1,121 @@
+"""EKFAC: the eigenbases of Kronecker factors, and the diagonal of the exact block in them, found in a second pass.
+
+The bases are those of the factors of a batch, or of a whole data set (fxcurv/second_pass.py): then they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fxcurv.blocks.base import Block
+from fxcurv.blocks.diagonal import Diagonal
+from fxcurv.blocks.eigenbasis import Eigenbasis
+from fxcurv.blocks.lazy_gram import formed, moment_of
+from fxcurv.contractions.definitions import InputCovariance, RotatedDiagonal
+from fxcurv.contractions.statistic import Statistic, Sum
+from fxcurv.linalg.factorizations import decomposed
+from fxcurv.quantities.factors import Factor
+from fxcurv.quantities.kfac import KFAC
+from fxcurv.quantities.plan import Job
+from fxcurv.quantities.protocol import Sums, Used
+from fxcurv.results.entry import Combine, Structure
+
+__all__ = ["EKFAC", "Bases", "Eigenvalues", "bases", "diagonalized", "eigenvectors", "rotated"]
+
+
+@dataclass(frozen=True)
+class EKFAC(KFAC):
+    """(U_G ⊗ U_A) diag(Λ) (U_G ⊗ U_A)ᵀ with Λ = Σ_vn (U_Gᵀ J_vn U_A)², an `Eigenbasis` (George et al. 2018).
+
+    U_A, U_G are the eigenvectors of KFAC's A and G, `approx` and `joint` are KFAC's too; J = Σ_s S xᵀ. Of all blocks
+    with these eigenvectors it is the nearest to the exact one (in Frobenius norm), whose trace it has. It takes each
+    column back twice, and over a data set two passes (`Compiled.accumulate`). Parameters without a Kronecker form have
+    KFAC's blocks. Where eigenvalues of A or G coincide (of "reduce" with few samples, at 0) the basis is not unique,
+    and with it the block; its trace is.
+    """
+
+    structure: ClassVar[Structure] = "block"
+    combine: ClassVar[Combine] = "refuse"
+    family: str = field(default="ekfac", init=False, repr=False)
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        return {**super().statistics(used), **self._second(used)}
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Block:
+        if "eigenvalues" not in sums:
+            return super().finish(used, sums, samples)
+        U_A, U_G, values = (formed(sums[name]) for name in ("A", "G", "eigenvalues"))
+        values = values.view(len(U_A), U_G.shape[-1], U_A.shape[-1])
+        return Eigenbasis(self._shape(used), U_A, U_G, values, inputs_first=used.inputs_first)
+
+    def _second(self, used: Used) -> dict[str, Statistic]:
+        """What the second pass sums."""
+        A = KFAC.statistics(self, used).get("A")
+        return {"eigenvalues": RotatedDiagonal(A.ones)} if isinstance(A, InputCovariance) else {}
+
+
+@dataclass(frozen=True)
+class Eigenvalues(EKFAC):
+    """Λ alone, in bases that are given (`Bases`), `[g,o,i]`: a `Diagonal` in them, which adds over batches."""
+
+    structure: ClassVar[Structure] = "block"
+    combine: ClassVar[Combine] = "add"
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        return self._second(used)
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Block:
+        values = formed(sums["eigenvalues"])
+        return Diagonal(self._shape(used), values.reshape(self._shape(used)))
+
+
+# The second pass ----------------------------------------------------------------------------------------------------
+
+
+def rotated(jobs: Iterable[Job]) -> Iterator[tuple[Job, str, RotatedDiagonal]]:
+    """The jobs with a sum that is taken in the eigenbases of others, in a second pass; and that sum."""
+    for job in jobs:
+        for name, statistic in job.quantity.statistics(job.used).items():
+            if isinstance(statistic, RotatedDiagonal):
+                yield job, name, statistic
+
+
+def bases(jobs: Iterable[Job], job: Job) -> tuple[str, str]:
+    """The names under which the second pass of a factor with these jobs takes U_A and U_G of one of them."""
+    number = next(n for n, other in enumerate(jobs) if other is job)
+    return f"eigenvectors_{number}_A", f"eigenvectors_{number}_G"
+
+
+def eigenvectors(value: Sum, what: str = "the factor") -> Tensor:
+    """Those of a factor `[g,d,d]`, in columns; `what` names it in errors."""
+    return decomposed(torch.linalg.eigh, moment_of(value).dense(), what)[1]
+
+
+@dataclass(frozen=True)
+class Bases:
+    """U_A `[g,i,i]` and U_G `[g,o,o]` of every block, by its quantity and parameters, for a second pass on its own.
+
+    `factors` are those of the first pass in their order, whose columns are drawn again from the same state.
+    """
+
+    vectors: Mapping[tuple[str, tuple[str, ...]], tuple[Tensor, Tensor]]
+    factors: tuple[Factor, ...]
+
+
+def diagonalized(jobs: Iterable[Job], factor: Factor, sums: dict[str, Sum], given: Bases | None) -> dict[str, Tensor]:
+    """Eigenvectors `[g,d,d]` as inputs of the second pass: those given, else of the sums A and G, in whose places."""
+    jobs, found = [job for job in jobs if job.quantity.factor == factor], dict[str, Tensor]()
+    for job, _, _ in rotated(jobs):
+        for k, (kind, name) in enumerate(zip("AG", bases(jobs, job), strict=True)):
+            if given is not None:
+                found[name] = given.vectors[job.name, job.parameters][k]
+                continue
+            found[name] = sums[job.sums[kind]] = eigenvectors(
+                sums[job.sums[kind]], f"the factor {kind} of {job.used.name!r}"
+            )
+    return found

@@ -1,0 +1,120 @@
+"""Quantities of gradients: their sum, those of single samples, and their norms, products and moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from fxcurv.blocks.lazy_gram import formed
+from fxcurv.contractions.definitions import Columns, Gradient, SquaredNorms
+from fxcurv.contractions.definitions import Diagonal as DiagonalOf
+from fxcurv.contractions.statistic import Statistic
+from fxcurv.quantities.factors import Factor, LossGradient
+from fxcurv.quantities.inner_products import kept, kept_of, products
+from fxcurv.quantities.protocol import OfEach, Sums, Used, WithOptions, columns_of, tensor_of
+from fxcurv.results.entry import Combine, Structure
+
+__all__ = ["BatchDot", "BatchGrad", "BatchL2", "Grad", "SumGradSquared", "Variance"]
+
+
+@dataclass(frozen=True)
+class Grad(WithOptions):
+    """∇loss[o,i] = Σ_ns S[n,s,o] x[n,s,i] with S = ∂loss/∂output pulled back; a tensor of the parameter's shape."""
+
+    structure: ClassVar[Structure] = "vector"
+    combine: ClassVar[Combine] = "add"
+    factor: Factor = field(default=LossGradient(), init=False)
+    family: str = field(default="grad", init=False, repr=False)
+
+    def owner(self, used: Used) -> str:
+        return used.name
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        return {"gradient": Gradient()}
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+        return used.laid(formed(sums["gradient"]))
+
+    def approximation(self, used: Used) -> str | None:
+        return None
+
+
+# Of single samples' gradients ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BatchGrad(OfEach):
+    """g_n = Σ_s S[n,s,o] x[n,s,i] with S = ∂loss/∂output pulled back: `[N, *θ]`; their sum is the gradient."""
+
+    factor: Factor = field(default=LossGradient(), init=False)
+    family: str = field(default="batch_grad", init=False, repr=False)
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        return {"entries": Columns(used.inputs_first)}
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+        return columns_of(sums, used)[0]
+
+
+@dataclass(frozen=True)
+class BatchL2(OfEach):
+    """‖g_n‖²: `[N]`; for weights Σ_st (x_ns x_nt)(S_ns S_nt) where that is cheaper than g_n (Goodfellow 2015)."""
+
+    factor: Factor = field(default=LossGradient(), init=False)
+    family: str = field(default="batch_l2", init=False, repr=False)
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        return {"norms": SquaredNorms()}
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+        return tensor_of(sums, "norms")
+
+
+@dataclass(frozen=True)
+class BatchDot(OfEach):
+    """⟨g_n, g_m⟩: `[N, N]`; for weights Σ_st (x_ns x_mt)(S_ns S_mt) where that is cheaper than g (Dangel 2020)."""
+
+    factor: Factor = field(default=LossGradient(), init=False)
+    family: str = field(default="batch_dot", init=False, repr=False)
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        return kept(used)
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+        columns = kept_of(sums)
+        return products(columns, columns)[0, :, 0]
+
+
+@dataclass(frozen=True)
+class SumGradSquared(OfEach):
+    """Σ_n g_n², a tensor like the parameter (Dangel 2020: the gradients' second moment)."""
+
+    factor: Factor = field(default=LossGradient(), init=False)
+    family: str = field(default="sum_grad_squared", init=False, repr=False)
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        return {"diagonal": DiagonalOf()}
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+        return used.laid(tensor_of(sums, "diagonal"))
+
+
+@dataclass(frozen=True)
+class Variance(OfEach):
+    """1/N Σ_n g_n² - (1/N Σ_n g_n)², a tensor like the parameter, as BackPACK's: g_n is scaled as the loss is.
+
+    For reduction "mean" these are N² times smaller than the variance of the gradients of the samples' own losses.
+    Where rounding would make it negative it is zero.
+    """
+
+    factor: Factor = field(default=LossGradient(), init=False)
+    family: str = field(default="variance", init=False, repr=False)
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        return {"gradient": Gradient(), "diagonal": DiagonalOf()}
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+        squares, mean = tensor_of(sums, "diagonal") / samples, tensor_of(sums, "gradient") / samples
+        return used.laid((squares - mean.view_as(squares).square()).clamp_(min=0))

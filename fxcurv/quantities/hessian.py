@@ -1,0 +1,56 @@
+"""The diagonal of the loss Hessian itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fxcurv.contractions.definitions import Diagonal as DiagonalOf
+from fxcurv.contractions.definitions import DiagonalPerSample, HessianDiagonal
+from fxcurv.contractions.statistic import Statistic
+from fxcurv.quantities.factors import Exact, Factor
+from fxcurv.quantities.protocol import OfEach, Sums, Used, tensor_of
+from fxcurv.results.entry import Combine, Structure
+
+__all__ = ["DiagHessian"]
+
+
+# Of the Hessian -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DiagHessian(OfEach):
+    """diag ∂²loss/∂θ², a tensor like the parameter, or with `per_sample` that of each sample's part, `[N, *θ]`.
+
+    Not a Gauss-Newton: where the network bends, entries may be negative (Dangel et al. 2020). Where it does not bend in
+    a parameter, as behind a layer that ReLUs and other layers follow, the diagonal is that of the GGN, and is computed
+    so. Scaled as the loss is.
+    """
+
+    per_sample: bool = False
+    factor: Factor = field(default=Exact(), init=False)
+
+    @property
+    def structure(self) -> Structure:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """A diagonal, or with `per_sample` an array."""
+        return "array" if self.per_sample else "diagonal"
+
+    @property
+    def combine(self) -> Combine:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Batches add, unless samples are kept apart."""
+        return "refuse" if self.per_sample else "add"
+
+    @property
+    def family(self) -> str:
+        return "batch_diag_hessian" if self.per_sample else "diag_hessian"
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        if used.bends:
+            return {"hessian": HessianDiagonal(self.per_sample)}
+        return {"hessian": DiagonalPerSample() if self.per_sample else DiagonalOf()}
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+        lead = (samples,) if self.per_sample else ()
+        diagonal = tensor_of(sums, "hessian")
+        return diagonal.reshape(*lead, *used.shape) if used.bends else used.laid(diagonal, *lead)

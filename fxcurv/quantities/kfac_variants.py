@@ -1,0 +1,74 @@
+"""Relatives of KFAC: FOOF, of the inputs alone, and KFRA, by a recursion over averages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+
+from fxcurv.blocks.base import Block
+from fxcurv.blocks.diagonal import Diagonal
+from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.contractions.definitions import Gradient, Recursive
+from fxcurv.contractions.statistic import Statistic
+from fxcurv.quantities.factors import Factor, LossGradient
+from fxcurv.quantities.kfac import KFAC
+from fxcurv.quantities.protocol import EXACT, Sums, Used, tensor_of
+from fxcurv.results.entry import Combine, Structure
+
+__all__ = ["FOOF", "KFRA"]
+
+
+# Of the inputs ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FOOF(KFAC):
+    """I ⊗ A per weight, A of the inputs as KFAC's, by `approx` and `joint` (Benzing 2022): the loss plays no part.
+
+    A parameter that is no weight of a linear layer or convolution sees the constant 1: its block is the identity.
+    Weights alone, or with `joint` those with their biases, take a forward pass only.
+    """
+
+    structure: ClassVar[Structure] = "block"
+    combine: ClassVar[Combine] = "refuse"
+    factor: Factor = field(default=LossGradient(), init=False)
+    family: str = field(default="foof", init=False, repr=False)
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        found = super().statistics(used)
+        return {"A": found["A"]} if "A" in found else {"gradient": Gradient()}
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Block:
+        if "A" not in sums:
+            return Diagonal(used.shape, torch.ones_like(tensor_of(sums, "gradient")).reshape(used.shape))
+        A = sums["A"]
+        identity = torch.eye(used.outputs).to(A.kept[0] if isinstance(A, SecondMoment) else A)
+        return super().finish(used, {"A": A, "G": identity.expand(A.shape[0], -1, -1)}, samples)
+
+    def approximation(self, used: Used) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class KFRA(KFAC):
+    """G ⊗ A per weight, A as KFAC's, G by a recursion that averages over the batch (Botev et al. 2017).
+
+    G(f) = Σ_n ∂²loss/∂f_n², G(v) = 1/N Σ_n J_nᵀ G(u) J_n with u the first node that all paths from v to the output
+    pass, J_n = ∂u_n/∂v_n: in sequential networks the next one. A weight has the sum of G over positions s = t, a bias
+    and any other parameter the block of all of G; several uses of a parameter count as independent. For small networks:
+    it holds G, with a side of all entries of one sample. Not by autograd: `fallback` is refused.
+    """
+
+    structure: ClassVar[Structure] = "block"
+    combine: ClassVar[Combine] = "refuse"
+    factor: Factor = field(default=EXACT, init=False)
+    approx: Literal["expand", "reduce"] = field(default="expand", init=False, repr=False)
+    family: str = field(default="kfra", init=False, repr=False)
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        found = super().statistics(used)
+        if "A" in found:
+            return {"A": found["A"], "G": Recursive("kronecker")}
+        return {"matrix": Recursive("dense")} if "matrix" in found else {"diagonal": Recursive("diagonal")}

@@ -1,0 +1,195 @@
+"""The interface of a quantity, and the description of a parameter that it is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, TypedDict, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from fxcurv.blocks.base import Block
+from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.contractions.statistic import Statistic, Sum
+from fxcurv.core.errors import QuantityError
+from fxcurv.quantities.factors import Exact, Factor
+from fxcurv.results.entry import Combine, Structure
+
+__all__ = ["EXACT", "OfEach", "Quantity", "Sums", "Used", "WithOptions", "owners"]
+
+
+# What a quantity is told about a parameter ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Used:
+    """A parameter as its uses see it, over `positions` in all: `W[g,o,i]`, or a vector (a bias, a scale).
+
+    `partner` is the wanted bias that exactly the uses of this matrix add, and for that bias the matrix. With
+    `inputs_first` the parameter itself lies as `W[i,o]`; only the methods here say what that means. Unless it `bends`,
+    the output is piecewise linear in it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    groups: int
+    outputs: int
+    inputs: int
+    positions: int
+    matrix: bool
+    partner: str | None = None
+    inputs_first: bool = False
+    bends: bool = True
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def joint_shape(self) -> tuple[int, int]:
+        """The shape of this matrix with a bias beside it: `[W | b]`, or W with b below."""
+        o, i = self.groups * self.outputs, self.inputs + 1
+        return (i, o) if self.inputs_first else (o, i)
+
+    def laid(self, entries: Tensor, *lead: int) -> Tensor:
+        """Entries `[*lead, g, o, i]` as the parameter lies: `[*lead, *shape]`."""
+        if self.inputs_first:
+            entries = entries.reshape(*lead, self.outputs, self.inputs).mT.contiguous()
+        return entries.reshape((*lead, *self.shape))
+
+    def flat(self, laid: Tensor) -> Tensor:
+        """The entries `[g·o·i]` of what lies as the parameter."""
+        return (laid.mT if self.inputs_first else laid).reshape(-1)
+
+    def laid_matrix(self, matrix: Sum) -> Sum:
+        """A matrix over the entries `[g·o·i]` as one over those of the parameter, flattened."""
+        if not self.inputs_first:
+            return matrix
+        if isinstance(matrix, SecondMoment):
+            return replace(matrix, kept=tuple(self.laid(t, *t.shape[:-1]).flatten(-2) for t in matrix.kept))
+        sides = (self.outputs, self.inputs)
+        return matrix.view(*sides, *sides).permute(1, 0, 3, 2).reshape(self.numel, self.numel)
+
+
+Sums = Mapping[str, Sum]
+
+
+class Quantity(Protocol):
+    """A frozen dataclass with a factor, the statistics it sums, and what it makes of them.
+
+    Two facts may be left out: `structure`, by default "array", and `combine`, by default "refuse", with the `degree` 1;
+    see `fxcurv.results.entry`.
+    """
+
+    @property
+    def factor(self) -> Factor: ...
+
+    @property
+    def family(self) -> str:
+        """The name under which a result is found."""
+        ...
+
+    def owner(self, used: Used) -> str:
+        """The parameter whose entry holds this one's result: itself, or the weight that it is joined to."""
+        ...
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        """The sums needed for a parameter."""
+        ...
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor | Block:
+        """The result, from the sums over all samples and columns, whose memory it may take over."""
+        ...
+
+    def approximation(self, used: Used) -> str | None:
+        """The name of what is reported instead of the quantity's definition, if anything."""
+        ...
+
+
+class Facts(TypedDict):
+    """What an entry says about its quantity."""
+
+    definition: str
+    structure: Structure
+    combine: Combine
+    degree: int
+
+
+def facts_of(quantity: Quantity) -> Facts:
+    """The facts of a quantity, with the defaults of those that it leaves out."""
+    return {
+        "definition": definition_of(quantity),
+        "structure": getattr(quantity, "structure", "array"),
+        "combine": getattr(quantity, "combine", "refuse"),
+        "degree": getattr(quantity, "degree", 1),
+    }
+
+
+def definition_of(quantity: Quantity) -> str:
+    """`KFAC(factor=Sampled(k=1), approx='expand', joint=False)`: type and options of a quantity, by value."""
+    given: Any = quantity
+    options = [f.name for f in fields(given) if f.init] if is_dataclass(given) else sorted(vars(given))
+    return f"{type(given).__name__}({', '.join(f'{name}={getattr(given, name)!r}' for name in options)})"
+
+
+def owners(quantity: Quantity, used: Mapping[str, Used]) -> dict[str, tuple[str, ...]]:
+    """The parameters whose entry holds a result of the quantity -> those whose result it is."""
+    owned: dict[str, tuple[str, ...]] = {}
+    for parameter in used.values():
+        owner = quantity.owner(parameter)
+        owned[owner] = (*owned.get(owner, ()), parameter.name)
+    return owned
+
+
+@dataclass(frozen=True)
+class WithOptions:
+    """A quantity's options, each of the type that its field declares; a QuantityError for any other value."""
+
+    structure: ClassVar[Structure] = "array"
+    combine: ClassVar[Combine] = "refuse"
+    degree: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for option in fields(self):
+            value, kind = getattr(self, option.name), kinds[option.name]
+            if option.name == "factor" and not isinstance(value, Factor):
+                raise QuantityError(
+                    f"{value!r} is no factor",
+                    remedy="give one such as fxcurv.Exact() or fxcurv.Sampled(1)",
+                    code="FXC409",
+                )
+            choices = (False, True) if kind is bool else get_args(kind) if get_origin(kind) is Literal else None
+            if choices and not any(type(value) is type(choice) and value == choice for choice in choices):
+                raise QuantityError(
+                    f"{type(self).__name__}({option.name}={value!r})",
+                    remedy=f"choose {' or '.join(map(repr, choices))}",
+                    code="FXC409",
+                )
+
+
+@dataclass(frozen=True)
+class OfEach(WithOptions):
+    """A quantity of each parameter by itself, always equal to its definition."""
+
+    def owner(self, used: Used) -> str:
+        return used.name
+
+    def approximation(self, used: Used) -> str | None:
+        return None
+
+
+def tensor_of(sums: Sums, name: str) -> Tensor:
+    t = sums[name]
+    assert isinstance(t, Tensor)
+    return t
+
+
+def columns_of(sums: Sums, used: Used) -> Tensor:
+    """`[V, N, *θ]`."""
+    entries = tensor_of(sums, "entries")
+    return used.laid(entries, *entries.shape[:2])
+
+
+EXACT = Exact()

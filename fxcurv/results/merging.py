@@ -1,0 +1,208 @@
+"""merge: two results -> that of the union of their batches, as if it had been one batch of the same model.
+
+A loss is a sum of terms over a divisor: what `mean` divides by, 1 for `sum`. Everything but A is linear in the terms,
+so that results of divisors D and D' add with the weights D/(D + D') and D'/(D + D'), for `sum` with 1 and 1; A is a
+mean over samples (and positions, for expand) and is weighted with their numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcurv.blocks.base import Block
+from fxcurv.blocks.dense import Dense
+from fxcurv.blocks.diagonal import Diagonal
+from fxcurv.blocks.eigenbasis import Eigenbasis
+from fxcurv.blocks.kronecker import Kronecker
+from fxcurv.contractions.statistic import Sum
+from fxcurv.core.errors import FxcurvError
+from fxcurv.results.curvature import Curvature
+from fxcurv.results.entry import Entries, Entry
+from fxcurv.results.reading import load
+
+__all__ = ["Value", "blended", "check_adds", "merge", "values_changed", "values_of"]
+
+
+Value = Tensor | Block
+
+
+def merge(first: Curvature | str | Path, second: Curvature | str | Path) -> Curvature:
+    """The curvature of the union of two batches, exactly, from the results of both or the files they were saved to.
+
+    Both must be of one model at the same parameters, of the same quantities and loss (of which the reduction is
+    checked). Results of sampled factors add as columns of independent draws do. Tensors of the second go where those
+    of the first are; outputs are stacked, or left empty, `[N, 0]`, where their samples have different shapes. Raises a
+    FxcurvError (FXC425) that says what does not fit.
+    """
+    a, b = (x if isinstance(x, Curvature) else load(x) for x in (first, second))
+    _check_alike(a, b)
+    divisor = sum(map(float, (a.divisor or 0, b.divisor or 0))) if a.reduction == "mean" else 1.0
+    weights = _weights(a, b)
+    return replace(_combined(a, b, _Merge(weights)), divisor=divisor)
+
+
+def blended(a: Curvature, b: Curvature, share: float) -> Curvature:
+    """Both as they are weighted with 1 - share and share, whatever the numbers of their samples.
+
+    The outcome is no sum over a batch: neither divisor nor averaged inputs are known, and it does not merge.
+    """
+    _check_alike(a, b)
+    return replace(_combined(a, b, _Merge((1 - share, share), counted=False)), divisor=None)
+
+
+def _combined(a: Curvature, b: Curvature, merge: _Merge) -> Curvature:
+    """The values, losses, outputs and samples of both."""
+    values = dict[tuple[int, int], Value]()
+
+    def merged(mine: Entry, its: Entry) -> Entry:
+        status = _status(mine, its)
+        if mine.value is None or its.value is None:
+            return mine
+        key = id(mine.value), id(its.value)  # a block that several parameters share stays one
+        if key not in values:
+            values[key] = replace(merge, name=_name(mine)).value(mine.value, its.value, status)
+        return replace(mine, status=status, value=values[key], reason=mine.reason or its.reason)
+
+    quantities = {
+        name: Entries(map(merged, entries.entries.values(), b.quantities[name].entries.values()))
+        for name, entries in a.quantities.items()
+    }
+    first, second = merge.weights
+    loss = a.loss * first + b.loss.to(a.loss.device) * second
+    return replace(a, quantities=quantities, loss=loss, output=_stacked(a, b), samples=a.samples + b.samples)
+
+
+def values_of(result: Curvature) -> list[Value]:
+    """The values of a result in the order of its entries, those that parameters share once."""
+    return list({id(e.value): e.value for e in result.entries if e.value is not None}.values())
+
+
+def values_changed(result: Curvature, changed: Sequence[Value]) -> Curvature:
+    """With other values in the places of `values_of(result)`."""
+    new = dict(zip(map(id, values_of(result)), changed, strict=True))
+    quantities = {
+        name: Entries(e if e.value is None else replace(e, value=new[id(e.value)]) for e in entries.entries.values())
+        for name, entries in result.quantities.items()
+    }
+    return replace(result, quantities=quantities)
+
+
+def check_adds(result: Curvature) -> None:
+    """An error where a quantity does not add over batches."""
+    for e in result.entries:
+        if e.combine == "refuse":
+            raise _unfit(f"{e.quantity} of two batches is not made of {e.quantity} of each")
+
+
+def _check_alike(a: Curvature, b: Curvature) -> None:
+    """An error where the results are not of the same things."""
+    difference = a.model.difference(b.model) if a.model and b.model else "one of them does not know its model"
+    if difference:
+        raise _unfit(f"the results are of different models: {difference}")
+    check_adds(a)
+    if a.reduction != b.reduction:
+        raise _unfit(f"the losses have the reductions {a.reduction!r} and {b.reduction!r}")
+    if list(a) != list(b):
+        raise _unfit(f"the quantities are {', '.join(a)} and {', '.join(b)}")
+    for name in a:
+        ours, theirs = a[name].entries, b[name].entries
+        if list(ours) != list(theirs):
+            raise _unfit(f"{name} is of other parameters")
+        for mine, its in zip(ours.values(), theirs.values(), strict=True):
+            if mine.definition != its.definition:
+                raise _unfit(f"{name} is {mine.definition} and {its.definition}")
+
+
+def _weights(a: Curvature, b: Curvature) -> tuple[float, float]:
+    """What sums over loss terms are multiplied with before they are added."""
+    if a.reduction != "mean":
+        return 1.0, 1.0
+    if a.divisor is None or b.divisor is None:
+        raise _unfit("one of the results does not know what its mean divides by")
+    first, second = float(a.divisor), float(b.divisor)
+    if not first + second:  # neither has a term that counts
+        return 1.0, 1.0
+    return first / (first + second), second / (first + second)
+
+
+def _status(mine: Entry, its: Entry) -> str:
+    """Exact and fallback are the same number by different ways; any other two statuses do not fit."""
+    both = {mine.status, its.status}
+    if len(both) > 1 and both != {"exact", "fallback"}:
+        raise _unfit(f"{_name(mine)} is {mine.status} and {its.status}")
+    return max(both)
+
+
+def _stacked(a: Curvature, b: Curvature) -> Tensor:
+    if a.output.shape[1:] != b.output.shape[1:]:
+        return a.output.new_empty(a.samples + b.samples, 0)
+    return torch.cat([a.output, b.output.to(a.output.device)])
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """Of the values of one entry; `counted`: A by the inputs that it averages, else by `weights`."""
+
+    weights: tuple[float, float]
+    name: str = ""
+    counted: bool = True
+
+    def value(self, mine: Value, its: Value, status: str) -> Value:
+        """The value of the union."""
+        if isinstance(mine, Tensor) and isinstance(its, Tensor):
+            return self._sum(mine, its.to(mine.device))
+        if (
+            isinstance(mine, Tensor)
+            or isinstance(its, Tensor)
+            or type(mine) is not type(its)
+            or mine.shape != its.shape
+            or _order(mine) != _order(its)
+        ):
+            raise _unfit(f"{self.name} has another form in each of the results")
+        return replace(mine, status=status, **self._changes(mine, its.to(device=mine.device)))
+
+    def _changes(self, mine: Block, its: Block) -> Mapping[str, Sum | int]:
+        """The fields of a block that change."""
+        match mine, its:
+            case Diagonal(), Diagonal():
+                return {"values": self._sum(mine.values, its.values)}
+            case Dense(), Dense():
+                return {"moment": self._sum(mine.moment, its.moment)}
+            case Kronecker(), Kronecker() if not self.counted or (mine.averaged and its.averaged):
+                count = mine.averaged + its.averaged if self.counted else 0
+                shares = (mine.averaged / count, its.averaged / count) if self.counted else self.weights
+                return {
+                    "input_moment": replace(self, weights=shares)._sum(mine.input_moment, its.input_moment),
+                    "output_moment": self._sum(mine.output_moment, its.output_moment),
+                    "averaged": count,
+                }
+            case Kronecker(), _:
+                raise _unfit(f"{self.name} does not know how many inputs its A averages")
+            case _:
+                raise _unfit(f"{self.name} is a {type(mine).__name__} block, which does not add over batches")
+
+    def _sum(self, mine: Sum, its: Sum) -> Any:
+        """The weighted sum."""
+        first, second = self.weights
+        return (mine if first == 1 else mine * first) + (its if second == 1 else its * second)
+
+
+def _order(block: Block) -> bool:
+    """Whether a product of factors has that of the inputs first."""
+    return isinstance(block, Kronecker | Eigenbasis) and block.inputs_first
+
+
+def _name(entry: Entry) -> str:
+    return f"{entry.quantity} of {entry.parameter!r}"
+
+
+def _unfit(cause: str) -> FxcurvError:
+    return FxcurvError(
+        cause, remedy="merge results of one model, loss and choice of quantities, as they are returned", code="FXC425"
+    )

@@ -1,0 +1,237 @@
+"""Reading a result from a file. Nothing is unpickled, and nothing in the manifest makes a reader allocate.
+
+Every tensor is one of the file, whose offsets safetensors checks against its size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from fxcurv.blocks.base import Block
+from fxcurv.blocks.dense import Dense
+from fxcurv.blocks.diagonal import Diagonal
+from fxcurv.blocks.eigenbasis import Eigenbasis
+from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.convolution.patches import Patches
+from fxcurv.core.errors import FxcurvError
+from fxcurv.core.fingerprint import Fingerprint
+from fxcurv.results.curvature import Curvature
+from fxcurv.results.entry import Combine, Entries, Entry, Structure
+from fxcurv.results.json import Json, broken, strict_json
+from fxcurv.results.writing import FORMS, SCHEMA, checksum, safetensors_package
+
+__all__ = ["load", "read"]
+
+
+# Reading ----------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> Curvature:
+    """The result that `Curvature.save` wrote, equal to the last bit, its tensors on the CPU.
+
+    With a `model`, it must be that of the file: the same names, shapes and types of parameters. Raises a FxcurvError
+    for a file that is none of fxcurv, of another schema, truncated or inconsistent (FXC423), and for another model
+    (FXC424).
+    """
+    return read(Path(path), model)[0]
+
+
+def read(path: Path, model: nn.Module | None = None) -> tuple[Curvature, Json | None]:
+    """The result in a file, as `load` gives it, and the progress in a checkpoint, of which the checksum is checked."""
+    safetensors = safetensors_package()
+    metadata = _metadata(path)
+    manifest = Json(strict_json(path, metadata.get("manifest")), path)
+    recorded = manifest["model"]
+    fingerprint = None if recorded.value is None else _fingerprint(recorded)
+    difference = model is not None and (
+        "its model is not known" if fingerprint is None else fingerprint.difference(Fingerprint.of(model))
+    )
+    if difference:
+        raise FxcurvError(
+            f"{path} belongs to another model: {difference}", remedy="give the model that it is of", code="FXC424"
+        )
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise broken(path, f"it is truncated or inconsistent ({error})") from None
+    progress = metadata.get("progress", "")
+    if progress and metadata.get("checksum") != checksum(metadata, tensors):
+        raise broken(path, "it is damaged: its checksum is that of other contents")
+    held = Json(strict_json(path, progress), path, "progress") if progress else None
+    return _Reader(manifest, tensors, fingerprint).result(), held
+
+
+_VERSION = re.compile("[0-9]{1,9}")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a file of this schema says of itself, out of its header, which is read only as far as the file goes."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise broken(path, "it is truncated, or no safetensors file")
+            header = strict_json(path, file.read(length))
+    except OSError as error:
+        raise broken(path, f"it cannot be read ({error.strerror})") from None
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    name, _, version = str(metadata.get("format")).partition(" ") if isinstance(metadata, dict) else ("", "", "")
+    if not isinstance(metadata, dict) or name != "fxcurv" or not _VERSION.fullmatch(version):
+        raise broken(path, "it holds no result of fxcurv")
+    if int(version) != SCHEMA:
+        age, remedy = ("older", "compute and save it anew") if int(version) < SCHEMA else ("newer", "update fxcurv")
+        raise FxcurvError(f"{path} is of the {age} schema {version}, not {SCHEMA}", remedy=remedy, code="FXC423")
+    return metadata
+
+
+def _fingerprint(node: Json) -> Fingerprint:
+    kinds: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name, kind in node["parameters"].items():
+        if len(kind.of(list)) != 2:
+            raise kind.wrong("is no shape and type")
+        shape, dtype = kind.each()
+        kinds[name] = shape.numbers(), dtype.of(str)
+    fingerprint = Fingerprint(kinds)
+    if fingerprint.digest != node["digest"].of(str):
+        raise node.wrong("has a digest of other parameters")
+    return fingerprint
+
+
+class _Reader:
+    """Makes a result out of a manifest and the tensors that it names."""
+
+    def __init__(self, manifest: Json, tensors: Mapping[str, Tensor], model: Fingerprint | None) -> None:
+        self.manifest, self.tensors, self.model = manifest, tensors, model
+
+    def result(self) -> Curvature:
+        m = self.manifest
+        self._check_tensors(m["tensors"])
+        values = [self._value(node) for node in m["values"].each()]
+        quantities = {name: self._entries(name, entries, values) for name, entries in m["quantities"].items()}
+        divisor = None if m["divisor"].value is None else m["divisor"].of(float)
+        loss, output, samples = self.tensors["loss"], self.tensors["output"], m["samples"].of(int)
+        if loss.ndim or output.ndim == 0 or len(output) != samples or (divisor is not None and divisor < 0):
+            raise m.wrong("has another loss, output, number of samples or divisor than a result has")
+        reduction = m["reduction"].of(str)
+        if reduction not in ("mean", "sum"):
+            raise m["reduction"].wrong("is neither mean nor sum")
+        return Curvature(quantities, loss, output, samples, reduction, divisor, self.model)
+
+    def _entries(self, quantity: str, node: Json, values: list[Tensor | Block]) -> Entries:
+        """The entries of a quantity, each of another parameter."""
+        listed = node.each()
+        entries = Entries(self._entry(quantity, item, values) for item in listed)
+        if len(entries.entries) < len(listed):
+            raise node.wrong("has a parameter twice")
+        return entries
+
+    def _check_tensors(self, listed: Json) -> None:
+        """The tensors of the file are those of the manifest, of the same type and shape."""
+        names = set(listed.of(dict))
+        if names != set(self.tensors) or not names >= {"loss", "output"}:
+            raise listed.wrong(f"and the file differ: {', '.join(sorted(names ^ set(self.tensors))[:3])}")
+        for name, node in listed.items():
+            found = self.tensors[name]
+            if node.of(list) != [str(found.dtype), list(found.shape)]:
+                raise node.wrong(f"is not what the file holds, {list(found.shape)} of {found.dtype}")
+            if not found.is_floating_point():
+                raise node.wrong("is of no floating-point type")
+
+    def _entry(self, quantity: str, node: Json, values: list[Tensor | Block]) -> Entry:
+        names = ("parameter", "status", "factor", "reduction", "reason", "structure", "combine")
+        fields = {name: node[name].of(str) for name in names}
+        for name, kind in (("structure", Structure), ("combine", Combine)):
+            if fields[name] not in get_args(kind):
+                raise node[name].wrong(f"is none of {', '.join(get_args(kind))}")
+        shape, definition, at = node["shape"].numbers(), node["definition"].of(str), node["value"]
+        if at.value is not None and not 0 <= at.of(int) < len(values):
+            raise at.wrong("is not there")
+        value = None if at.value is None else values[at.value]
+        fits = (
+            value.shape == shape or fields["structure"] == "array"
+            if isinstance(value, Tensor)
+            else value is None or fields["parameter"] in value.parameters
+        )
+        if not fits or (self.model and self.model.parameters.get(fields["parameter"], ((), ""))[0] != shape):
+            raise node.wrong("has a value or a shape of another parameter")
+        degree = node["degree"].of(int)
+        return Entry(quantity=quantity, shape=shape, value=value, definition=definition, degree=degree, **fields)
+
+    def _value(self, node: Json) -> Tensor | Block:
+        name, tensors = node["form"].of(str), node["tensors"]
+        if name == "tensor":
+            return self._tensor(tensors["value"])
+        if name not in FORMS:
+            raise node.wrong(f"has the unknown form {name!r}")
+        form, shape = FORMS[name], node["shape"].numbers()
+        make: Any = form.kind
+        held = {at: self._held(tensors[key]) for key, at in form.tensors.items()}
+        if not _consistent(form.kind, shape, held):
+            raise node.wrong(f"has tensors that do not fit a {name} block on {list(shape)}")
+        labels = {label: node[label].of(str) for label in ("status", "reduction")}
+        numbers = {label: node[label].of(kind) for label, kind in form.numbers.items()}
+        if numbers.get("averaged", 0) < 0:
+            raise node["averaged"].wrong("is negative")
+        return make(shape, parameters=node["parameters"].texts(), **labels, **numbers, **held)
+
+    def _tensor(self, node: Json) -> Tensor:
+        name = node.of(str)
+        if name not in self.tensors:
+            raise node.wrong(f"names {name!r}, which is not there")
+        return self.tensors[name]
+
+    def _held(self, node: Json) -> Tensor | SecondMoment:
+        if isinstance(node.value, str):
+            return self._tensor(node)
+        scale, geometry = node["scale"].of(float), node["patches"]
+        kept = tuple(self._tensor(part) for part in node["kept"].each())
+        patches = None if geometry.value is None else _patches(geometry)
+        rank = {3, 4, 5, 6} if patches is None else {2 + len(patches.kernel)}
+        if not kept or not 0 <= scale < math.inf or {t.ndim for t in kept} - rank:
+            raise node.wrong("holds no vectors")
+        moment = SecondMoment(kept, patches, scale)
+        fits = len({t.shape[1 if patches else -2 :] for t in kept}) == 1
+        if fits and patches is not None:
+            fits = kept[0].shape[1] % patches.groups == 0 and min(patches.outputs(kept[0])) >= 1
+        if not fits or not 0 < moment.count < moment.side:
+            raise node.wrong("holds vectors that do not fit each other")
+        return moment
+
+
+def _patches(node: Json) -> Patches:
+    """The geometry of a convolution."""
+    axes = [node[name].numbers() for name in ("kernel", "stride", "padding", "dilation")]
+    groups = node["groups"].of(int)
+    rows = list(zip(*axes, strict=False))
+    possible = all(min(k, s, d) >= 1 for k, s, _, d in rows)
+    if not possible or groups < 1 or not 1 <= len(rows) <= 3 or {len(axis) for axis in axes} != {len(rows)}:
+        raise node.wrong("is no convolution's")
+    return Patches(*axes, groups)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def _consistent(kind: type[Block], shape: tuple[int, ...], held: Mapping[str, Tensor | SecondMoment]) -> bool:
+    """Whether a block of this form on vectors of this shape has tensors of these shapes."""
+    numel, sizes = math.prod(shape), [t.shape for t in held.values()]
+    if kind is Diagonal:
+        return sizes == [shape]
+    if kind is Eigenbasis:
+        if [len(size) for size in sizes] != [3, 3, 3]:
+            return False
+        (g, i, a), (h, o, b), values = sizes
+        return g == h and g * i * o == numel and values == (g, b, a)
+    if not all(len(size) in (2, 3) and size[-1] == size[-2] for size in sizes):
+        return False
+    sides = [(1, *size)[-3:-1] for size in sizes]  # (g, d)
+    if kind is Dense:
+        return sides == [(1, numel)]
+    (g, i), (h, o) = sides
+    return g == h and g * i * o == numel

@@ -1,0 +1,230 @@
+"""Writing a result as a safetensors file with a JSON manifest in its metadata, whole or not at all.
+
+Tensors are called `quantity/parameter/tensor`, those of a factor that is kept as vectors `…/A.0`, `…/A.1`; `loss` and
+`output` are there too. The manifest names each of them with type and shape; a block that parameters share is there
+once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fxcurv.blocks.base import Block
+from fxcurv.blocks.dense import Dense
+from fxcurv.blocks.diagonal import Diagonal
+from fxcurv.blocks.eigenbasis import Eigenbasis
+from fxcurv.blocks.kronecker import Kronecker
+from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.core.errors import FxcurvError
+from fxcurv.core.fingerprint import Fingerprint, digest
+from fxcurv.core.version import __version__
+from fxcurv.results.entry import Entries, Entry
+
+__all__ = ["FORMS", "SCHEMA", "checksum", "save"]
+
+
+SCHEMA = 4
+"""The version of the manifest; 1 had none, and could not be read back, 2 knew one order of Kronecker factors,
+3 did not say how results combine."""
+
+
+class Result(Protocol):
+    """What is written: a `fxcurv.results.curvature.Curvature`."""
+
+    @property
+    def quantities(self) -> Mapping[str, Entries]: ...
+
+    @property
+    def entries(self) -> list[Entry]: ...
+
+    @property
+    def loss(self) -> Tensor: ...
+
+    @property
+    def output(self) -> Tensor: ...
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def reduction(self) -> str: ...
+
+    @property
+    def divisor(self) -> Tensor | float | None: ...
+
+    @property
+    def model(self) -> Fingerprint | None: ...
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a block is written: its tensors' names and the fields that hold them, and the numbers beside them."""
+
+    kind: type[Block]
+    tensors: Mapping[str, str]
+    numbers: Mapping[str, type] = field(default_factory=dict[str, type])
+
+
+FORMS: dict[str, Form] = {
+    form.kind.__name__: form
+    for form in (
+        Form(Diagonal, {"values": "values"}),
+        Form(Dense, {"matrix": "moment"}),
+        Form(Kronecker, {"A": "input_moment", "G": "output_moment"}, {"averaged": int, "inputs_first": bool}),
+        Form(
+            Eigenbasis,
+            {"U": "input_vectors", "Q": "output_vectors", "values": "values"},
+            {"rest": float, "inputs_first": bool},
+        ),
+    )
+}
+
+
+# Writing ----------------------------------------------------------------------------------------------------------
+
+
+def save(result: Result, path: Path, progress: str = "") -> None:
+    """Write a result, to a temporary file that then takes the place of `path`; a checkpoint has `progress` beside it.
+
+    A checkpoint also has a checksum of all that it holds.
+    """
+    safetensors = safetensors_package()
+    if not path.parent.is_dir():
+        raise FxcurvError(f"there is no folder {path.parent}", remedy="create it first", code="FXC007")
+    writer = _Writer()
+    manifest = writer.manifest(result)
+    metadata = {f"{e.quantity}/{e.parameter}": e.status for e in result.entries} | {
+        "format": f"fxcurv {SCHEMA}",
+        "reduction": result.reduction,
+        "samples": str(result.samples),
+        "loss": repr(result.loss.item()),
+        "manifest": json.dumps(manifest, ensure_ascii=False, allow_nan=False),
+    }
+    tensors = writer.unshared()
+    if progress:
+        metadata |= {"progress": progress}
+        metadata |= {"checksum": checksum(metadata, tensors)}
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        safetensors.torch.save_file(tensors, str(temporary), metadata=metadata)
+        _synchronize(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        _synchronize(path.parent)
+
+
+def safetensors_package() -> Any:
+    try:
+        importlib.import_module("safetensors.torch")
+    except ImportError:
+        raise FxcurvError(
+            "files of results need the safetensors package", remedy='pip install "fxcurv[save]"', code="FXC006"
+        ) from None
+    return importlib.import_module("safetensors")
+
+
+def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2 of the texts and tensors of a file, as hexadecimal digits."""
+    texts = {key: text for key, text in metadata.items() if key != "checksum"}
+    return digest((sorted(texts.items()), dict(sorted(tensors.items()))))
+
+
+def _synchronize(path: Path) -> None:
+    """Wait until a file, or the entry of a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Writer:
+    """Collects the tensors of a result under their names."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.values: list[dict[str, Any]] = []
+        self._at: dict[int, int] = {}
+
+    def manifest(self, result: Result) -> dict[str, Any]:
+        """What the file says of the tensors, in the order of the entries."""
+        self.tensors |= {"loss": result.loss, "output": result.output}
+        return {
+            "versions": {"fxcurv": __version__, "torch": torch.__version__},
+            "model": result.model and {"digest": result.model.digest, "parameters": dict(result.model.parameters)},
+            "reduction": result.reduction,
+            "samples": result.samples,
+            "divisor": None if result.divisor is None else float(result.divisor),
+            "quantities": {
+                name: [self._entry(e) for e in entries.entries.values()] for name, entries in result.quantities.items()
+            },
+            "values": self.values,
+            "tensors": {key: [str(t.dtype), list(t.shape)] for key, t in self.tensors.items()},
+        }
+
+    def unshared(self) -> dict[str, Tensor]:
+        """The tensors, contiguous and in memory of their own, as safetensors wants them."""
+        seen, found = set[int](), dict[str, Tensor]()
+        for key, t in self.tensors.items():
+            t = t.detach().contiguous()
+            storage = t.untyped_storage()
+            found[key] = t.clone() if storage.data_ptr() in seen or storage.nbytes() > t.nbytes else t
+            seen.add(storage.data_ptr())
+        return found
+
+    def _entry(self, entry: Entry) -> dict[str, Any]:
+        value = entry.value
+        if value is not None and id(value) not in self._at:
+            self._at[id(value)] = len(self.values)
+            self.values.append(self._value(f"{entry.quantity}/{entry.parameter}", value))
+        fields = ("parameter", "shape", "status", "factor", "reduction", "reason", "definition")
+        fields += ("structure", "combine", "degree")
+        return {name: getattr(entry, name) for name in fields} | {"value": self._at.get(id(value))}
+
+    def _value(self, prefix: str, value: Tensor | Block) -> dict[str, Any]:
+        if isinstance(value, Tensor):
+            return {"form": "tensor", "tensors": {"value": self._held(f"{prefix}/value", value)}}
+        name = type(value).__name__
+        if name not in FORMS or type(value) is not FORMS[name].kind:
+            raise FxcurvError(
+                f"{prefix} is a block of the form {name}, which has no place in a file",
+                remedy=f"save one of {', '.join(FORMS)}, such as its as_dense()",
+                code="FXC423",
+            )
+        form = FORMS[name]
+        return {
+            "form": name,
+            **{label: getattr(value, label) for label in ("shape", "parameters", "status", "reduction", *form.numbers)},
+            "tensors": {
+                key: self._held(f"{prefix}/{key}", _ungrouped(value, getattr(value, at)))
+                for key, at in form.tensors.items()
+            },
+        }
+
+    def _held(self, key: str, held: Tensor | SecondMoment) -> object:
+        """The name of a tensor, or the parts of a moment."""
+        if isinstance(held, Tensor):
+            self.tensors[key] = held
+            return key
+        keys = [f"{key}.{k}" for k in range(len(held.kept))]
+        self.tensors |= dict(zip(keys, held.kept, strict=True))
+        return {"kept": keys, "scale": held.scale, "patches": held.patches and asdict(held.patches)}
+
+
+def _ungrouped(block: Block, held: Tensor | SecondMoment) -> Tensor | SecondMoment:
+    """A factor of a single group as it is read, `[d,d]`."""
+    if isinstance(held, Tensor) and isinstance(block, Kronecker | Dense) and held.ndim == 3 and len(held) == 1:
+        return held[0]
+    return held

@@ -1,0 +1,238 @@
+"""eager: the same quantities by plain autograd on the model as it is, one column of one sample at a time.
+
+Nothing is traced, so that it works for any model that runs, control flow on values and samples that mix included; each
+column costs a backward pass per sample. It is what `on_unsupported="fallback"` falls back on, and what the compiled
+graphs are compared with. Linear layers and convolutions are seen as they are called: a zero added to what they return
+receives the cotangent S, and where Σ_s S xᵀ is all of a weight's gradient, the weight has Kronecker factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from fxcurv.contractions.definitions import RotatedDiagonal
+from fxcurv.contractions.entries import per_sample
+from fxcurv.contractions.statistic import Statistic, Sum, combined
+from fxcurv.core.errors import UnsupportedError
+from fxcurv.core.generators import fresh_generator
+from fxcurv.core.rounding import close
+from fxcurv.frontend.inputs import Output
+from fxcurv.frontend.isolation import without_autocast
+from fxcurv.ir.backward_ops import Rotate
+from fxcurv.losses.registry import loss_terms, loss_value
+from fxcurv.quantities.ekfac import bases, diagonalized, rotated
+from fxcurv.quantities.factors import Exact, Factor
+from fxcurv.quantities.plan import Job, Plan, jobs_for
+from fxcurv.quantities.protocol import Used
+from fxcurv.quantities.selection import Choice
+from fxcurv.results.curvature import Curvature
+from fxcurv.runtime.kfra import recursive
+from fxcurv.runtime.recorder import Pulled, RecordedPass, recorded, same_tensors
+from fxcurv.runtime.run import Batch, assembled
+from fxcurv.runtime.second_derivatives import entries_apart, twice
+
+__all__ = ["by_autograd"]
+
+
+def by_autograd(
+    model: nn.Module,
+    loss: nn.Module,
+    choice: Choice,
+    batch: Batch,
+    output: Output = None,
+) -> Curvature:
+    """The chosen quantities at a batch; every value has the status `fallback`.
+
+    A weight whose samples mix, or which is not used by linear layers and convolutions alone, has a dense block or a
+    named diagonal under KFAC. Columns of a sampled factor are those that the compiled model draws from `generator`.
+    Raises an InputError if the model's output or buffers change from call to call, as in training mode.
+    """
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), without_autocast(), sdpa_kernel(SDPBackend.MATH):
+        passes = recorded(model, batch.inputs, output)
+        whole = torch.cat([p.output for p in passes]).detach()
+        terms = loss_terms(loss, whole, batch.target)
+        generator = batch.generator or fresh_generator(whole.device)
+        wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        used = _used(wanted, passes)
+        described = {q: _among({p: used[p] for p in names if p in used}) for q, names in choice.of(model).items()}
+        jobs = jobs_for(choice.quantities, described, fallback=True)
+        for job, _, _ in recursive(jobs):
+            raise UnsupportedError(
+                f"{job.name} of {job.used.name!r} is a recursion over the nodes of a graph, and autograd has none",
+                remedy="ask for kflr, or leave the parameter out",
+                code="FXC322",
+            )
+        sums: dict[str, Sum] = {}
+        for one in passes:
+            _over_samples(sums, _input_sums(jobs, one))
+        quiet = None if batch.progress else True
+        factors = dict.fromkeys(quantity.factor for quantity in choice.quantities.values())
+        for factor in factors if batch.bases is None else batch.bases.factors:
+            mine = [job for job in jobs if job.quantity.factor == factor]
+            if _idle(factor, mine):
+                continue
+            again = generator.clone_state()
+            if batch.bases is None:
+                columns = tqdm(terms.columns(factor, 1, generator), str(factor), terms.count(factor), disable=quiet)
+                _over_columns(sums, mine, (_samples(passes, S[0].to(whole.dtype), wanted) for S in columns))
+            else:
+                terms.skip(factor, generator)
+            eigenvectors = diagonalized(mine, factor, sums, batch.bases)
+            for S in terms.columns(factor, 1, again) if eigenvectors else ():
+                for one, pulled in _samples(passes, S[0].to(whole.dtype), wanted):
+                    _over_samples(sums, _rotated(mine, one, pulled, eigenvectors))
+        for job, name, statistic in twice(jobs):
+            each = [_second(loss, whole, batch.target, (one, wanted[job.used.name])) for one in passes]
+            stacked = torch.cat(each)
+            sums[job.sums[name]] = stacked if statistic.per_sample else stacked.sum(0)
+    return assembled(
+        Plan.of(model, choice.quantities, choice.of(model), jobs, {}), sums, terms, whole, str(loss.reduction)
+    )
+
+
+def _idle(factor: Factor, jobs: Sequence[Job]) -> bool:
+    """Whether no column of a factor is read, or drawn."""
+    return isinstance(factor, Exact) and all(statistic.reads == "loss" for _, statistic in _statistics(jobs))
+
+
+def _over_columns(
+    sums: dict[str, Sum], jobs: Sequence[Job], columns: Iterable[Iterator[tuple[RecordedPass, Pulled]]]
+) -> None:
+    """Put the parts of columns, each pulled back sample by sample, to what is there."""
+    for column in columns:
+        found: dict[str, Sum] = {}
+        for _, pulled in column:
+            _over_samples(found, _summands(jobs, pulled))
+        for key, statistic in _statistics(jobs):
+            if key in found:
+                combined(sums, key, found[key], statistic.columns)
+
+
+def _over_samples(sums: dict[str, Sum], parts: Iterable[tuple[str, Statistic, Tensor]]) -> None:
+    """Put the parts of one more sample to those of the samples before."""
+    for key, statistic, part in parts:
+        combined(sums, key, part, statistic.samples)
+
+
+def _statistics(jobs: Sequence[Job]) -> Iterator[tuple[str, Statistic]]:
+    """The statistics of jobs, by the names of their sums."""
+    for job in jobs:
+        for name, statistic in job.quantity.statistics(job.used).items():
+            yield job.sums[name], statistic
+
+
+def _among(used: Mapping[str, Used]) -> dict[str, Used]:
+    """The descriptions, without partners of which the quantity is not asked."""
+    return {name: u if u.partner in used else replace(u, partner=None) for name, u in used.items()}
+
+
+# Sums of one column of one pass -------------------------------------------------------------------------------------
+
+
+def _samples(
+    passes: Sequence[RecordedPass], S: Tensor, wanted: Mapping[str, Tensor]
+) -> Iterator[tuple[RecordedPass, Pulled]]:
+    """A column of all samples, pulled back for each sample alone."""
+    for one in passes:
+        for S_n in one.columns(S):
+            yield one, one.pulled(S_n, wanted)
+
+
+def _second(loss: nn.Module, whole: Tensor, target: Tensor, at: tuple[RecordedPass, Tensor]) -> Tensor:
+    """The diagonal of the loss Hessian with respect to a parameter, of each sample of a pass: `[n, *θ]`."""
+    one, parameter = at
+    found: list[Tensor] = []
+    for n in range(len(whole))[one.samples]:
+        alone = torch.cat([whole[:n], one.output[n - one.samples.start :][:1], whole[n + 1 :]])
+        found.append(entries_apart(loss_value(loss, alone, target), parameter))
+    return torch.stack(found)
+
+
+def _rotated(
+    jobs: Sequence[Job], one: RecordedPass, pulled: Pulled, eigenvectors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Statistic, Tensor]]:
+    """The summands of the second pass."""
+    for job, name, statistic in rotated(jobs):
+        U_A, U_G = (eigenvectors[basis] for basis in bases(jobs, job))
+        xs = [Rotate(statistic.ones)(x, U_A) for x in one.inputs(job.used.name)]
+        Ss = [Rotate()(S, U_G) for S in pulled.positions(job.used.name)]
+        yield job.sums[name], statistic, statistic(xs, Ss)
+
+
+def _summands(jobs: Sequence[Job], pulled: Pulled) -> Iterator[tuple[str, Statistic, Tensor]]:
+    """The summands of every statistic that reads S, by the names of the sums."""
+    for job in jobs:
+        for statistic, module in job.quantity.statistics(job.used).items():
+            if module.reads == "S" and job.used.matrix:
+                yield job.sums[statistic], module, module(pulled.positions(job.used.name))
+            elif module.reads in ("S", "xS") and not isinstance(module, RotatedDiagonal):
+                entries = job.used.flat(pulled.gradients[job.used.name]).view(1, 1, 1, 1, -1)  # [v,n,s,g,o]
+                summand = module([entries]) if module.reads == "S" else module([None], [entries])
+                yield job.sums[statistic], module, summand
+
+
+def _input_sums(jobs: Sequence[Job], one: RecordedPass) -> Iterator[tuple[str, Statistic, Tensor]]:
+    """The summands of every statistic of inputs."""
+    for job in jobs:
+        for statistic, module in job.quantity.statistics(job.used).items():
+            if module.reads == "x":
+                yield job.sums[statistic], module, module(one.inputs(job.used.name))
+
+
+# How parameters are used --------------------------------------------------------------------------------------------
+
+
+def _used(wanted: Mapping[str, Tensor], passes: Sequence[RecordedPass]) -> dict[str, Used]:
+    """The parameters that reach the output, as their uses see them."""
+    generator = torch.Generator().manual_seed(0)
+    random = [torch.randn(p.output.shape, generator=generator).to(p.output) for p in passes]
+    pulled = [one.pulled(S, wanted) for one, S in zip(passes, random, strict=True)]
+    reached = [name for name in wanted if any(p.reached[name] for p in pulled)]
+    matrices = {name: _matrix(name, wanted[name], passes, pulled) for name in reached}
+    partners = {name: _partner(name, reached, passes, pulled) for name, used in matrices.items() if used is not None}
+    weights = {bias: name for name, bias in partners.items()}
+    return {
+        name: replace(used, partner=partners[name])
+        if (used := matrices[name]) is not None
+        else Used(name, tuple(wanted[name].shape), 1, wanted[name].numel(), 1, 1, False, weights.get(name))
+        for name in reached
+    }
+
+
+def _matrix(name: str, weight: Tensor, passes: Sequence[RecordedPass], pulled: Sequence[Pulled]) -> Used | None:
+    """The description of a weight that is used by linear layers and convolutions alone, each sample by itself."""
+    inputs_first, *more = {call.inputs_first for one in passes for call in one.calls_of(name)} or (False,)
+    if more or not all(one.single and one.calls_of(name) for one in passes):
+        return None
+    inputs = [one.inputs(name) for one in passes]
+    layouts = {tuple(x.shape[1:] for x in xs) for xs in inputs}
+    reads = any(call.reads for one in passes for call in one.calls_of(name))
+    shared = len(passes) > 1 and not reads and all(same_tensors(xs, inputs[0]) for xs in inputs[1:])
+    if shared or len(layouts) > 1 or len({x.shape[2:] for x in inputs[0]}) > 1:
+        return None
+    (groups, size), s = inputs[0][0].shape[2:], sum(x.shape[1] for x in inputs[0])
+    outputs = weight.numel() // (groups * size)
+    used = Used(name, tuple(weight.shape), groups, outputs, size, s, True, inputs_first=inputs_first)
+    alike = (
+        close(used.laid(per_sample(xs, p.positions(name))[0, 0]), p.gradients[name])
+        for xs, p in zip(inputs, pulled, strict=True)
+    )
+    return used if all(alike) else None
+
+
+def _partner(
+    name: str, reached: Collection[str], passes: Sequence[RecordedPass], pulled: Sequence[Pulled]
+) -> str | None:
+    """The bias that exactly the uses of this weight add."""
+    biases = {call.bias for one in passes for call in one.calls_of(name)}
+    bias = biases.pop()
+    if biases or bias is None or bias not in reached:
+        return None
+    sums = [torch.stack([S.sum((0, 1, 2)).flatten() for S in p.positions(name)]).sum(0) for p in pulled]
+    return bias if all(close(s, p.gradients[bias]) for s, p in zip(sums, pulled, strict=True)) else None

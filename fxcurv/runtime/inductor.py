@@ -1,0 +1,163 @@
+"""backend: a program's graphs run as they stand, or are compiled into fused kernels by torch's inductor.
+
+Dynamo reads both graphs in one piece and guards the shapes, types and layouts it compiled for; the model's tensors are
+inputs of what it makes, so that later values need nothing new. Sums, which loop over samples and columns where a
+temporary of all of them would not fit, and pullbacks by autograd, whose batching rules may fix the batch size, are one
+operator each: `fxcurv::statistic` and `fxcurv::pull` call the very module that the eager graph calls.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcurv.contractions.statistic import Statistic
+from fxcurv.core.errors import FxcurvError
+from fxcurv.core.torch_compat import compile_errors, dispatch_keys, with_dispatch_keys
+from fxcurv.ir.backward_ops import PullInputs, PullToParameter, Scaled
+from fxcurv.ir.nodes import module_of
+from fxcurv.runtime.program import Program
+
+__all__ = ["Backend", "built"]
+
+
+Backend = Literal["eager", "inductor"]
+
+
+COMPILER = "inductor"
+"""The backend of torch.compile."""
+
+
+def built(program: Program, backend: str) -> Program:
+    """The program whose graphs a backend runs; nothing is compiled before they are called."""
+    if backend == "eager":
+        return program
+    backwards = {factor: _Kernels(gm) for factor, gm in program.backwards.items()}
+    return replace(program, forward=_Kernels(program.forward), backwards=backwards)
+
+
+class _Kernels:
+    """A graph as torch.compile runs it: compiled when called, again where a shape, type or layout is new."""
+
+    def __init__(self, graph: Callable[..., Any]) -> None:
+        assert isinstance(graph, fx.GraphModule)
+        self.run = torch.compile(_outlined(graph).forward, fullgraph=True, backend=COMPILER)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.run(*args, **kwargs)
+        except compile_errors() as error:
+            raise FxcurvError(
+                f"torch.compile fails: {' '.join(str(error).split())[:200]}",
+                remedy='use backend="eager"; the error that this one was raised from has the whole trace',
+                code="FXC413",
+            ) from error
+
+
+# What stays one operator ------------------------------------------------------------------------------------------
+
+
+def _outlined(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph with an operator's call in the place of every sum and pullback by autograd."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    modules = {str(n.target): _as_operator(module_of(n)) for n in gm.graph.nodes if n.op == "call_module"}
+    return fx.GraphModule(modules, graph, class_name=type(gm).__name__)
+
+
+def _as_operator(module: nn.Module) -> nn.Module:
+    if isinstance(module, Scaled):
+        return Scaled(_Sum(module.statistic), module.scale)
+    if isinstance(module, Statistic):
+        return _Sum(module)
+    return _ByAutograd(module) if isinstance(module, PullInputs | PullToParameter) else module
+
+
+_MODULES: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
+"""What the operators call. Names say all that a module computes: kernels that inductor caches hold them."""
+
+
+_NUMBERS = itertools.count()
+
+
+def _named(module: nn.Module) -> str:
+    """The name under which the operators find a module, for as long as it lives."""
+    op = getattr(module, "op", None)
+    parts = [f"{type(m).__qualname__}({m.extra_repr()})" for m in (module, op) if m is not None]
+    name = " ".join((*parts, str(next(_NUMBERS))))
+    _MODULES[name] = module
+    return name
+
+
+class _Sum(Statistic):
+    """A statistic as an operator."""
+
+    def __init__(self, statistic: Statistic) -> None:
+        super().__init__()
+        self.calls = (statistic,)  # in a tuple: no submodule, whose parameters would be inputs
+        self.reads, self.key, self.scaled = statistic.reads, _named(statistic), statistic.scaled
+
+    def forward(self, *uses: Sequence[Tensor | None]) -> Tensor:
+        xs, Ss = {"x": (*uses, []), "S": ([], *uses), "xS": uses}[self.reads]
+        return torch.ops.fxcurv.statistic(self.key, list(xs), list(Ss))
+
+
+class _ByAutograd(nn.Module):
+    """A pullback by autograd, through an opaque op or to what all samples share, as an operator."""
+
+    def __init__(self, pull: nn.Module) -> None:
+        super().__init__()
+        self.calls = (pull,)
+        self.key, self.several = _named(pull), isinstance(pull, PullInputs)
+
+    def forward(self, S: Tensor, kept: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        pulled = torch.ops.fxcurv.pull(self.key, S, list(kept))
+        return pulled if self.several else pulled[0]
+
+
+@torch.library.custom_op("fxcurv::statistic", mutates_args=())
+def _statistic(key: str, xs: Sequence[Tensor | None], Ss: Sequence[Tensor]) -> Tensor:
+    return _sum(key, xs, Ss).contiguous()
+
+
+@_statistic.register_fake
+def _(key: str, xs: Sequence[Tensor | None], Ss: Sequence[Tensor]) -> Tensor:
+    """A sum over samples and columns is of the shape that one of each would give."""
+    if not cast(Statistic, _MODULES[key]).grows:
+        xs, Ss = [None if x is None else x[:1] for x in xs], [S[:1, :1] for S in Ss]
+    return _sum(key, xs, Ss).contiguous()
+
+
+def _sum(key: str, xs: Sequence[Tensor | None], Ss: Sequence[Tensor]) -> Tensor:
+    statistic: Any = _MODULES[key]
+    return statistic(*{"x": (xs,), "S": (Ss,), "xS": (xs, Ss)}[statistic.reads])
+
+
+_EAGER = dispatch_keys()
+"""What operators go through outside of compiled graphs, where autograd works."""
+
+
+@torch.library.custom_op("fxcurv::pull", mutates_args=())
+def _pull(key: str, S: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
+    with with_dispatch_keys(_EAGER):
+        pulled = _MODULES[key](S, kept)
+        several = [pulled] if isinstance(pulled, Tensor) else pulled
+        return [t.clone(memory_format=torch.contiguous_format) for t in several]  # never S itself
+
+
+@_pull.register_fake
+def _(key: str, S: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
+    """Columns at inputs, of each sample where they are the same for all."""
+    pull: Any = _MODULES[key]
+    if isinstance(pull, PullInputs):
+        lead = S.shape[: 2 if pull.per_sample else 1]
+        return [kept[k].new_empty(*lead, *kept[k].shape) for k in pull.ks]
+    place = pull.places[-1]
+    assert place is not None
+    return [kept[pull.k].new_empty(*place.apart(S, lead=1).shape[:2], *kept[pull.k].shape)]

@@ -1,0 +1,31 @@
+"""The options of `compile` besides model, loss and quantities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fxcurv.core.errors import QuantityError
+from fxcurv.frontend.inputs import Output
+from fxcurv.runtime.inductor import Backend
+
+__all__ = ["OnUnsupported", "Options"]
+
+OnUnsupported = Literal["error", "skip", "fallback"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `compile` takes besides the model, its loss and the quantities; the budget in bytes."""
+
+    output: Output = None
+    on_unsupported: OnUnsupported = "error"
+    backend: Backend = "eager"
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("on_unsupported", OnUnsupported), ("backend", Backend)):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                remedy = f"choose one of {', '.join(get_args(kind))}"
+                raise QuantityError(f"{name}={value!r}", remedy=remedy, code="FXC409")

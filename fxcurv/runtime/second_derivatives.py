@@ -1,0 +1,178 @@
+"""The diagonal of the loss Hessian itself, by differentiating the gradient once more: exact for any model.
+
+Each product with the Hessian is a backward pass through the graph of the gradient, of the whole batch and one at a
+time, so that memory stays that of two backward passes. Where a parameter is a weight or bias that one layer uses, the
+zero z added to its output y = W x + b + z tells all of it: ∂²L/∂W_oi² = Σ_st x_si x_ti ∂²L/∂z_so∂z_to for each sample,
+which takes the fewer of s·o and o·i products (a linear layer without positions: o), those of all samples at once. Any
+other parameter takes one product per entry, or with samples apart one per sample and entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fxcurv.contractions.definitions import HessianDiagonal
+from fxcurv.contractions.entries import per_sample
+from fxcurv.core.shapes import Samples
+from fxcurv.ir.backward_ops import InputPositions, OutputPositions
+from fxcurv.ir.nodes import module_of
+from fxcurv.quantities.plan import Job
+from fxcurv.runtime.program import Program
+
+__all__ = ["entries_apart", "hessian_diagonals", "twice"]
+
+
+Loss = Callable[[Tensor], Tensor]
+
+
+Use = tuple[fx.Node, str]
+"""A node that holds a parameter, and in which slot."""
+
+
+def twice(jobs: Sequence[Job]) -> Iterator[tuple[Job, str, HessianDiagonal]]:
+    """The jobs with a sum that differentiates the loss twice, and that sum."""
+    for job in jobs:
+        for name, statistic in job.quantity.statistics(job.used).items():
+            if isinstance(statistic, HessianDiagonal):
+                yield job, name, statistic
+
+
+# Compiled -----------------------------------------------------------------------------------------------------------
+
+
+def hessian_diagonals(
+    program: Program, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor], loss: Loss
+) -> dict[str, Tensor]:
+    """The sums of all jobs that differentiate the loss twice, at `inputs`; the canonical graph is bound already."""
+    wanted = list(twice(program.plan.jobs))
+    if not wanted:
+        return {}
+    names = {job.used.name for job, _, _ in wanted}
+    uses = _single_uses(program.canonical, names)
+    found: dict[str, Tensor] = {}
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        watched = _Watched(program.canonical, {node for node, _ in uses.values()})
+        value = loss(watched.run(*inputs))
+        each = {name: _of_use(value, watched, use) for name, use in uses.items()}
+        for job, statistic, module in wanted:
+            name, key = job.used.name, job.sums[statistic]
+            if name in each:
+                laid = job.used.laid(each[name], len(each[name]))
+                found[key] = laid.clone() if module.per_sample else laid.sum(0)
+            elif module.per_sample:
+                found[key] = _each_sample(program.canonical, parameters[name], inputs, loss)
+            else:
+                found[key] = entries_apart(value, parameters[name])
+    return found
+
+
+def _single_uses(canonical: fx.GraphModule, names: set[str]) -> dict[str, Use]:
+    """The parameters among these that one affine layer uses, once."""
+    uses: dict[str, list[Use]] = {}
+    for node in canonical.graph.nodes:
+        for slot, source in node.meta.get("slots", {}).items():
+            for name in names.intersection(source.names):
+                uses.setdefault(name, []).append((node, slot if source.expression is None else "value"))
+    affine = {name: found[0] for name, found in uses.items() if len(found) == 1 and found[0][1] in ("weight", "bias")}
+    return {name: (node, slot) for name, (node, slot) in affine.items() if node.meta["samples"] is not None}
+
+
+class _Watched(fx.Interpreter):
+    """Runs the canonical graph with zeros added to the outputs of some nodes; they and what the nodes saw are kept."""
+
+    def __init__(self, gm: fx.GraphModule, nodes: set[fx.Node]) -> None:
+        super().__init__(gm)
+        self.nodes = nodes
+        self.seen: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        y = super().run_node(n)
+        if n not in self.nodes:
+            return y
+        z = torch.zeros_like(y, requires_grad=True)
+        (x,) = n.all_input_nodes
+        self.seen[n] = self.env[x].detach(), z
+        return y + z
+
+
+def _of_use(value: Tensor, watched: _Watched, use: Use) -> Tensor:
+    """The diagonal for each sample, [n,g,o,i], of a parameter that one layer uses."""
+    node, slot = use
+    x, z = watched.seen[node]
+    op, place = module_of(node), node.meta["samples"]
+    assert isinstance(place, Samples)
+    (slope,) = torch.autograd.grad(value, z, create_graph=True)
+    positions = OutputPositions(op, place)
+    with torch.no_grad():
+        seen = InputPositions(op, place)(x) if slot == "weight" else None
+        first = positions(z.detach().unsqueeze(0))
+        total = first.new_zeros(*first.shape[1:2], *first.shape[3:], 1 if seen is None else seen.shape[-1])
+        back: Any = torch.func.vjp(positions, torch.zeros_like(z).unsqueeze(0))[1]  # a permutation, and its inverse
+    for column, E in _columns(first, seen):
+        (direction,) = back(E)
+        row = _grad(slope, z, direction[0])
+        R = positions(row.unsqueeze(0)).detach()
+        J = per_sample([seen], [R])[0]  # [n,g,o,i]
+        if column is None:
+            total += per_sample([seen], [E])[0] * J
+        else:
+            g, o, i = column
+            total[:, g, o, i] = J[:, g, o, i]
+    return total
+
+
+def _columns(like: Tensor, x: Tensor | None) -> Iterator[tuple[tuple[int, int, int] | None, Tensor]]:
+    """Directions E[1,n,s,g,o] at a layer's output: of each output entry, or of each entry of its parameter, if fewer.
+
+    The latter come with the entry's indices g, o, i.
+    """
+    _, _, s, groups, outputs = like.shape
+    inputs = 1 if x is None else x.shape[-1]
+    for g in range(groups):
+        for o in range(outputs):
+            for k in range(min(s, inputs)):
+                E = torch.zeros_like(like)
+                if s < inputs:
+                    E[0, :, k, g, o] = 1
+                    yield None, E
+                else:
+                    E[0, :, :, g, o] = 1 if x is None else x[:, :, g, k]
+                    yield (g, o, k), E
+
+
+def _each_sample(canonical: fx.GraphModule, parameter: Tensor, inputs: Sequence[Tensor], loss: Loss) -> Tensor:
+    """The diagonal of each sample's part of the loss, `[n, *θ]`: one sample at a time, the others' outputs held."""
+    with torch.no_grad():
+        held = canonical(*inputs)
+    found: list[Tensor] = []
+    for n in range(len(held)):
+        output = torch.cat([held[:n], canonical(*(t[n : n + 1] for t in inputs)), held[n + 1 :]])
+        found.append(entries_apart(loss(output), parameter))
+    return torch.stack(found)
+
+
+# Any graph of autograd ----------------------------------------------------------------------------------------------
+
+
+def entries_apart(value: Tensor, parameter: Tensor) -> Tensor:
+    """The diagonal of ∂²value/∂θ², one entry at a time."""
+    (slope,) = torch.autograd.grad(value, parameter, create_graph=True, materialize_grads=True, allow_unused=True)
+    diagonal = torch.zeros_like(slope).flatten()
+    direction = torch.zeros_like(diagonal)
+    for k in range(direction.numel()):
+        direction[k] = 1
+        diagonal[k] = _grad(slope, parameter, direction.view_as(slope)).flatten()[k]
+        direction[k] = 0
+    return diagonal.view_as(slope).detach()
+
+
+def _grad(slope: Tensor, at: Tensor, direction: Tensor) -> Tensor:
+    """The product of the second derivative with a direction, zero where the slope is constant."""
+    if not slope.requires_grad:
+        return torch.zeros_like(at)
+    return torch.autograd.grad(slope, at, direction, retain_graph=True, allow_unused=True, materialize_grads=True)[0]

@@ -1,0 +1,263 @@
+"""The empirical neural tangent kernel, and what the network linearized in its parameters predicts.
+
+K[n,m,c,d] = Σ_θ ⟨∂f(x_n)_c/∂θ, ∂f(x'_m)_d/∂θ⟩ over the trainable parameters (Jacot et al. 2018). Strategies:
+"jacobian" forms Jacobians and multiplies them; "structured" multiplies what they are made of, Σ_st (x_ns x'_mt)
+(S_ncs S'_mdt) per layer, and forms none (Novak et al. 2022); None takes for each parameter what costs less. "ntvp" is
+products with unit vectors: nothing is compiled, so that it serves any model that autograd can differentiate twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fxcurv.api import Compiled
+from fxcurv.contractions.statistic import Statistic
+from fxcurv.core.errors import InputError, QuantityError
+from fxcurv.core.torch_compat import pytree
+from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
+from fxcurv.frontend.isolation import without_autocast
+from fxcurv.losses.registry import as_loss
+from fxcurv.losses.terms import unit_columns
+from fxcurv.quantities.factors import Factor, Identity
+from fxcurv.quantities.inner_products import Kept, Strategy, kept, kept_of, products
+from fxcurv.quantities.protocol import OfEach, Sums, Used
+from fxcurv.quantities.selection import chosen
+from fxcurv.runtime.memory import bytes_of
+from fxcurv.runtime.options import Options
+from fxcurv.runtime.program import Program
+from fxcurv.runtime.run import Gathered, bind, default_columns, pull_back
+from fxcurv.tangent_kernel.tiling import Batch, Request, Tile, Tiles, tiles_for
+
+__all__ = ["NTK", "ntk"]
+
+
+Kind = Literal["full", "trace", "diagonal"]
+
+
+How = Literal["jacobian", "structured", "ntvp"]
+
+
+def ntk(
+    model: nn.Module,
+    x1: Inputs,
+    x2: Inputs | None = None,
+    kind: Kind = "full",
+    strategy: How | None = None,
+    *,
+    memory_budget: int | str | None = None,
+) -> Tensor:
+    """The kernel of two batches (or of one with itself), by entries c, d of one sample's output, flattened.
+
+    `kind` is "full", `[N, M, C, C]`; "diagonal", K[n,m,c,c], `[N, M, C]`; or "trace", Σ_c K[n,m,c,c], `[N, M]`.
+    `memory_budget` is that of `fxcurv.compile`. `NTK(model)` is compiled once for many batches, and has the summands of
+    each parameter. Raises what `compile` does.
+    """
+    return NTK(model, strategy, memory_budget=memory_budget)(x1, x2, kind)
+
+
+class NTK:
+    """The kernel of a model; its parameters are read when it is called.
+
+    With a `memory_budget`, as "2GiB" or in bytes, a call raises memory no further, its result included: it is made of
+    tiles that a forecast says will fit (fxcurv/tiles.py). A budget that the kernel, and one column of one sample of
+    each batch, do not fit is refused (FXC503) before anything runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strategy: How | None = None,
+        output: Output = None,
+        *,
+        memory_budget: int | str | None = None,
+    ) -> None:
+        if strategy is not None and strategy not in get_args(How):
+            _refuse("strategy", strategy, get_args(How))
+        if strategy == "ntvp" and memory_budget is not None:
+            raise QuantityError(
+                "strategy='ntvp' is plain autograd, whose memory no budget bounds",
+                remedy="choose another strategy, or leave out memory_budget",
+                code="FXC409",
+            )
+        self.model, self.strategy, self.select = model, strategy, selector(output)
+        self.budget = bytes_of(memory_budget)
+        self.forced: Strategy | None = None if strategy == "ntvp" else strategy
+        self.compiled = Compiled(model, as_loss("mse"), chosen(_OutputColumns(self.forced)), Options(output))
+        self._known: WeakKeyDictionary[Program, WeakKeyDictionary[Program, dict[object, Tiles]]] = WeakKeyDictionary()
+
+    def __call__(self, x1: Inputs, x2: Inputs | None = None, kind: Kind = "full") -> Tensor:
+        """The kernel, as in `ntk`."""
+        found = self._sums(x1, x2, kind, apart=False)
+        if not found:
+            raise InputError(
+                "the output depends on no trainable parameter", node="output", remedy="see requires_grad", code="FXC207"
+            )
+        return found[""]
+
+    def of_each(self, x1: Inputs, x2: Inputs | None = None, kind: Kind = "full") -> dict[str, Tensor]:
+        """Each parameter's summand of the kernel."""
+        return self._sums(x1, x2, kind, apart=True)
+
+    def _sums(self, x1: Inputs, x2: Inputs | None, kind: Kind, apart: bool) -> dict[str, Tensor]:
+        """The kernel of each parameter by its name, or not `apart` that of all of them under no name."""
+        if kind not in get_args(Kind):
+            _refuse("kind", kind, get_args(Kind))
+        found: dict[str, Tensor] = {}
+        if self.strategy == "ntvp":
+            for name, K in self._by_products(x1, x2).items():
+                block = _reduced(K, kind)
+                _add(found, name if apart else "", block, block.shape, (...,))
+            return found
+        left = Batch(self.compiled.prepare(x1), x1)
+        right = None if x2 is None else Batch(self.compiled.prepare(x2), x2)
+        request = Request(kind != "full", kind == "trace", len(left.program.plan.jobs) if apart else 1, self.forced)
+        other, tiles = right or left, self._tiles(left, right, request)
+        shape = torch.Size((left.samples, other.samples, left.outputs, other.outputs))
+        for name, a, b, K in self._products(left, right, request, tiles):
+            block = K.sum(0) if request.traced else K.permute(1, 2, 0) if request.alike else K.permute(1, 3, 0, 2)
+            places, key = (a.samples, b.samples, a.columns, b.columns), name if apart else ""
+            _add(found, key, block, shape[: block.ndim], places[: block.ndim])
+            if right is None and a is not b:
+                mirrored, places = block.transpose(0, 1), (b.samples, a.samples, b.columns, a.columns)
+                mirrored = mirrored if request.alike else mirrored.transpose(2, 3)
+                _add(found, key, mirrored, shape[: block.ndim], places[: block.ndim])
+        return found
+
+    def _tiles(self, left: Batch, right: Batch | None, request: Request) -> Tiles:
+        """How the batches are cut, remembered for their sizes."""
+        other = right or left
+        key = (left.samples, right and right.samples, request)
+        known = self._known.setdefault(left.program, WeakKeyDictionary()).setdefault(other.program, {})
+        if key not in known:
+            known[key] = tiles_for(left, right, request, self.budget)
+        return known[key]
+
+    def _products(
+        self, left: Batch, right: Batch | None, request: Request, tiles: Tiles
+    ) -> Iterator[tuple[str, Tile, Tile, Tensor]]:
+        """Every parameter's products of every two tiles, of one batch with itself of every pair."""
+        ours = tiles.of(left)
+        for i, a in enumerate(ours):
+            L = self._columns(left, a)
+            for b in ours[i:] if right is None else tiles.of(right):
+                if request.alike and a.columns != b.columns:
+                    continue
+                R = L if b is a else self._columns(right or left, b)
+                for name, columns in L.items():
+                    yield name, a, b, products(columns, R[name], request.alike, request.strategy, tiles.room)
+                del R
+            del L
+
+    def _columns(self, batch: Batch, tile: Tile) -> dict[str, Kept]:
+        """The Jacobians of each parameter at a tile, as what is kept of them."""
+        program, (start, stop) = batch.program, (tile.columns.start, tile.columns.stop)
+        with torch.no_grad(), without_autocast():
+            bind(program.canonical, self.model)
+            tensors = (t for t in pytree.tree_leaves(as_call(batch.part(tile.samples))) if isinstance(t, Tensor))
+            output, saved, found = program.forward(*tensors)
+            chunk = default_columns(program, len(output))
+            gathered = Gathered(program)
+            gathered.add(found)
+            for factor in program.backwards:
+                columns = (unit_columns(output, at, min(at + chunk, stop)) for at in range(start, stop, chunk))
+                pull_back(program, factor, saved, columns, gathered)
+            gathered.close()
+        sums = gathered.whole
+        return {
+            job.used.name: kept_of({name: sums[key] for name, key in job.sums.items()}) for job in program.plan.jobs
+        }
+
+    # Products with vectors --------------------------------------------------------------------------------------------
+
+    def product(self, v: Tensor, x1: Inputs, x2: Inputs | None = None) -> Tensor:
+        """Σ_md K[n,m,c,d] v[m,d]: `v` and the result have the shapes of the outputs; one vjp and one jvp, no kernel."""
+        return self._product(v, x1, x2, self._trainable())
+
+    def _product(self, v: Tensor, x1: Inputs, x2: Inputs | None, wanted: dict[str, Tensor]) -> Tensor:
+        parameters = list(wanted.values())
+        with torch.enable_grad(), without_autocast(), sdpa_kernel(SDPBackend.MATH):
+            y2 = self._output(x1 if x2 is None else x2)
+            if v.shape != y2.shape:
+                raise InputError(
+                    f"a vector of shape {list(v.shape)} for outputs of shape {list(y2.shape)}",
+                    remedy="give one number for each output entry",
+                    code="FXC411",
+                )
+            u = torch.autograd.grad(y2, parameters, v, allow_unused=True, materialize_grads=True)
+            y1 = self._output(x1)
+            w = torch.zeros_like(y1, requires_grad=True)
+            pulled: Any = torch.autograd.grad(y1, parameters, w, create_graph=True, allow_unused=True)
+            reached = [(g, u_p) for g, u_p in zip(pulled, u, strict=True) if g is not None]
+            if not reached:
+                return torch.zeros_like(y1)
+            gradients, directions = zip(*reached, strict=True)
+            return torch.autograd.grad(gradients, w, directions)[0].detach()  # w ↦ Jᵀw is linear: this is J u
+
+    def _by_products(self, x1: Inputs, x2: Inputs | None) -> dict[str, Tensor]:
+        """Each parameter's summand, `[N, M, C, C]`, column by column."""
+        with torch.no_grad(), without_autocast():
+            y2 = self._output(x1 if x2 is None else x2)
+        units = torch.eye(y2.numel(), dtype=y2.dtype, device=y2.device).view(-1, *y2.shape)
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._trainable().items():
+            K = torch.stack([self._product(e, x1, x2, {name: parameter}).flatten(1) for e in units], -1)
+            found[name] = K.unflatten(-1, (len(y2), -1)).transpose(1, 2)
+        return found
+
+    def outputs(self, inputs: Inputs) -> Tensor:
+        """What the model returns, without a graph."""
+        with torch.no_grad(), without_autocast():
+            return self._output(inputs)
+
+    def _output(self, inputs: Inputs) -> Tensor:
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, as_call(inputs))
+        return self.select(self.model(*args, **kwargs))
+
+    def _trainable(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+@dataclass(frozen=True)
+class _OutputColumns(OfEach):
+    """The kernel of a batch with itself, `[C·N, C·N]`, of which here only what it is made of is used."""
+
+    strategy: Strategy | None = None
+    factor: Factor = field(default=Identity(), init=False)
+    family: str = field(default="ntk", init=False, repr=False)
+
+    def statistics(self, used: Used) -> dict[str, Statistic]:
+        return kept(used, self.strategy)
+
+    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+        columns = kept_of(sums)
+        return products(columns, columns).flatten(2).flatten(0, 1)
+
+
+def _reduced(K: Tensor, kind: Kind) -> Tensor:
+    """The kernel of some kind, from the full one."""
+    if kind == "full":
+        return K
+    diagonal = K.diagonal(dim1=2, dim2=3)
+    return diagonal.sum(2) if kind == "trace" else diagonal
+
+
+def _add(found: dict[str, Tensor], key: str, block: Tensor, shape: Sequence[int], place: tuple[Any, ...]) -> None:
+    """Add a block to the tensor of that shape under `key`, at a place; or make it that tensor."""
+    if key not in found and block.shape == shape:
+        found[key] = block
+        return
+    if key not in found:
+        found[key] = block.new_zeros(shape)
+    found[key] = found[key].to(torch.promote_types(found[key].dtype, block.dtype))
+    found[key][place] += block
+
+
+def _refuse(what: str, given: object, choices: tuple[str, ...]) -> None:
+    raise QuantityError(f"{what}={given!r}", remedy=f"choose one of {', '.join(choices)}", code="FXC409")

@@ -1,0 +1,73 @@
+"""share: what several nodes compute alike is computed once.
+
+The inputs of q, k and v, or of parallel branches, are the same positions, with one second moment; and the indices of a
+pooling layer, which its pullback needs, give its output too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from fxcurv.contractions.statistic import Statistic
+from fxcurv.convolution.patches import Patches
+from fxcurv.ir import ops
+from fxcurv.ir.backward_ops import InputPositions, Keep, Selected
+from fxcurv.ir.nodes import module_of
+from fxcurv.ir.rewriting import copied, settled
+from fxcurv.ir.rules import rule_of
+
+__all__ = ["equal_calls", "selections", "share"]
+
+
+def share(gm: fx.GraphModule) -> fx.GraphModule:
+    """A forward or backward graph that computes nothing twice."""
+    gm = copied(gm)
+    equal_calls(gm)
+    selections(gm)
+    return settled(gm)
+
+
+def equal_calls(gm: fx.GraphModule) -> None:
+    """Positions and sums that are equal calls become one node, in place."""
+    first: dict[object, fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        key = _key(node)
+        if key is not None and first.setdefault(key, node) is not node:
+            node.replace_all_uses_with(first[key])
+            gm.graph.erase_node(node)
+
+
+def _key(node: fx.Node) -> object:
+    """What makes a call of positions or of a sum what it is."""
+    op = module_of(node) if node.op == "call_module" else None
+    if isinstance(op, InputPositions):
+        return InputPositions, _reading(op.op), op.place, node.args
+    if isinstance(op, Statistic):
+        return type(op), op.extra_repr(), getattr(op, "op", None), str(node.args)
+    return None
+
+
+def _reading(op: nn.Module) -> object:
+    """All that an op's positions depend on, besides the input."""
+    if isinstance(op, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return Patches.of(op)
+    return nn.Linear if isinstance(op, nn.Linear | ops.MatMul) else op
+
+
+def selections(gm: fx.GraphModule) -> None:
+    """y = pool(x) and its indices -> the indices, and y by them, in place."""
+    for kept in list(gm.graph.nodes):
+        op: Any = module_of(kept) if kept.op == "call_module" else None
+        if not isinstance(op, Keep) or op.rule.kind != "selection":
+            continue
+        y, x = kept.args
+        gm.set_submodule(y.target, Selected(rule_of(op.op).axes))
+        with gm.graph.inserting_before(y):
+            indices = gm.graph.call_module(kept.target, (x, x))
+            selected = gm.graph.call_module(y.target, (x, indices))
+        indices.meta, selected.meta = dict(kept.meta), dict(y.meta)
+        for old, new in ((kept, indices), (y, selected)):
+            old.replace_all_uses_with(new)
+            gm.graph.erase_node(old)

@@ -1,0 +1,64 @@
+"""join: cotangents of the parts of a tensor are laid side by side, where the parts are all of it.
+
+What is split into q, k and v, or into the two halves of a gated unit, receives three tensors of zeros around one
+cotangent, and their sum, by the definition. Where every entry belongs to exactly one part, that is their concatenation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx, nn
+
+from fxcurv.core.shapes import Shape
+from fxcurv.ir import ops
+from fxcurv.ir.backward_ops import Accumulate, Joined, Pull
+from fxcurv.ir.nodes import module_of
+from fxcurv.ir.rewriting import instead, rewrites
+
+__all__ = ["join"]
+
+
+Part = ops.Select | ops.Slice
+
+
+def join(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph in which no sum of disjoint parts is left; forward graphs have none."""
+    return rewrites(gm, _joined)
+
+
+def _joined(node: fx.Node, op: nn.Module) -> fx.Node | None:
+    """Σ of pullbacks through slices, or selections, that tile an axis -> `Joined` along that axis."""
+    if not isinstance(op, Accumulate):
+        return None
+    found = {_start(part): (part, pull.args[0]) for pull in node.all_input_nodes if (part := _part(pull)) is not None}
+    if len(found) < len(node.args):
+        return None
+    parts, Ss = zip(*(found[start] for start in sorted(found)), strict=True)
+    shape: Shape = node.meta["shape"][1:]
+    axis = _tiled(parts, shape)
+    if axis is None:
+        return None
+    return instead(node, Joined(axis + 1, new=isinstance(parts[0], ops.Select)), tuple(Ss))
+
+
+def _part(pull: fx.Node) -> Part | None:
+    """The slice or selection through which a node pulls back."""
+    op = module_of(pull) if pull.op == "call_module" else None
+    return op.op if isinstance(op, Pull) and not op.per_sample and isinstance(op.op, Part) else None
+
+
+def _start(part: Part) -> int:
+    return part.index if isinstance(part, ops.Select) else part.start
+
+
+def _tiled(parts: Sequence[Part], shape: Shape) -> int | None:
+    """The one axis along which parts, in order, are all of a tensor of this shape; None where they are not."""
+    axes = {part.dim % len(shape) for part in parts}
+    axis = axes.pop()
+    if axes or len({type(part) for part in parts}) > 1 or not isinstance(shape[axis], int):
+        return None
+    ends = [0, *(_start(part) + 1 if isinstance(part, ops.Select) else part.stop for part in parts)]
+    whole = all(isinstance(part, ops.Select) or part.step == 1 for part in parts)
+    adjacent = [_start(part) for part in parts] == ends[:-1]
+    return axis if whole and adjacent and ends[-1] == shape[axis] else None

@@ -1,0 +1,292 @@
+"""locate: where every tensor holds its samples; an op that lets samples mix is refused.
+
+Per-sample curvature is only defined where sample n of the output depends on sample n of the input alone. For ops with
+parameters and elementwise ops the place follows from the kind of their rule; where entries are only moved, the samples'
+numbers are moved instead. Any other op is probed: it is run on random inputs, one sample is redrawn, and only that
+sample's entries of the output may change. A random real function that ignores an input it depends on is an event of
+probability zero, so the probe needs no row per op and cannot go stale. Samples may lie along any axis, and share it
+with other positions (tokens or windows folded into the batch).
+
+Unless `strict`, a node that lets samples mix is marked with its refusal, and row n of what it returns counts as sample
+n from there on: parameters behind it have per-sample curvature, those before it have not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcurv.core.errors import UnsupportedError, frames_of
+from fxcurv.core.shapes import Batch, Samples, Shape, resolve
+from fxcurv.ir import ops
+from fxcurv.ir.nodes import describe, inputs_of, module_of
+from fxcurv.ir.rewriting import copied, settled
+from fxcurv.ir.rules import rule_of
+
+__all__ = ["locate"]
+
+
+SAMPLES, SHARED = 3, 255
+
+
+ENTRYWISE = (ops.Add, ops.Sub, ops.Mul)
+
+
+MOVES = (ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Select, ops.Cat)
+
+
+def locate(gm: fx.GraphModule, device: torch.device, strict: bool = True) -> fx.GraphModule:
+    """The canonical graph with `samples` on every node: where they lie, or None for what all share."""
+    gm, probes = copied(gm), dict[object, Samples | None]()
+    with torch.no_grad():
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                node.meta["samples"] = Samples(0)
+            elif node.op == "call_module":
+                try:
+                    node.meta["samples"] = _place(node, module_of(node), device, probes)
+                except UnsupportedError as error:
+                    if strict:
+                        raise
+                    node.meta |= {"samples": _assumed(node.meta["shape"], error), "refusal": error}
+    output = gm.graph.output_node().args[0]
+    assert isinstance(output, fx.Node)
+    if output.meta["samples"] != Samples(0):
+        place = output.meta["samples"]
+        where = "does not depend on the input" if place is None else f"has its samples at axis {place}"
+        raise UnsupportedError(
+            f"the output {where}",
+            node=describe(output),
+            remedy="return the samples along axis 0",
+            code="FXC207" if place is None else "FXC404",
+            location=frames_of(output),
+        )
+    return settled(gm)
+
+
+def _assumed(shape: Shape, error: UnsupportedError) -> Samples | None:
+    """Where a refused node has its rows, if it has one for each sample."""
+    if shape[:1] == (Batch(),):
+        return Samples(0)
+    if any(isinstance(size, Batch) for size in shape):
+        raise error
+    return None
+
+
+def _place(node: fx.Node, op: nn.Module, device: torch.device, probes: dict[object, Samples | None]) -> Samples | None:
+    places: list[Samples | None] = [x.meta["samples"] for x in node.all_input_nodes]
+    if all(place is None for place in places):
+        return None
+    rule, axes = rule_of(op), _batch_axes(node)
+    constant = _known(node, op, device)
+    if constant is not None:
+        place = _alike(constant, axes)
+        node.meta |= {"known": constant, "counts": place is None}
+        return place or next(place for axis, multiple in axes.items() for place in _candidates(axis, multiple))
+    if isinstance(op, ops.Repeat):  # the same for all, so in any order
+        return next(place for axis, multiple in axes.items() for place in _candidates(axis, multiple))
+    if rule.kind == "elementwise":
+        return places[0]
+    if rule.use is not None and places[0] is not None:
+        axis, last = places[0].axis, len(node.all_input_nodes[0].meta["shape"]) - 1
+        if axis == last or (axis != 0 and rule.use.batch_first):
+            raise _mixing(node, f"it treats the samples along axis {axis} as features")
+        return places[0]
+    place = _aligned(node) if isinstance(op, ENTRYWISE) else _followed(node, op) if isinstance(op, MOVES) else None
+    if place is not None:
+        return place
+    key = _kind(node, op)
+    if key is None or key not in probes:
+        probes[key] = _probed(node, op, device)
+    return probes[key]
+
+
+def _aligned(node: fx.Node) -> Samples | None:
+    """The place of entries that come from entries at the same indices, if all inputs have their samples there."""
+    inputs = [x for x in inputs_of(node) if x.meta["samples"] is not None]
+    from_last = {replace(x.meta["samples"], axis=x.meta["samples"].axis - len(x.meta["shape"])) for x in inputs}
+    if len(from_last) != 1 or any(x.meta.get("counts") for x in inputs):
+        return None
+    place = from_last.pop()
+    return replace(place, axis=place.axis + len(node.meta["shape"]))
+
+
+def _followed(node: fx.Node, op: nn.Module) -> Samples | None:
+    """The place at which a move puts the entries of each sample: the samples' numbers are moved instead."""
+    inputs = inputs_of(node)
+    if any(x.meta.get("counts") for x in inputs):
+        return None
+    y = op(*map(_numbers, inputs))
+    places = (p for axis, multiple in _batch_axes(node).items() for p in _candidates(axis, multiple))
+    return next((p for p in places if all(_only_of(n, rows) for n, rows in enumerate(p.apart(y)))), None)
+
+
+def _numbers(x: fx.Node) -> Tensor:
+    """At every entry the number of its sample, or `SHARED`."""
+    shape, place = resolve(x.meta["shape"], SAMPLES), x.meta["samples"]
+    if place is None:
+        return torch.tensor(SHARED, dtype=torch.uint8).expand(shape)
+    numbers = torch.arange(SAMPLES, dtype=torch.uint8).view(-1, 1).expand(place.outer, -1, place.inner).flatten()
+    return numbers.view(*(-1 if axis == place.axis else 1 for axis in range(len(shape)))).expand(shape)
+
+
+def _only_of(n: int, rows: Tensor) -> bool:
+    """Whether the entries are those of sample n, or shared, but not all of them."""
+    return bool(((rows == n) | (rows == SHARED)).all()) and bool((rows == n).any())
+
+
+def _kind(node: fx.Node, op: nn.Module) -> object:
+    """What the outcome of a probe depends on; None if on values that are no samples."""
+    inputs = inputs_of(node)
+    if any(_constant(x) is not None for x in inputs):
+        return None
+    kinds = tuple((x.meta["shape"], x.meta["dtype"], x.meta["samples"]) for x in inputs)
+    return type(op), op.extra_repr(), kinds, node.meta["shape"]
+
+
+def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> Samples | None:
+    """The place where redrawing sample n of the inputs changes sample n of the output and nothing else."""
+    probe, y, changed = _tried(node, op, device)
+    axes = _batch_axes(node)
+    if any(bool(c.any()) for c in changed):
+        places = [p for axis, multiple in axes.items() for p in _candidates(axis, multiple)]
+        place = next((p for p in places if all(_only(p.apart(c), n) for n, c in enumerate(changed))), None)
+    else:
+        place = _alike(y, axes)  # a constant, such as ones_like
+    if place is None and (axes or any(bool(c.any()) for c in changed)):
+        raise _mixing(node, "a sample of its output depends on other samples")
+    if place is not None and not probe.ignores_order(y, place):
+        raise _mixing(node, "its entries depend on which sample of the batch they are for")
+    return place
+
+
+def _tried(node: fx.Node, op: nn.Module, device: torch.device) -> tuple[_Probe, Tensor, list[Tensor]]:
+    """The first probe that neither fails nor gives NaN: small integers for indices, positive numbers for logarithms."""
+    failure: Exception | None = None
+    for positive, top in ((False, 2), (False, 1), (True, 2), (True, 1)):
+        probe = _Probe(node, op, torch.Generator(device).manual_seed(0), positive, top)
+        try:
+            y, changed = probe.redraw_each()
+        except (RuntimeError, IndexError) as error:
+            failure = error
+            continue
+        if not bool(y.isnan().any()) or (positive and any(bool(c.any()) for c in changed)):
+            return probe, y, changed
+    why = f"fail: {str(failure).splitlines()[0]}" if failure else "give NaN"
+    raise _mixing(node, f"it cannot be told, for random inputs {why}") from failure
+
+
+def _batch_axes(node: fx.Node) -> dict[int, int]:
+    """Every axis whose size is a multiple of the batch size, and which."""
+    return {axis: size.multiple for axis, size in enumerate(node.meta["shape"]) if isinstance(size, Batch)}
+
+
+def _known(node: fx.Node, op: nn.Module, device: torch.device) -> Tensor | None:
+    """The value for `SAMPLES` samples of what depends on no other input than the batch size."""
+    sized = bool(getattr(op, "sized", False))
+    inputs = inputs_of(node)[: -1 if sized else None]
+    values = [_constant(x) for x in inputs]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not _batch_axes(node):
+        return None
+    like = [torch.empty(SAMPLES, device=device)] if sized else []
+    return op(*known, *like)
+
+
+def _constant(x: fx.Node) -> Tensor | None:
+    """The value of a node that depends on no other input than the batch size."""
+    if x.op == "call_module" and isinstance(constant := module_of(x), ops.Constant):
+        return constant.value
+    return x.meta.get("known")
+
+
+def _candidates(axis: int, multiple: int) -> Iterator[Samples]:
+    """The places along an axis of size multiple · N."""
+    yield from (Samples(axis, multiple // b, b) for b in range(multiple, 0, -1) if multiple % b == 0)
+
+
+def _alike(y: Tensor, axes: Mapping[int, int]) -> Samples | None:
+    """The place at which the entries are the same for each sample, if there is one."""
+    places = [place for axis, multiple in axes.items() for place in _candidates(axis, multiple)]
+    rows = (place.apart(y) for place in places)
+    same = (all(torch.equal(row, first) for row in others) for first, *others in rows)
+    return next((place for place, alike in zip(places, same, strict=True) if alike), None)
+
+
+def _only(changed: Tensor, n: int) -> bool:
+    """Whether something of sample n changed, and nothing of the others."""
+    return all(bool(changed[m].any()) == (m == n) for m in range(SAMPLES))
+
+
+class _Probe:
+    """Random inputs of a node, of which one sample at a time is redrawn: positive or not, and integers below `top`."""
+
+    def __init__(self, node: fx.Node, op: nn.Module, generator: torch.Generator, positive: bool, top: int) -> None:
+        self.op, self.generator, self.positive, self.top = op, generator, positive, top
+        self.inputs = inputs_of(node)
+        self.values = [self._draw(x) for x in self.inputs]
+
+    def redraw_each(self) -> tuple[Tensor, list[Tensor]]:
+        """The output at random inputs, and for each sample which entries change when that sample is redrawn."""
+        y, changed = self.op(*self.values), list[Tensor]()
+        for n in range(SAMPLES):
+            difference = torch.zeros_like(y, dtype=torch.bool)
+            for _ in range(16):  # an index, a comparison, or what a mask hides often stays as it is
+                other = self.op(*(self._redrawn(x, v, n) for x, v in zip(self.inputs, self.values, strict=True)))
+                difference |= (other != y) & ~(other.isnan() & y.isnan())
+                if y.is_floating_point() and bool(difference.any()):
+                    break
+            changed.append(difference)
+        return y, changed
+
+    def ignores_order(self, y: Tensor, place: Samples) -> bool:
+        """Whether samples in another order give the same in that order, where constants tell them from each other."""
+        if not any(x.meta.get("counts") for x in self.inputs):
+            return True
+        moved = self.op(*(self._moved(x, v) for x, v in zip(self.inputs, self.values, strict=True)))
+        return torch.equal(place.apart(moved), place.apart(y).roll(1, 0))
+
+    def _draw(self, x: fx.Node) -> Tensor:
+        constant = _constant(x)
+        if constant is not None:
+            return constant
+        return self._random(resolve(x.meta["shape"], SAMPLES), x.meta["dtype"])
+
+    def _redrawn(self, x: fx.Node, value: Tensor, n: int) -> Tensor:
+        place: Samples | None = x.meta["samples"]
+        if place is None or _constant(x) is not None:
+            return value
+        fresh = value.clone()
+        sample = fresh.unflatten(place.axis, (place.outer, -1, place.inner)).select(place.axis + 1, n)
+        sample.copy_(self._random(sample.shape, value.dtype))
+        return fresh
+
+    def _moved(self, x: fx.Node, value: Tensor) -> Tensor:
+        place: Samples | None = x.meta["samples"]
+        if place is None or _constant(x) is not None:
+            return value
+        rows = value.unflatten(place.axis, (place.outer, -1, place.inner)).roll(1, place.axis + 1)
+        return rows.flatten(place.axis, place.axis + 2)
+
+    def _random(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Normal numbers, fair coins, or integers below `top`."""
+        device = self.generator.device
+        if dtype == torch.bool:
+            return torch.rand(shape, device=device, generator=self.generator) < 0.5
+        if not dtype.is_floating_point and not dtype.is_complex:
+            return torch.randint(self.top, shape, dtype=dtype, device=device, generator=self.generator)
+        drawn = torch.randn(shape, dtype=dtype, device=device, generator=self.generator)
+        return drawn.abs() if self.positive and dtype.is_floating_point else drawn
+
+
+def _mixing(node: fx.Node, why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"samples of the batch mix here: {why}",
+        node=describe(node),
+        remedy="let each sample's output depend on that sample alone",
+        code="FXC401",
+        location=frames_of(node),
+    )
