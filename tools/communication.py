@@ -147,7 +147,7 @@ def lines(model: str, blocks_of: str, blocks: Sequence[Block]) -> list[Line]:
     }
     inverses = [decomposition(block) for block in blocks]
     gradient = sum(4 * block.numel for block in blocks)
-    costs = [0 if isinstance(block, Diagonal) else distributed.cost(block) for block in blocks]
+    costs = [0 if isinstance(block, Diagonal) else block.decomposition_cost for block in blocks]
     found: list[Line] = []
     for p in WORKERS:
         owners, loads = distributed.assigned(costs, p), [0.0] * p

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self, get_args, overload
 
 import torch
 from torch import Tensor
 
 from fxcurv.blocks.lazy_gram import SecondMoment
-from fxcurv.core.errors import InputError
+from fxcurv.core.errors import InputError, SpecError
 from fxcurv.linalg.factorizations import damping_of, singular
+from fxcurv.linalg.operator import LinearOperator, Space, Vector
 
 __all__ = ["Block", "Damping", "Function"]
 
@@ -34,20 +36,40 @@ KINDS: dict[str, type[Block]] = {}
 """Every kind of block by the name of its class; a subclass of `Block` registers itself."""
 
 
+Part = Tensor | SecondMoment
+"""A tensor that a block holds, or a second moment kept as its vectors."""
+
+
 @dataclass(frozen=True, eq=False)
-class Block(ABC):
+class Block(LinearOperator, ABC):
     """An operator on vectors of `shape` (the parameter's, or `[o, i+1]` or `[i+1, o]` for a joint weight and bias).
 
     `parameters` says whose block it is, `status` whether it is exact to its definition, and `reduction` how the loss
     scales it.
+
+    A kind of block is a dataclass that says what it holds: `fields`, the parts by their names in files, and `options`,
+    plain numbers. What it may do with another of its kind follows from these: files, processes, merging and running
+    averages ask nothing else.
     """
 
-    shape: tuple[int, ...]
+    fields: ClassVar[Mapping[str, str]] = {}
+    """The name of every part in a file, and the attribute that holds it."""
+    options: ClassVar[Mapping[str, type]] = {}
+    """The attributes that are plain numbers, and their types."""
+    symmetric: ClassVar[bool] = False
+    """Whether every part is a symmetric matrix, or one for each group."""
+    additive: ClassVar[bool] = True
+    """Whether the block of two batches is made of those of each, part by part."""
+
+    shape: tuple[int, ...] = field()  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
     parameters: tuple[str, ...] = field(default=(), kw_only=True)
     status: str = field(default="exact", kw_only=True)
     reduction: str = field(default="sum", kw_only=True)
 
     def __init_subclass__(cls) -> None:
+        known = KINDS.get(cls.__name__, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise SpecError(f"a second kind of block is called {cls.__name__}", remedy="rename it", code="FXC302")
         KINDS[cls.__name__] = cls
 
     # What a form defines ----------------------------------------------------------------------------------------------
@@ -86,15 +108,80 @@ class Block(ABC):
     def eigh(self) -> tuple[Tensor, Tensor]:
         """All eigenvalues, ascending, `[numel]`, and an orthonormal basis of eigenvectors, `[numel, numel]`."""
 
+    @classmethod
     @abstractmethod
-    def _changed(self, change: Callable[[Tensor | SecondMoment], Any]) -> Self:
-        """With every stored tensor changed."""
+    def fits(cls, shape: tuple[int, ...], sizes: Sequence[torch.Size]) -> bool:
+        """Whether parts of these sizes make a block on vectors of this shape."""
 
     @abstractmethod
     def __mul__(self, factor: float) -> Self:
         """The block times a number ≥ 0."""
 
+    # Its parts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts in the order of `fields`."""
+        return tuple(getattr(self, name) for name in self.fields.values())
+
+    def with_parts(self, parts: Iterable[Part]) -> Self:
+        """The block with other parts."""
+        return replace(self, **dict(zip(self.fields.values(), parts, strict=True)))
+
+    def mapped(self, change: Callable[[Part], Part]) -> Self:
+        """The block with every part changed."""
+        return self.with_parts(map(change, self.parts))
+
+    @property
+    def layout(self) -> object:
+        """What two blocks of one kind must share to be added part by part, besides their shape."""
+        return None
+
+    @property
+    def count(self) -> int | None:
+        """How many inputs a part averages over, 0 where that is not known; None for a kind without such a part."""
+        return None
+
+    def counted(self, count: int) -> Self:
+        """The block whose part averages over so many inputs."""
+        return self
+
+    def weights(self, terms: float, inputs: float) -> tuple[float, ...]:
+        """The weight of each part in a sum over batches: of loss terms, or of inputs for what averages over these."""
+        return (terms,) * len(self.fields)
+
+    def weighted_sum(self, other: Self, terms: tuple[float, float], inputs: tuple[float, float] | None) -> Self:
+        """terms[0] · self + terms[1] · other, part by part; without `inputs`, all parts by the weights of terms."""
+        ours, theirs = (self.weights(t, t if inputs is None else inputs[k]) for k, t in enumerate(terms))
+        pairs = zip(self.parts, other.parts, ours, theirs, strict=True)
+        total = self.with_parts(_sum(a if v == 1 else a * v, b if w == 1 else b * w) for a, b, v, w in pairs)
+        return total.counted(0 if inputs is None else (self.count or 0) + (other.count or 0))
+
+    def averaged_with(self, old: Self, weight: float) -> Self:
+        """weight · old + (1 - weight) · self: a step of a running average."""
+        return self.weighted_sum(old, (1 - weight, weight), None)
+
+    @property
+    def decomposition_cost(self) -> int:
+        """Multiplications of a decomposition or inverse, up to a factor: Σ d³ over the matrices of side d."""
+        return sum(size.numel() * size[-1] for size in self.sizes.values()) if self.symmetric else self.numel
+
     # What follows -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def domain(self) -> Space:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The vectors that the block acts on, under the names of its parameters."""
+        return Space({" + ".join(self.parameters) or "block": self.shape})
+
+    @property
+    def codomain(self) -> Space:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The vectors that it returns: those that it acts on."""
+        return self.domain
+
+    @property
+    def T(self) -> Self:
+        """The block itself: it is symmetric."""
+        return self
 
     @property
     def numel(self) -> int:
@@ -102,12 +189,12 @@ class Block(ABC):
         return math.prod(self.shape)
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Where its tensors are."""
         return self._like.device
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The type of its tensors."""
         return self._like.dtype
 
@@ -129,8 +216,14 @@ class Block(ABC):
         """√Σ B_ij², a scalar tensor."""
         return torch.linalg.vector_norm(self.eigvalsh())
 
-    def mv(self, v: Tensor) -> Tensor:
-        """B v for a vector of the block's shape, or flat; the result has the shape of `v`."""
+    @overload
+    def mv(self, v: Tensor) -> Tensor: ...
+    @overload
+    def mv(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def mv(self, v: Vector) -> Tensor | dict[str, Tensor]:
+        """B v for a vector of the block's shape, or flat, or a dict; the result has the form of `v`."""
+        if not isinstance(v, Tensor):
+            return super().mv(v)
         return self._mm(self._column(v)).reshape(v.shape)
 
     def mm(self, matrix: Tensor) -> Tensor:
@@ -143,9 +236,10 @@ class Block(ABC):
             )
         return self._mm(matrix)
 
-    def __matmul__(self, right: Tensor) -> Tensor:
+    def __matmul__(self, right: Any) -> Any:
         """`mm` of a matrix `[numel, k]`, `mv` of anything else."""
-        return self.mm(right) if right.ndim == 2 and tuple(right.shape) != self.shape else self.mv(right)
+        matrix = isinstance(right, Tensor) and right.ndim == 2 and tuple(right.shape) != self.shape
+        return self.mm(right) if matrix else self.mv(right)
 
     def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
         """(B + δI)⁻¹ v, in the shape of `v`; a singular block needs δ > 0."""
@@ -199,20 +293,24 @@ class Block(ABC):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The block elsewhere, or in another floating-point type."""
-        return self._changed(lambda t: t.to(device=device, dtype=dtype))
+        return self.mapped(lambda t: t.to(device=device, dtype=dtype))
 
     def as_dense(self) -> Block:
         """The same operator as a `Dense` block."""
         make: Any = KINDS["Dense"]
         return make(self.shape, self.dense(), **self.labels)
 
-    def __add__(self, other: Block) -> Block:
+    @overload
+    def __add__(self, other: Block) -> Block: ...
+    @overload
+    def __add__(self, other: LinearOperator) -> LinearOperator: ...
+    def __add__(self, other: LinearOperator) -> LinearOperator:
         """The sum of two blocks of a form that is closed under it; others are added as `a.as_dense() + b.as_dense()`.
 
         The sum of two Kronecker products is none, unless they share a factor.
         """
-        if not isinstance(other, Block):  # pyright: ignore[reportUnnecessaryIsInstance]
-            return NotImplemented
+        if not isinstance(other, Block):
+            return super().__add__(other)
         if self.shape != other.shape:
             raise InputError(
                 f"{self.name}, {list(self.shape)}, plus {other.name}, {list(other.shape)}",
@@ -230,7 +328,9 @@ class Block(ABC):
 
     def plus(self, other: Block) -> Block | None:
         """The sum in a form of its own, if it has one."""
-        return None
+        if type(other) is not type(self) or not self.additive or len(self.fields) > 1:
+            return None
+        return self.weighted_sum(other, (1, 1), None)
 
     def __rmul__(self, factor: float) -> Self:
         return self * factor
@@ -269,3 +369,7 @@ class Block(ABC):
     @property
     def labels(self) -> dict[str, Any]:
         return {"parameters": self.parameters, "status": self.status, "reduction": self.reduction}
+
+
+def _sum(a: Part, b: Part) -> Part:
+    return a + b

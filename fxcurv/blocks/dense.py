@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from fxcurv.blocks.base import Block, Damping, Function
 from fxcurv.blocks.eigenbasis import Eigenbasis
-from fxcurv.blocks.lazy_gram import SecondMoment, an_entry, damped_inverse, matrix_of, moment_of, shape_of
+from fxcurv.blocks.lazy_gram import (
+    SecondMoment,
+    an_entry,
+    damped_inverse,
+    grouped_sides,
+    matrix_of,
+    moment_of,
+    shape_of,
+)
 from fxcurv.linalg.factorizations import rank
 
 __all__ = ["Dense"]
@@ -22,12 +31,19 @@ __all__ = ["Dense"]
 class Dense(Block):
     """A matrix `[numel, numel]`, or what it is made of while that is smaller; `.matrix` is formed when it is read."""
 
+    fields: ClassVar = {"matrix": "moment"}
+    symmetric: ClassVar = True
+
     moment: Tensor | SecondMoment
 
     @cached_property
     def matrix(self) -> Tensor:
         """The matrix, `[numel, numel]`."""
         return matrix_of(self.moment)
+
+    @classmethod
+    def fits(cls, shape: tuple[int, ...], sizes: Sequence[torch.Size]) -> bool:
+        return grouped_sides(sizes) == [(1, math.prod(shape))]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -85,11 +101,5 @@ class Dense(Block):
     def power(self, exponent: float) -> Dense:
         return replace(self, moment=super().power(exponent).dense())
 
-    def _changed(self, change: Callable[[Tensor | SecondMoment], Any]) -> Self:
-        return replace(self, moment=change(self.moment))
-
     def __mul__(self, factor: float) -> Self:
         return replace(self, moment=self.moment * self._factor(factor))
-
-    def plus(self, other: Block) -> Block | None:
-        return replace(self, moment=self.moment + other.moment) if isinstance(other, Dense) else None

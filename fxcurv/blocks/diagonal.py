@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from fxcurv.blocks.base import Block, Function
-from fxcurv.blocks.lazy_gram import SecondMoment
 
 __all__ = ["Diagonal"]
 
@@ -19,7 +18,13 @@ __all__ = ["Diagonal"]
 class Diagonal(Block):
     """diag(values), `values` of the block's shape."""
 
+    fields: ClassVar = {"values": "values"}
+
     values: Tensor
+
+    @classmethod
+    def fits(cls, shape: tuple[int, ...], sizes: Sequence[torch.Size]) -> bool:
+        return list(sizes) == [shape]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -48,11 +53,5 @@ class Diagonal(Block):
         values, order = self.values.flatten().sort()
         return values, torch.eye(self.numel, dtype=values.dtype, device=values.device)[:, order]
 
-    def _changed(self, change: Callable[[Tensor | SecondMoment], Any]) -> Self:
-        return replace(self, values=change(self.values))
-
     def __mul__(self, factor: float) -> Self:
         return replace(self, values=self.values * self._factor(factor))
-
-    def plus(self, other: Block) -> Block | None:
-        return replace(self, values=self.values + other.values) if isinstance(other, Diagonal) else None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from fxcurv.blocks.base import Block, Function
-from fxcurv.blocks.lazy_gram import SecondMoment
 
 __all__ = ["Eigenbasis"]
 
@@ -27,11 +27,34 @@ class Eigenbasis(Block):
     U_g ⊗ Q_g. The damped inverse and every function of a Kronecker product are of this form.
     """
 
+    fields: ClassVar = {"U": "input_vectors", "Q": "output_vectors", "values": "values"}
+    options: ClassVar = {"rest": float, "inputs_first": bool}
+    additive: ClassVar = False
+
     input_vectors: Tensor
     output_vectors: Tensor
     values: Tensor
     rest: float = 0.0
     inputs_first: bool = field(default=False, kw_only=True)
+
+    @classmethod
+    def fits(cls, shape: tuple[int, ...], sizes: Sequence[torch.Size]) -> bool:
+        if [len(size) for size in sizes] != [3, 3, 3]:
+            return False
+        (g, i, a), (h, o, b), values = sizes
+        return g == h and g * i * o == math.prod(shape) and values == (g, b, a)
+
+    @property
+    def layout(self) -> object:
+        return self.inputs_first
+
+    def averaged_with(self, old: Self, weight: float) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """In the columns of this block, in which the diagonal of `old` is the nearest to it in Frobenius norm."""
+        outputs = (self.output_vectors.mT @ old.output_vectors).square()
+        inputs = (self.input_vectors.mT @ old.input_vectors).square()
+        projected = old.rest + outputs @ (old.values - old.rest) @ inputs.mT
+        values = weight * projected.to(self.values) + (1 - weight) * self.values
+        return replace(self, values=values, rest=weight * old.rest + (1 - weight) * self.rest)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -91,10 +114,6 @@ class Eigenbasis(Block):
         columns = self._back(torch.eye(self.numel, dtype=self.values.dtype, device=self.values.device))
         values, order = self._values.flatten().sort()
         return values, columns[:, order]
-
-    def _changed(self, change: Callable[[Tensor | SecondMoment], Any]) -> Self:
-        U, Q, values = (change(t) for t in self.tensors.values())
-        return replace(self, input_vectors=U, output_vectors=Q, values=values)
 
     def __mul__(self, factor: float) -> Self:
         return replace(self, values=self.values * self._factor(factor), rest=self.rest * factor)

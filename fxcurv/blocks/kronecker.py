@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fxcurv.blocks.lazy_gram import (
     SecondMoment,
     an_entry,
     damped_inverse,
+    grouped_sides,
     matrix_of,
     moment_of,
     shape_of,
@@ -37,6 +39,10 @@ class Kronecker(Block):
     vectors whose mean A is, 0 where that is not known.
     """
 
+    fields: ClassVar = {"A": "input_moment", "G": "output_moment"}
+    options: ClassVar = {"averaged": int, "inputs_first": bool}
+    symmetric: ClassVar = True
+
     input_moment: Tensor | SecondMoment
     output_moment: Tensor | SecondMoment
     averaged: int = field(default=0, kw_only=True)
@@ -51,6 +57,28 @@ class Kronecker(Block):
     def G(self) -> Tensor:
         """The factor of the outputs."""
         return matrix_of(self.output_moment)
+
+    @classmethod
+    def fits(cls, shape: tuple[int, ...], sizes: Sequence[torch.Size]) -> bool:
+        sides = grouped_sides(sizes)
+        if len(sides) != 2:
+            return False
+        (g, i), (h, o) = sides
+        return g == h and g * i * o == math.prod(shape)
+
+    @property
+    def layout(self) -> object:
+        return self.inputs_first
+
+    @property
+    def count(self) -> int:
+        return self.averaged
+
+    def counted(self, count: int) -> Self:
+        return replace(self, averaged=count)
+
+    def weights(self, terms: float, inputs: float) -> tuple[float, ...]:
+        return inputs, terms
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -151,9 +179,6 @@ class Kronecker(Block):
         A, G = ((values**exponent, vectors) for values, vectors in (Matrix(f.dense()).eigen() for f in self._factors))
         inputs, outputs = (ungrouped(vectors * values.unsqueeze(-2) @ vectors.mT) for values, vectors in (A, G))
         return replace(self, input_moment=inputs, output_moment=outputs, averaged=0)
-
-    def _changed(self, change: Callable[[Tensor | SecondMoment], Any]) -> Self:
-        return replace(self, input_moment=change(self.input_moment), output_moment=change(self.output_moment))
 
     def __mul__(self, factor: float) -> Self:
         """Scales G."""

@@ -6,6 +6,7 @@ Its tensors are not to be written into: decompositions are kept with it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -219,3 +220,10 @@ def moment_of(value: Tensor | SecondMoment) -> Moment:
     if isinstance(value, SecondMoment):
         return value
     return Matrix(value if value.ndim == 3 else value.unsqueeze(0))
+
+
+def grouped_sides(sizes: Sequence[torch.Size]) -> list[tuple[int, int]]:
+    """(g, d) of symmetric matrices `[d,d]` or `[g,d,d]`; none at all where one is not such a matrix."""
+    if not all(len(size) in (2, 3) and size[-1] == size[-2] for size in sizes):
+        return []
+    return [(1 if len(size) == 2 else size[0], size[-1]) for size in sizes]

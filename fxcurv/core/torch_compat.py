@@ -26,6 +26,7 @@ __all__ = [
     "default_store",
     "depends_on_values",
     "dispatch_keys",
+    "flops_of",
     "has_backward_hooks",
     "holds",
     "linear_onednn",
@@ -94,6 +95,13 @@ def has_backward_hooks(t: Tensor) -> bool:
 def holds(module: nn.Module, name: str, tensor: Tensor) -> bool:
     """Whether a module itself holds this tensor as its parameter or buffer of that name."""
     return module._parameters.get(name) is tensor or module._buffers.get(name) is tensor
+
+
+def flops_of(packet: Any) -> Callable[..., float] | None:
+    """The function that counts the floating-point operations of an operator, if torch knows it."""
+    from torch.utils.flop_counter import flop_registry
+
+    return flop_registry.get(packet)
 
 
 # Tracing and compiling --------------------------------------------------------------------------------------------

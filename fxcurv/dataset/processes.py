@@ -30,8 +30,6 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.utils.data import Subset
 
 from fxcurv.blocks.base import Block
-from fxcurv.blocks.dense import Dense
-from fxcurv.blocks.kronecker import Kronecker
 from fxcurv.blocks.lazy_gram import SecondMoment, formed
 from fxcurv.core.errors import FxcurvError
 from fxcurv.core.fingerprint import digest, values_digest
@@ -40,7 +38,7 @@ from fxcurv.results.block_diagonal import BlockDiagonal, Part
 from fxcurv.results.curvature import Curvature
 from fxcurv.results.merging import Value, check_adds, values_changed, values_of
 
-__all__ = ["BUCKET_BYTES", "Processes", "assigned", "cost", "joined", "mapped", "shard"]
+__all__ = ["BUCKET_BYTES", "Processes", "assigned", "joined", "mapped", "shard"]
 
 
 BUCKET_BYTES = 1 << 26
@@ -237,7 +235,7 @@ class Processes:
         check_adds(mine)
         values = values_of(mine)
         rows = [(e.parameter, e.status, e.form(), e.definition, e.reduction) for e in mine.entries]
-        if any(isinstance(v, Kronecker) and not v.averaged for v in values):
+        if any(isinstance(v, Block) and v.count == 0 for v in values):
             raise FxcurvError(
                 "a block does not know how many inputs its A averages", remedy="compute it anew", code="FXC425"
             )
@@ -245,7 +243,7 @@ class Processes:
             "samples": mine.samples,
             "divisor": float(mine.divisor or 0),
             "reduction": mine.reduction,
-            "counts": [v.averaged if isinstance(v, Kronecker) else 0 for v in values],
+            "counts": [v.count or 0 if isinstance(v, Block) else 0 for v in values],
             "model": values_digest(model),
             "kind": digest((rows, [str(v.dtype) for v in values])),
         }
@@ -282,12 +280,12 @@ class Processes:
         """f of every block, computed by one process and sent to all."""
         if self.size == 1:
             return [f(block) for block in blocks]
-        owners = assigned([cost(block) for block in blocks], self.size)
+        owners = assigned([block.decomposition_cost for block in blocks], self.size)
         found: dict[int, Block] = {}
         for k in (k for k, owner in enumerate(owners) if owner == self.rank):
-            found[k] = f(blocks[k])._changed(formed)
+            found[k] = f(blocks[k]).mapped(formed)
             self.beat(len(found))
-        shapes = {k: _as_text(block._changed(_without_values)) for k, block in found.items()}
+        shapes = {k: _as_text(block.mapped(_without_values)) for k, block in found.items()}
         told = [json.loads(text) for text in self._all(json.dumps({"of": _recognised(blocks), "shapes": shapes}))]
         for k in range(self.size):
             if told[k]["of"] != told[0]["of"]:
@@ -303,23 +301,21 @@ class Processes:
 
         for owner, its in enumerate(told):
             theirs = {int(k): text for k, text in its["shapes"].items()}
-            held = [found.get(k) or _from_text(text)._changed(empty) for k, text in theirs.items()]
+            held = [found.get(k) or _from_text(text).mapped(empty) for k, text in theirs.items()]
             found |= zip(theirs, self._sent(held, owner), strict=True)
         self._sum([torch.zeros(1, device=place)])  # nobody leaves before all have everything
         return [found[k] for k in range(len(blocks))]
 
     def _sent(self, held: Sequence[Block], owner: int) -> list[Block]:
         """The blocks of a process, for which the others hold empty ones of the same form."""
-        tensors: list[Tensor] = []
-        for block in held:
-            block._changed(lambda t: tensors.append(formed(t)) or t)
+        tensors = [formed(part) for block in held for part in block.parts]
         parts: list[Tensor] = []
         for bucket in _buckets(t.flatten() for t in tensors):
             flat = torch.cat(bucket)
             self._finish(lambda flat=flat: dist.broadcast(flat, owner, async_op=True))
             parts += flat.split([len(t) for t in bucket])
         received = iter(parts)
-        return [block._changed(lambda t: next(received).view(formed(t).shape)) for block in held]
+        return [block.mapped(lambda t: next(received).view(t.shape)) for block in held]
 
 
 def _failed(cause: str) -> FxcurvError:
@@ -340,7 +336,7 @@ def _from_text(text: str | bytes) -> Any:
 
 def _on(result: Curvature, change: Callable[[Tensor], Tensor]) -> Curvature:
     """The result with changed tensors, moments being formed."""
-    values = [v._changed(lambda t: change(formed(t))) if isinstance(v, Block) else change(v) for v in values_of(result)]
+    values = [v.mapped(lambda t: change(formed(t))) if isinstance(v, Block) else change(v) for v in values_of(result)]
     return replace(values_changed(result, values), loss=change(result.loss), output=change(result.output))
 
 
@@ -373,13 +369,6 @@ def assigned(costs: Sequence[float], size: int) -> list[int]:
     return owners
 
 
-def cost(block: Block) -> int:
-    """What a decomposition or inverse takes: Σ d³ over the matrices of side d that it is of."""
-    if isinstance(block, Dense | Kronecker):
-        return sum(size.numel() * size[-1] for size in block.sizes.values())
-    return block.numel
-
-
 def _recognised(blocks: Sequence[Block]) -> str:
     """A digest of what blocks are and of their diagonals, bit by bit: it tells one result from another."""
 
@@ -404,8 +393,7 @@ def _added(
     def whole(value: Value, count: int) -> Value:
         if isinstance(value, Tensor):
             return next(sums).view(value.shape)
-        changed = value._changed(lambda held: _unpacked(next(sums), formed(held), _symmetric(value)))
-        return replace(changed, averaged=count) if isinstance(changed, Kronecker) else changed
+        return value.mapped(lambda part: _unpacked(next(sums), formed(part), value.symmetric)).counted(count)
 
     return [whole(value, count) for value, count in zip(values, counts, strict=True)]
 
@@ -416,20 +404,9 @@ def _packed(values: Sequence[Value], share: float, shares: Sequence[float]) -> I
         if isinstance(value, Tensor):
             yield value.flatten() * share
             continue
-        held: list[Tensor] = []
-
-        def keep(moment: Any, held: list[Tensor] = held) -> Any:
-            held.append(formed(moment))
-            return moment
-
-        value._changed(keep)
-        weights = (own, share) if isinstance(value, Kronecker) else (share,)
-        for tensor, weight in zip(held, weights, strict=True):
-            yield (_triangle(tensor) if _symmetric(value) else tensor.flatten()) * weight
-
-
-def _symmetric(value: Value) -> bool:
-    return isinstance(value, Dense | Kronecker)
+        for part, weight in zip(value.parts, value.weights(share, own), strict=True):
+            tensor = formed(part)
+            yield (_triangle(tensor) if value.symmetric else tensor.flatten()) * weight
 
 
 def _lower(like: Tensor) -> tuple[Tensor, Tensor]:

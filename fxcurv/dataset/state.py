@@ -79,7 +79,7 @@ def owned(result: Curvature, dtype: torch.dtype | None = None, device: torch.dev
         moved = held.detach().to(dtype=dtype or held.dtype, device=device or held.device)
         return moved.clone(memory_format=torch.contiguous_format)
 
-    changed = [v._changed(own) if isinstance(v, Block) else own(v) for v in values_of(result)]
+    changed = [v.mapped(own) if isinstance(v, Block) else own(v) for v in values_of(result)]
     divisor = result.divisor if result.divisor is None else float(result.divisor)
     output = result.output.new_empty(result.samples, 0)
     return replace(values_changed(result, changed), loss=own(result.loss), output=output, divisor=divisor)

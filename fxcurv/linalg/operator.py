@@ -92,9 +92,14 @@ class LinearOperator(ABC):
         return self._mm(matrix)
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def size(self) -> tuple[int, int]:
         """Rows and columns of the matrix that this stands for."""
         return self.codomain.numel, self.domain.numel
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns of the matrix; a `Block` has here the shape of the vectors that it acts on."""
+        return self.size
 
     @overload
     def mv(self, v: Tensor) -> Tensor: ...
@@ -109,7 +114,7 @@ class LinearOperator(ABC):
         """The product with the columns of `[domain.numel, k]`."""
         if matrix.ndim != 2 or len(matrix) != self.domain.numel:
             raise InputError(
-                f"a matrix of shape {list(matrix.shape)} for an operator of shape {list(self.shape)}",
+                f"a matrix of shape {list(matrix.shape)} for an operator of shape {list(self.size)}",
                 remedy=f"give [{self.domain.numel}, k]",
                 code="FXC411",
             )
@@ -130,7 +135,7 @@ class LinearOperator(ABC):
             return NotImplemented
         if (self.domain, self.codomain) != (other.domain, other.codomain):
             raise InputError(
-                f"the operators {list(self.shape)} and {list(other.shape)} act on different spaces",
+                f"the operators {list(self.size)} and {list(other.size)} act on different spaces",
                 remedy="add operators on the same parameters",
                 code="FXC426",
             )
@@ -162,7 +167,7 @@ class LinearOperator(ABC):
 
         forth, back = converted(self._mm), converted(self._rmm)
         dtype = torch.empty(0, dtype=out).numpy().dtype
-        return linalg.LinearOperator(self.shape, matvec=forth, matmat=forth, rmatvec=back, rmatmat=back, dtype=dtype)
+        return linalg.LinearOperator(self.size, matvec=forth, matmat=forth, rmatvec=back, rmatmat=back, dtype=dtype)
 
     def eigsh(self, k: int = 6, which: str = "LA", tol: float = 0.0) -> tuple[Tensor, Tensor]:
         """k eigenvalues, ascending, `[k]`, and eigenvectors `[n, k]` of a symmetric operator, by Lanczos' method.
@@ -171,8 +176,8 @@ class LinearOperator(ABC):
         and `tol` is their relative accuracy, 0 for that of the type. The start is always the same vector.
         """
         self.require_square()
-        checked_count("k", k, self.shape[0] - 1)
-        start = torch.randn(self.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+        checked_count("k", k, self.size[0] - 1)
+        start = torch.randn(self.size[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
         values, vectors = _scipy().eigsh(self.to_scipy(), k, which=which, tol=tol, v0=start)
         order = values.argsort()
         columns = torch.as_tensor(vectors[:, order].copy()), torch.as_tensor(values[order].copy())
@@ -183,7 +188,7 @@ class LinearOperator(ABC):
         """An error unless the operator maps a space to itself."""
         if self.domain != self.codomain:
             raise FxcurvError(
-                f"an operator of shape {list(self.shape)} has no eigenvalues, trace or diagonal",
+                f"an operator of shape {list(self.size)} has no eigenvalues, trace or diagonal",
                 remedy="take the Gram matrix, A.T @ (A @ v), or a square operator",
                 code="FXC426",
             )

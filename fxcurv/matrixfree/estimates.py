@@ -41,7 +41,7 @@ def estimate_trace(
         raise InputError(f"method={method!r}", remedy="choose 'hutch++' or 'hutchinson'", code="FXC426")
     if products < 3:
         raise InputError(f"products={products}", remedy="Hutch++ needs at least 3", code="FXC426")
-    third = min(products // 3, operator.shape[0])
+    third = min(products // 3, operator.domain.numel)
     probes = _probes(operator, third + max(1, products - 2 * third), generator)
     Q = torch.linalg.qr(operator.mm(probes[:, :third])).Q
     rest = probes[:, third:]
@@ -91,10 +91,10 @@ def spectral_density(
     integrated exactly for the probe. A basis ends early, with zero weights, where it spans all that B reaches.
     """
     operator.require_square()
-    steps = min(checked_count("steps", steps), operator.shape[0])
+    steps = min(checked_count("steps", steps), operator.domain.numel)
     starts = _probes(operator, checked_count("probes", probes), generator)
     nodes, weights = zip(*(_quadrature(operator, z / z.norm(), steps) for z in starts.T), strict=True)
-    return Spectrum(torch.stack(nodes), torch.stack(weights), operator.shape[0])
+    return Spectrum(torch.stack(nodes), torch.stack(weights), operator.domain.numel)
 
 
 def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -121,6 +121,6 @@ def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Te
 def _probes(operator: LinearOperator, count: int, generator: torch.Generator | None) -> Tensor:
     """±1 at random: `[n, count]`."""
     generator = generator or fresh_generator(operator.device)
-    shape = operator.shape[1], count
+    shape = operator.domain.numel, count
     signs = torch.randint(0, 2, shape, generator=generator, device=generator.device)
     return (signs * 2 - 1).to(device=operator.device, dtype=operator.dtype)

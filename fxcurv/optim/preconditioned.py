@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from fxcurv.api import Compiled
-from fxcurv.blocks.base import Block, Damping
-from fxcurv.blocks.dense import Dense
-from fxcurv.blocks.diagonal import Diagonal
-from fxcurv.blocks.eigenbasis import Eigenbasis
-from fxcurv.blocks.kronecker import Kronecker
+from fxcurv.blocks.base import KINDS, Block, Damping
+from fxcurv.blocks.lazy_gram import formed
 from fxcurv.core.errors import FxcurvError, InputError, QuantityError
 from fxcurv.frontend.inputs import Inputs
 from fxcurv.linalg.factorizations import damping_of
@@ -194,44 +190,26 @@ def _mixed(old: BlockDiagonal, new: BlockDiagonal, weight: float) -> BlockDiagon
 
 
 def _average(old: Block, new: Block, weight: float) -> Block:
-    def mean(a: Tensor, b: Tensor) -> Tensor:
-        return weight * a.to(b) + (1 - weight) * b
-
-    match old, new:
-        case Kronecker(), Kronecker():
-            return replace(new, input_moment=mean(old.A, new.A), output_moment=mean(old.G, new.G), averaged=0)
-        case Dense(), Dense():
-            return replace(new, moment=mean(old.matrix, new.matrix))
-        case Diagonal(), Diagonal():
-            return replace(new, values=mean(old.values, new.values))
-        case Eigenbasis(), Eigenbasis():
-            rest = weight * old.rest + (1 - weight) * new.rest
-            return replace(new, values=mean(_projected(old, new), new.values), rest=rest)
-        case _:
-            raise QuantityError(
-                f"{new.name} is a {type(old).__name__}, then a {type(new).__name__}",
-                remedy="use one compiled quantity, or decay=0",
-                code="FXC440",
-            )
-
-
-def _projected(old: Eigenbasis, new: Eigenbasis) -> Tensor:
-    """The diagonal of `old` in the columns of `new`: the nearest there is in Frobenius norm, `[g,b,a]`."""
-    outputs = (new.output_vectors.mT @ old.output_vectors).square()
-    inputs = (new.input_vectors.mT @ old.input_vectors).square()
-    return old.rest + outputs @ (old.values - old.rest) @ inputs.mT
+    if type(old) is not type(new):
+        raise QuantityError(
+            f"{new.name} is a {type(old).__name__}, then a {type(new).__name__}",
+            remedy="use one compiled quantity, or decay=0",
+            code="FXC440",
+        )
+    old = old.to(new.device, new.dtype).mapped(formed)
+    return new.mapped(formed).averaged_with(old, weight)
 
 
 def _saved(part: Part) -> dict[str, Any]:
     block = part.block
     at = part.at if isinstance(part.at, Tensor) else (part.at.start, part.at.stop)
-    options = {name: getattr(block, name) for name in ("rest", "inputs_first") if hasattr(block, name)}
+    options = {name: getattr(block, name) for name in block.options}
     named = {"form": type(block).__name__, "shape": block.shape, "parameters": block.parameters, "at": at}
-    return {**named, "options": options, "tensors": list(block.tensors.values())}
+    return {**named, "options": options, "tensors": [formed(part) for part in block.parts]}
 
 
 def _loaded(saved: dict[str, Any], device: torch.device) -> Part:
-    form = {kind.__name__: kind for kind in (Kronecker, Dense, Diagonal, Eigenbasis)}[saved["form"]]
+    form: Any = KINDS[saved["form"]]
     tensors = [t.to(device) for t in saved["tensors"]]
     block = form(tuple(saved["shape"]), *tensors, parameters=tuple(saved["parameters"]), **saved["options"])
     at = saved["at"]

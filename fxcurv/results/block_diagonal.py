@@ -98,7 +98,7 @@ class BlockDiagonal(LinearOperator):
 
     def dense(self) -> Tensor:
         """The matrix, `[numel, numel]`."""
-        result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        result = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         index = torch.arange(self.domain.numel, device=self.device)
         for part in self.parts:
             rows = index[part.at]

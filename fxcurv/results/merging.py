@@ -7,20 +7,14 @@ mean over samples (and positions, for expand) and is weighted with their numbers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxcurv.blocks.base import Block
-from fxcurv.blocks.dense import Dense
-from fxcurv.blocks.diagonal import Diagonal
-from fxcurv.blocks.eigenbasis import Eigenbasis
-from fxcurv.blocks.kronecker import Kronecker
-from fxcurv.contractions.statistic import Sum
 from fxcurv.core.errors import FxcurvError
 from fxcurv.results.curvature import Curvature
 from fxcurv.results.entry import Entries, Entry
@@ -66,7 +60,7 @@ def _combined(a: Curvature, b: Curvature, merge: _Merge) -> Curvature:
             return mine
         key = id(mine.value), id(its.value)  # a block that several parameters share stays one
         if key not in values:
-            values[key] = replace(merge, name=_name(mine)).value(mine.value, its.value, status)
+            values[key] = replace(merge, entry=mine).value(mine.value, its.value, status)
         return replace(mine, status=status, value=values[key], reason=mine.reason or its.reason)
 
     quantities = {
@@ -147,55 +141,48 @@ def _stacked(a: Curvature, b: Curvature) -> Tensor:
 
 @dataclass(frozen=True)
 class _Merge:
-    """Of the values of one entry; `counted`: A by the inputs that it averages, else by `weights`."""
+    """Of the values of one entry; `counted`: what averages over inputs by their number, else by `weights`."""
 
     weights: tuple[float, float]
-    name: str = ""
+    entry: Entry | None = None
     counted: bool = True
 
     def value(self, mine: Value, its: Value, status: str) -> Value:
         """The value of the union."""
         if isinstance(mine, Tensor) and isinstance(its, Tensor):
-            return self._sum(mine, its.to(mine.device))
+            return self._of_tensors(mine, its.to(mine.device))
         if (
             isinstance(mine, Tensor)
             or isinstance(its, Tensor)
             or type(mine) is not type(its)
-            or mine.shape != its.shape
-            or _order(mine) != _order(its)
+            or (mine.shape, mine.layout) != (its.shape, its.layout)
         ):
             raise _unfit(f"{self.name} has another form in each of the results")
-        return replace(mine, status=status, **self._changes(mine, its.to(device=mine.device)))
+        if not mine.additive:
+            raise _unfit(f"{self.name} is a {type(mine).__name__} block, which does not add over batches")
+        inputs = self._inputs(mine.count, its.count) if self.counted else None
+        return replace(mine.weighted_sum(its.to(device=mine.device), self.weights, inputs), status=status)
 
-    def _changes(self, mine: Block, its: Block) -> Mapping[str, Sum | int]:
-        """The fields of a block that change."""
-        match mine, its:
-            case Diagonal(), Diagonal():
-                return {"values": self._sum(mine.values, its.values)}
-            case Dense(), Dense():
-                return {"moment": self._sum(mine.moment, its.moment)}
-            case Kronecker(), Kronecker() if not self.counted or (mine.averaged and its.averaged):
-                count = mine.averaged + its.averaged if self.counted else 0
-                shares = (mine.averaged / count, its.averaged / count) if self.counted else self.weights
-                return {
-                    "input_moment": replace(self, weights=shares)._sum(mine.input_moment, its.input_moment),
-                    "output_moment": self._sum(mine.output_moment, its.output_moment),
-                    "averaged": count,
-                }
-            case Kronecker(), _:
-                raise _unfit(f"{self.name} does not know how many inputs its A averages")
-            case _:
-                raise _unfit(f"{self.name} is a {type(mine).__name__} block, which does not add over batches")
+    @property
+    def name(self) -> str:
+        """The entry in words."""
+        return "a value" if self.entry is None else _name(self.entry)
 
-    def _sum(self, mine: Sum, its: Sum) -> Any:
-        """The weighted sum."""
+    def _of_tensors(self, mine: Tensor, its: Tensor) -> Tensor:
+        """The weighted sum, or samples along axis 0 as their summands of the whole."""
         first, second = self.weights
+        if self.entry is not None and self.entry.combine == "concatenate":
+            degree = self.entry.degree
+            return torch.cat([mine * first**degree, its * second**degree])
         return (mine if first == 1 else mine * first) + (its if second == 1 else its * second)
 
-
-def _order(block: Block) -> bool:
-    """Whether a product of factors has that of the inputs first."""
-    return isinstance(block, Kronecker | Eigenbasis) and block.inputs_first
+    def _inputs(self, mine: int | None, its: int | None) -> tuple[float, float]:
+        """The shares of both in an average over inputs."""
+        if mine is None or its is None:
+            return self.weights
+        if not mine or not its:
+            raise _unfit(f"{self.name} does not know how many inputs its A averages")
+        return mine / (mine + its), its / (mine + its)
 
 
 def _name(entry: Entry) -> str:

@@ -14,10 +14,7 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from fxcurv.blocks.base import Block
-from fxcurv.blocks.dense import Dense
-from fxcurv.blocks.diagonal import Diagonal
-from fxcurv.blocks.eigenbasis import Eigenbasis
+from fxcurv.blocks.base import KINDS, Block
 from fxcurv.blocks.lazy_gram import SecondMoment
 from fxcurv.convolution.patches import Patches
 from fxcurv.core.errors import FxcurvError
@@ -25,7 +22,7 @@ from fxcurv.core.fingerprint import Fingerprint
 from fxcurv.results.curvature import Curvature
 from fxcurv.results.entry import Combine, Entries, Entry, Structure
 from fxcurv.results.json import Json, broken, strict_json
-from fxcurv.results.writing import FORMS, SCHEMA, checksum, safetensors_package
+from fxcurv.results.writing import SCHEMA, checksum, safetensors_package
 
 __all__ = ["load", "read"]
 
@@ -170,18 +167,19 @@ class _Reader:
         name, tensors = node["form"].of(str), node["tensors"]
         if name == "tensor":
             return self._tensor(tensors["value"])
-        if name not in FORMS:
+        if name not in KINDS or not KINDS[name].fields:
             raise node.wrong(f"has the unknown form {name!r}")
-        form, shape = FORMS[name], node["shape"].numbers()
-        make: Any = form.kind
-        held = {at: self._held(tensors[key]) for key, at in form.tensors.items()}
-        if not _consistent(form.kind, shape, held):
+        kind, shape = KINDS[name], node["shape"].numbers()
+        make: Any = kind
+        held = {at: self._held(tensors[key]) for key, at in kind.fields.items()}
+        if not kind.fits(shape, [t.shape for t in held.values()]):
             raise node.wrong(f"has tensors that do not fit a {name} block on {list(shape)}")
         labels = {label: node[label].of(str) for label in ("status", "reduction")}
-        numbers = {label: node[label].of(kind) for label, kind in form.numbers.items()}
-        if numbers.get("averaged", 0) < 0:
+        numbers = {label: node[label].of(kind) for label, kind in kind.options.items()}
+        block: Block = make(shape, parameters=node["parameters"].texts(), **labels, **numbers, **held)
+        if block.count is not None and block.count < 0:
             raise node["averaged"].wrong("is negative")
-        return make(shape, parameters=node["parameters"].texts(), **labels, **numbers, **held)
+        return block
 
     def _tensor(self, node: Json) -> Tensor:
         name = node.of(str)
@@ -216,22 +214,3 @@ def _patches(node: Json) -> Patches:
     if not possible or groups < 1 or not 1 <= len(rows) <= 3 or {len(axis) for axis in axes} != {len(rows)}:
         raise node.wrong("is no convolution's")
     return Patches(*axes, groups)  # pyright: ignore[reportCallIssue, reportArgumentType]
-
-
-def _consistent(kind: type[Block], shape: tuple[int, ...], held: Mapping[str, Tensor | SecondMoment]) -> bool:
-    """Whether a block of this form on vectors of this shape has tensors of these shapes."""
-    numel, sizes = math.prod(shape), [t.shape for t in held.values()]
-    if kind is Diagonal:
-        return sizes == [shape]
-    if kind is Eigenbasis:
-        if [len(size) for size in sizes] != [3, 3, 3]:
-            return False
-        (g, i, a), (h, o, b), values = sizes
-        return g == h and g * i * o == numel and values == (g, b, a)
-    if not all(len(size) in (2, 3) and size[-1] == size[-2] for size in sizes):
-        return False
-    sides = [(1, *size)[-3:-1] for size in sizes]  # (g, d)
-    if kind is Dense:
-        return sides == [(1, numel)]
-    (g, i), (h, o) = sides
-    return g == h and g * i * o == numel

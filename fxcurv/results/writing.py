@@ -12,25 +12,21 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fxcurv.blocks.base import Block
-from fxcurv.blocks.dense import Dense
-from fxcurv.blocks.diagonal import Diagonal
-from fxcurv.blocks.eigenbasis import Eigenbasis
-from fxcurv.blocks.kronecker import Kronecker
+from fxcurv.blocks.base import KINDS, Block
 from fxcurv.blocks.lazy_gram import SecondMoment
 from fxcurv.core.errors import FxcurvError
 from fxcurv.core.fingerprint import Fingerprint, digest
 from fxcurv.core.version import __version__
 from fxcurv.results.entry import Entries, Entry
 
-__all__ = ["FORMS", "SCHEMA", "checksum", "save"]
+__all__ = ["SCHEMA", "checksum", "save"]
 
 
 SCHEMA = 4
@@ -64,30 +60,6 @@ class Result(Protocol):
 
     @property
     def model(self) -> Fingerprint | None: ...
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a block is written: its tensors' names and the fields that hold them, and the numbers beside them."""
-
-    kind: type[Block]
-    tensors: Mapping[str, str]
-    numbers: Mapping[str, type] = field(default_factory=dict[str, type])
-
-
-FORMS: dict[str, Form] = {
-    form.kind.__name__: form
-    for form in (
-        Form(Diagonal, {"values": "values"}),
-        Form(Dense, {"matrix": "moment"}),
-        Form(Kronecker, {"A": "input_moment", "G": "output_moment"}, {"averaged": int, "inputs_first": bool}),
-        Form(
-            Eigenbasis,
-            {"U": "input_vectors", "Q": "output_vectors", "values": "values"},
-            {"rest": float, "inputs_first": bool},
-        ),
-    )
-}
 
 
 # Writing ----------------------------------------------------------------------------------------------------------
@@ -197,19 +169,20 @@ class _Writer:
         if isinstance(value, Tensor):
             return {"form": "tensor", "tensors": {"value": self._held(f"{prefix}/value", value)}}
         name = type(value).__name__
-        if name not in FORMS or type(value) is not FORMS[name].kind:
+        if not value.fields or KINDS.get(name) is not type(value):
             raise FxcurvError(
                 f"{prefix} is a block of the form {name}, which has no place in a file",
-                remedy=f"save one of {', '.join(FORMS)}, such as its as_dense()",
+                remedy=f"save one of {', '.join(kind for kind in KINDS if KINDS[kind].fields)}, such as its as_dense()",
                 code="FXC423",
             )
-        form = FORMS[name]
         return {
             "form": name,
-            **{label: getattr(value, label) for label in ("shape", "parameters", "status", "reduction", *form.numbers)},
+            **{
+                label: getattr(value, label) for label in ("shape", "parameters", "status", "reduction", *value.options)
+            },
             "tensors": {
-                key: self._held(f"{prefix}/{key}", _ungrouped(value, getattr(value, at)))
-                for key, at in form.tensors.items()
+                key: self._held(f"{prefix}/{key}", _ungrouped(value, held))
+                for key, held in zip(value.fields, value.parts, strict=True)
             },
         }
 
@@ -225,6 +198,6 @@ class _Writer:
 
 def _ungrouped(block: Block, held: Tensor | SecondMoment) -> Tensor | SecondMoment:
     """A factor of a single group as it is read, `[d,d]`."""
-    if isinstance(held, Tensor) and isinstance(block, Kronecker | Dense) and held.ndim == 3 and len(held) == 1:
+    if isinstance(held, Tensor) and block.symmetric and held.ndim == 3 and len(held) == 1:
         return held[0]
     return held

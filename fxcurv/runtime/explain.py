@@ -16,10 +16,9 @@ import networkx as nx
 import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import flop_registry
 
 from fxcurv.contractions.statistic import Statistic
-from fxcurv.core.torch_compat import FakeTensorMode, TorchDispatchMode, pytree, schema_of
+from fxcurv.core.torch_compat import FakeTensorMode, TorchDispatchMode, flops_of, pytree, schema_of
 from fxcurv.frontend.inputs import Inputs, as_call
 from fxcurv.ir.nodes import module_of, output_of, title_of
 from fxcurv.linalg.cost import Cost, Rates, rates_of
@@ -179,7 +178,7 @@ class _Count(TorchDispatchMode):
         views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema_of(func).returns)
         if views or func.overloadpacket in _FREE:
             return out
-        flops = flop_registry.get(func.overloadpacket)
+        flops = flops_of(func.overloadpacket)
         moved = sum(t.numel() * t.element_size() for t in pytree.tree_leaves((args, out)) if isinstance(t, Tensor))
         entries = sum(t.numel() for t in pytree.tree_leaves(out) if isinstance(t, Tensor))
         self.cost += Cost(flops(*args, **(kwargs or {}), out_val=out) if flops else entries, moved, 1)

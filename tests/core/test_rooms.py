@@ -53,7 +53,7 @@ def test_no_import_is_late_or_hidden(name: str) -> None:
 
 
 PRIVATE = re.compile(
-    r"torch\._\w+|torch\.\w+\._\w+|\b_pytree|\._(schema|overloadname|cdata|version|parameters|buffers|base)\b|\b_get_name"
+    r"torch\._(?!_)\w+|torch\.\w+\._(?!_)\w+|\b_pytree|\._(schema|overloadname|cdata|version|parameters|buffers|base)\b|\b_get_name"
 )
 
 

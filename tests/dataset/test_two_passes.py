@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Iterator
@@ -133,7 +134,8 @@ def Labelled(block: Any) -> Any:
 
 
 def fields(block: Any) -> dict[str, Any]:
-    return {name: getattr(block, name) for name in type(block).__dataclass_fields__}
+    """What makes the block."""
+    return {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
 
 
 # Sampled columns --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxcurv
+from fxcurv.blocks.base import KINDS
 from fxcurv.blocks.lazy_gram import SecondMoment
 from fxcurv.core.fingerprint import Fingerprint
 
@@ -106,13 +107,24 @@ def single(name: str, block: fxcurv.Block) -> fxcurv.Curvature:
     return fxcurv.Curvature({name: Entries([entry])}, torch.tensor(1.0), torch.zeros(2, 3), 2, "sum")
 
 
-def test_a_block_of_another_form_has_none(tmp_path: Path) -> None:
+def test_a_block_of_a_kind_of_ones_own_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(fxcurv.Diagonal):
         pass
 
+    single("q", Own((2,), torch.tensor([1.0, 2.0]), parameters=("b",))).save(tmp_path / "own.safetensors")
+    block = fxcurv.load(tmp_path / "own.safetensors")["q"]["b"]
+    assert type(block) is Own
+    assert torch.equal(block.values, torch.tensor([1.0, 2.0]))
+    monkeypatch.delitem(KINDS, "Own")  # where the kind is not defined
+    with pytest.raises(fxcurv.FxcurvError, match="has the unknown form 'Own'"):
+        fxcurv.load(tmp_path / "own.safetensors")
     with pytest.raises(fxcurv.FxcurvError, match="q/b is a block of the form Own, which has no place in a file"):
-        single("q", Own((1,), torch.ones(1), parameters=("b",))).save(tmp_path / "f.safetensors")
-    assert not list(tmp_path.iterdir())
+        single("q", block).save(tmp_path / "own.safetensors")
+
+
+def test_two_kinds_of_block_have_two_names() -> None:
+    with pytest.raises(fxcurv.SpecError, match="a second kind of block is called Dense"):
+        type("Dense", (fxcurv.Block,), {})
 
 
 def test_saving_replaces_a_file_whole_or_not_at_all(
@@ -234,7 +246,7 @@ def test_files_that_are_none_are_refused(file: Path, tmp_path: Path) -> None:
         content[:8] + b"[" * length + content[8 + length :]: "JSON is malformed",
         b"\x80\x04pickle, not safetensors": "truncated, or no safetensors file",
         framed('{"__metadata__": {"format": "fxcurv 1"}}'): "is of the older schema 1, not 4; compute and save it anew",
-        framed('{"__metadata__": {"format": "fxcurv 4"}}'): "is of the newer schema 4, not 3; update fxcurv",
+        framed('{"__metadata__": {"format": "fxcurv 5"}}'): "is of the newer schema 5, not 4; update fxcurv",
         framed('{"__metadata__": {"format": "pt"}}'): "holds no result of fxcurv",
         framed('{"__metadata__": {"format": "fxcurv 3"}}'): "JSON is malformed",
         framed("{}"): "holds no result of fxcurv",
