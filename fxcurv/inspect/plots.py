@@ -6,14 +6,16 @@ Nothing is shown and no global setting of matplotlib is changed: `axes.figure.sa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from fxcurv.core.optional import imported
+
+if TYPE_CHECKING:  # an optional package
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["error_curves", "factor_maps", "kronecker_spectrum", "pruning_curve", "spectra", "trace_bars"]
 

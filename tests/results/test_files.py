@@ -248,12 +248,12 @@ def test_files_that_are_none_are_refused(file: Path, tmp_path: Path) -> None:
         framed('{"__metadata__": {"format": "fxcurv 1"}}'): "is of the older schema 1, not 4; compute and save it anew",
         framed('{"__metadata__": {"format": "fxcurv 5"}}'): "is of the newer schema 5, not 4; update fxcurv",
         framed('{"__metadata__": {"format": "pt"}}'): "holds no result of fxcurv",
-        framed('{"__metadata__": {"format": "fxcurv 3"}}'): "JSON is malformed",
+        framed('{"__metadata__": {"format": "fxcurv 4"}}'): "JSON is malformed",
         framed("{}"): "holds no result of fxcurv",
         framed("[]"): "holds no result of fxcurv",
         framed('{"a": 1, "a": 2}'): "the key 'a' is there twice",
         framed(
-            '{"__metadata__": {"format": "fxcurv 3", "manifest": "{\\"a\\": 1, \\"a\\": 2}"}}'
+            '{"__metadata__": {"format": "fxcurv 4", "manifest": "{\\"a\\": 1, \\"a\\": 2}"}}'
         ): "'a' is there twice",
     }
     for written, text in cases.items():
