@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "fxcurv").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "urllib.request", "requests"}
 
-BETWEEN_PROCESSES = {"distributed.py": {"pickle"}}
+BETWEEN_PROCESSES = {"processes.py": {"pickle"}}
 """What processes of one job say to each other through the store of their group, as torch.distributed does: no file."""
 
 

@@ -114,7 +114,7 @@ def in_a_process(call: str, interpret: bool, cache: Path) -> str:
     """What a call of this file prints in a process of its own: Triton reads its environment when it is imported."""
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parents[1]), str(TESTS.parent), str(TESTS)]),
         "TRITON_INTERPRET": str(int(interpret)),
         "TRITON_CACHE_DIR": str(cache),
         "TRITON_DEFAULT_FP_FUSION": "1",

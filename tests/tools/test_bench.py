@@ -80,7 +80,10 @@ PROBLEMS = {
 
 def in_a_process(call: str) -> None:
     """A call of this file in a process of its own: the tool forks, which autograd's threads of other tests forbid."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]),
+    }
     command = [sys.executable, "-c", f"import test_bench; test_bench.{call}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
