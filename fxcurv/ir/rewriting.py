@@ -11,27 +11,38 @@ from torch import fx, nn
 
 from fxcurv.ir.nodes import module_of
 
-__all__ = ["Rewrite", "Targets", "copied", "instead", "rewrites", "settled"]
+__all__ = ["Lazy", "Rewrite", "Targets", "copied", "instead", "rewrites", "settled"]
 
 
 Rewrite = Callable[[fx.Node, nn.Module], fx.Node | None]
 
 
-class _Draft(fx.GraphModule):
-    """A graph that is still being changed: its code is written once, when it is settled."""
+class Lazy(fx.GraphModule):
+    """A graph whose code is generated when it is first run or read: most graphs of a pipeline never are."""
 
     def recompile(self) -> Any:
-        pass
+        """Forget the code of the graph as it was."""
+        self.__dict__.pop("_code", None)
+        type(self).forward = Lazy.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        super().recompile()  # which gives the class of this very object a forward of its own
+        return self.forward(*args, **kwargs)
+
+    @property
+    def code(self) -> str:
+        """The generated Python code."""
+        if "_code" not in self.__dict__:
+            super().recompile()
+        return super().code
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
     """A draft of its own that shares the modules of `gm`: passes change copies, never what they were given."""
     graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, values := {}))
+    graph.output(graph.graph_copy(gm.graph, {}))  # which copies what is known of every node, too
     graph.output_node().meta = copy.copy(gm.graph.output_node().meta)
-    for old, new in values.items():
-        new.meta = copy.copy(old.meta)
-    return _Draft(gm, graph, class_name=type(gm).__name__)
+    return Lazy(gm, graph, class_name=type(gm).__name__)
 
 
 def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
@@ -66,7 +77,9 @@ def instead(node: fx.Node, op: nn.Module, args: tuple[Any, ...]) -> fx.Node:
 
 def settled(gm: fx.GraphModule) -> fx.GraphModule:
     """A draft as it is to stay, with the code of its graph, and no module that it does not call."""
-    return fx.GraphModule(gm, gm.graph, class_name=type(gm).__name__)
+    gm.delete_all_unused_submodules()
+    gm.recompile()
+    return gm
 
 
 class Targets:
