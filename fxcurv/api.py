@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from fxcurv.frontend.cache import kept, question, signature
 from fxcurv.frontend.inputs import Inputs, Output, as_call, batch_size, device_of
 from fxcurv.inspect.picture import Format, picture
 from fxcurv.inspect.tables import family_of, tabular
-from fxcurv.losses.registry import as_loss
+from fxcurv.losses.base import Loss, as_loss
 from fxcurv.quantities.ekfac import Bases
 from fxcurv.quantities.plan import Plan
 from fxcurv.quantities.selection import Asked, Choice, chosen
@@ -93,7 +92,7 @@ class Compiled:
     def __init__(
         self,
         model: nn.Module,
-        loss: nn.Module,
+        loss: Loss,
         choice: Choice,
         options: Options | None = None,
         bases: Bases | None = None,
@@ -188,9 +187,7 @@ class Compiled:
 
     def summed(self) -> Compiled:
         """The same for the sum of the loss terms."""
-        loss = copy.copy(self.loss)
-        loss.reduction = "sum"  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-        return Compiled(self.model, loss, self.choice, self.options, self.bases)
+        return Compiled(self.model, self.loss.summed(), self.choice, self.options, self.bases)
 
     def choosing(self, choice: Choice, bases: Bases | None = None) -> Compiled:
         """The same model, loss and options for other quantities."""

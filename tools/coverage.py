@@ -60,7 +60,7 @@ from fxcurv.checks import Report, levels
 from fxcurv.checks.policy import Level
 from fxcurv.core.errors import FxcurvError
 from fxcurv.frontend.inputs import Inputs
-from fxcurv.losses.registry import as_loss
+from fxcurv.losses.base import as_loss
 from fxcurv.models import targets
 from fxcurv.quantities.selection import chosen as choice
 

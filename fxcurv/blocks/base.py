@@ -189,6 +189,11 @@ class Block(LinearOperator, ABC):
         return math.prod(self.shape)
 
     @property
+    def invariants(self) -> dict[str, Tensor]:
+        """Tensors that the operator determines, by which two blocks are compared."""
+        return self.tensors
+
+    @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Where its tensors are."""
         return self._like.device

@@ -45,6 +45,11 @@ class Eigenbasis(Block):
         return g == h and g * i * o == math.prod(shape) and values == (g, b, a)
 
     @property
+    def invariants(self) -> dict[str, Tensor]:
+        """The trace: where eigenvalues of the factors coincide, the basis is not unique."""
+        return {"trace": self.trace()}
+
+    @property
     def layout(self) -> object:
         return self.inputs_first
 

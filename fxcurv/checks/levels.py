@@ -22,7 +22,7 @@ from fxcurv.checks.rows import Found, Place, computed, described, fallen_back, r
 from fxcurv.checks.static import static_found
 from fxcurv.core.errors import FxcurvError
 from fxcurv.frontend.inputs import Inputs, Output
-from fxcurv.losses.registry import as_loss
+from fxcurv.losses.base import Loss, as_loss
 from fxcurv.quantities.selection import Asked, Choice, chosen
 from fxcurv.runtime.options import OnUnsupported, Options
 
@@ -34,7 +34,7 @@ class Question:
     """What is asked of every target."""
 
     choice: Choice
-    loss: nn.Module
+    loss: Loss
     level: Level = "shape"
     on_unsupported: OnUnsupported = "skip"
     demands: Demands = field(default_factory=Demands)

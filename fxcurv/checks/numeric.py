@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxcurv.api import Compiled
-from fxcurv.blocks.eigenbasis import Eigenbasis
+from fxcurv.blocks.base import Block
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, as_call, selector
 from fxcurv.results.entry import Entry
@@ -99,9 +99,8 @@ def _error(found: Entry, expected: Entry, scales: dict[str, float]) -> float:
 
 
 def _compared(entry: Entry) -> dict[str, Tensor]:
-    """What is compared: the tensors; where equal eigenvalues leave a basis open, what does not depend on it."""
-    block = entry.value
-    return {"trace": block.trace()} if isinstance(block, Eigenbasis) else entry.tensors()
+    """The tensors that are compared: what the value determines, whatever basis it is held in."""
+    return entry.value.invariants if isinstance(entry.value, Block) else entry.tensors()
 
 
 def _targets(compiled: Compiled, inputs: Inputs) -> Tensor:
@@ -109,8 +108,4 @@ def _targets(compiled: Compiled, inputs: Inputs) -> Tensor:
     args, kwargs = as_call(inputs)
     with torch.no_grad():
         output = selector(compiled.options.output)(compiled.model(*args, **kwargs))
-    generator = torch.Generator().manual_seed(SEED)
-    if isinstance(compiled.loss, nn.CrossEntropyLoss):
-        return torch.randint(output.shape[1], (len(output), *output.shape[2:]), generator=generator)
-    noise = torch.randn(output.shape, dtype=output.dtype, generator=generator)
-    return noise if isinstance(compiled.loss, nn.MSELoss) else (noise > 0).to(output.dtype)
+    return compiled.loss.random_target(output, torch.Generator().manual_seed(SEED))

@@ -19,7 +19,7 @@ from fxcurv.checks.pool import Task, perform_all
 from fxcurv.checks.report import Report, judged
 from fxcurv.cli import config
 from fxcurv.core.errors import FxcurvError, InputError
-from fxcurv.losses.registry import as_loss
+from fxcurv.losses.base import as_loss
 from fxcurv.models import targets
 from fxcurv.quantities.selection import chosen
 

@@ -19,7 +19,7 @@ from fxcurv.checks.codes import CODES
 from fxcurv.checks.formats import FORMATS
 from fxcurv.checks.policy import Allowance, Demands, FailOn, Level, Require
 from fxcurv.core.errors import Frame, InputError
-from fxcurv.losses.registry import BY_NAME
+from fxcurv.losses.base import KINDS as LOSSES
 from fxcurv.quantities.registry import NAMES
 from fxcurv.runtime.options import OnUnsupported
 
@@ -130,7 +130,7 @@ class Settings:
     quantities: tuple[str, ...] = field(
         default=("kfac", "diag_ggn"), metadata=_as(_words, f"of {', '.join(NAMES)} (default kfac,diag_ggn)", "Q,…")
     )
-    loss: str = field(default="cross_entropy", metadata=_among(BY_NAME, "default cross_entropy"))
+    loss: str = field(default="cross_entropy", metadata=_among(LOSSES, "default cross_entropy"))
     input: str | None = field(default=None, metadata=_as(_text, _INPUT, "SPEC"))
     level: Level = field(default="shape", metadata=_among(get_args(Level), _LEVEL))
     on_unsupported: OnUnsupported = field(

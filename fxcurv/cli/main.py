@@ -27,7 +27,8 @@ from fxcurv.core.version import __version__
 from fxcurv.dataset.processes import joined
 from fxcurv.inspect.picture import Format
 from fxcurv.inspect.tables import family_of, tabular
-from fxcurv.losses.registry import BY_NAME, as_loss
+from fxcurv.losses.base import KINDS as LOSSES
+from fxcurv.losses.base import as_loss
 from fxcurv.models import data, targets
 from fxcurv.models.examples import example, like, shape_of_one
 from fxcurv.quantities.registry import NAMES
@@ -68,7 +69,7 @@ def _compute(arguments: argparse.Namespace) -> int:
     batch = data.load(arguments.data, _batch(arguments), shape_of_one(target, arguments.input), seed=arguments.seed)
     compiled = api.compile(model, loss, _names(arguments.quantities), memory_budget=arguments.memory_budget)
     inputs, generator = batch.inputs.to(held), torch.Generator(held.device).manual_seed(arguments.seed)
-    y = _targets(model, loss, inputs, batch.targets, generator)
+    y = loss.target_from(batch.targets, _output(model, inputs), generator)
     with joined() as (rank, size):
         if size == 1:
             result = compiled(inputs, y, generator, progress=True)
@@ -163,22 +164,6 @@ def _batch(arguments: argparse.Namespace) -> int:
     return default if arguments.batch is None else arguments.batch
 
 
-def _targets(
-    model: nn.Module, loss: nn.Module, inputs: Tensor, labels: Tensor | None, generator: torch.Generator
-) -> Tensor:
-    """Labels where the data have any that the model knows, else the model's predictions; random ones for regression."""
-    output = _output(model, inputs)
-    if isinstance(loss, nn.CrossEntropyLoss):
-        if output.ndim < 2:
-            raise InputError(
-                f"the model returns {list(output.shape)}: no classes", remedy="choose another --loss", code="FXC406"
-            )
-        usable = labels is not None and output.ndim == 2 and int(labels.max()) < output.shape[1]
-        return labels.to(output.device) if usable and labels is not None else output.argmax(1)
-    noise = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
-    return noise if isinstance(loss, nn.MSELoss) else (noise > 0).to(output.dtype)
-
-
 def _output(model: nn.Module, inputs: Tensor) -> Tensor:
     try:
         with torch.no_grad():
@@ -264,7 +249,7 @@ def _add_model(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespac
     parser.add_argument("target", metavar="TARGET")
     quantities = f"of {', '.join(NAMES)} (default kfac,diag_ggn)"
     parser.add_argument("--quantities", default="kfac,diag_ggn", metavar="Q,…", help=quantities)
-    parser.add_argument("--loss", default="cross_entropy", choices=list(BY_NAME))
+    parser.add_argument("--loss", default="cross_entropy", choices=list(LOSSES))
     parser.add_argument("--input", metavar="SHAPE", help="of one sample, e.g. 3x32x32 (default: what the model says)")
     _add_seed(parser)
 

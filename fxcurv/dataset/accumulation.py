@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fxcurv.blocks.base import Block
 from fxcurv.core.errors import InputError, QuantityError
 from fxcurv.core.generators import fresh_generator
-from fxcurv.dataset.batches import no_term_counts, on_device, split_batch
+from fxcurv.dataset.batches import on_device, split_batch
 from fxcurv.dataset.checkpoints import Checkpoint
 from fxcurv.dataset.compiled import CompiledModel
 from fxcurv.dataset.processes import Processes
@@ -95,7 +95,7 @@ class Accumulator:
 
     def _of(self, inputs: Inputs, target: Tensor) -> Curvature:
         """The result of a batch, in memory of its own and of the type in which it is added; without the output."""
-        if no_term_counts(self.compiled.loss, target):
+        if not self.compiled.loss.counts(target):
             found = _mean_of_none(self.compiled.summed()(inputs, target, self.generator))
         else:
             found = self.compiled(inputs, target, self.generator)

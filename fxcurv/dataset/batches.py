@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxcurv.core.errors import InputError, a_value
 from fxcurv.core.torch_compat import pytree
@@ -47,13 +47,3 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor]:
 
 def on_device(batch: Any, device: torch.device) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
-
-
-def no_term_counts(loss: nn.Module, target: Tensor) -> bool:
-    """Whether `mean` would divide by zero: all class indices are ignored or weigh nothing."""
-    if not isinstance(loss, nn.CrossEntropyLoss) or loss.reduction != "mean" or target.is_floating_point():
-        return False
-    counted = target[target != loss.ignore_index]
-    if loss.weight is None or not bool(((counted >= 0) & (counted < len(loss.weight))).all()):
-        return counted.numel() == 0
-    return not bool(loss.weight.to(counted.device)[counted].any())

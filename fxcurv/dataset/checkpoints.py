@@ -59,7 +59,7 @@ class Checkpoint:
             raise FxcurvError(f"there is no folder {path.parent}", remedy="create it first", code="FXC007")
         options, given = compiled.options, settings.generator
         asked = {
-            "loss": _described(compiled.loss),
+            "loss": compiled.loss.described(),
             "quantities": {name: definition_of(quantity) for name, quantity in compiled.choice.quantities.items()},
             "parameters": digest({name: list(names) for name, names in compiled.choice.of(compiled.model).items()}),
             "values of the model": values_digest(compiled.model),
@@ -155,9 +155,3 @@ def _generator_state(held: Json, device: torch.device) -> Tensor:
     except (ValueError, RuntimeError):
         raise held.wrong("is no state of a generator of this device") from None
     return state
-
-
-def _described(loss: nn.Module) -> str:
-    """A loss with its settings and weights."""
-    plain = {k: v for k, v in vars(loss).items() if isinstance(v, int | float | str) and k != "training"}
-    return f"{type(loss).__name__} {plain} {digest(dict(loss.named_buffers()))}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv.frontend.inputs import Inputs
+from fxcurv.losses.base import Loss
 from fxcurv.quantities.ekfac import Bases
 from fxcurv.quantities.selection import Choice
 from fxcurv.results.curvature import Curvature
@@ -23,7 +24,7 @@ class CompiledModel(Protocol):
     def model(self) -> nn.Module: ...
 
     @property
-    def loss(self) -> nn.Module: ...
+    def loss(self) -> Loss: ...
 
     @property
     def choice(self) -> Choice: ...

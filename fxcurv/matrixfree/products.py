@@ -34,7 +34,7 @@ from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
 from fxcurv.frontend.isolation import without_autocast
 from fxcurv.linalg.allocation import new_empty
 from fxcurv.linalg.operator import LinearOperator, Space
-from fxcurv.losses.registry import as_loss, loss_terms, loss_value
+from fxcurv.losses.base import Loss, as_loss
 from fxcurv.losses.terms import LossTerms
 from fxcurv.matrixfree.forward_mode import carried
 from fxcurv.quantities.factors import Empirical, Exact, Factor
@@ -337,7 +337,7 @@ def _along(ys: Sequence[Tensor | None], xs: Sequence[Tensor], v: Sequence[Tensor
 class _OverData(LinearOperator):
     """A symmetric operator that is a sum over batches, of losses by the sum of their divisors."""
 
-    def __init__(self, source: _Source, loss: nn.Module) -> None:
+    def __init__(self, source: _Source, loss: Loss) -> None:
         self.source, self.loss = source, loss
         self.domain = self.codomain = source.space
         self.dtype, self.device = source.dtype, source.device
@@ -347,7 +347,7 @@ class _OverData(LinearOperator):
         with _session():
             self._begin()
             for one in self._passes(matrix):
-                terms = loss_terms(self.loss, one.y.detach(), one.target)
+                terms = self.loss.terms(one.y.detach(), one.target)
                 product = self._product(one, terms, matrix).mul_(float(terms.divisor))
                 total = product if total is None else total.add_(product)
                 divisors += float(terms.divisor)
@@ -369,9 +369,7 @@ class _OverData(LinearOperator):
 class _Middle(_OverData):
     """Jᵀ M J with the loss Hessian as M, or Σ_v S_vn S_vnᵀ for the columns of another factor."""
 
-    def __init__(
-        self, source: _Source, loss: nn.Module, factor: Factor, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, source: _Source, loss: Loss, factor: Factor, generator: torch.Generator | None = None) -> None:
         super().__init__(source, loss)
         self.factor, self.generator = factor, (generator or fresh_generator(self.device)).clone_state()
         self.state = self.generator.get_state()
@@ -399,7 +397,7 @@ class _Hessian(_OverData):
     """By differentiating the gradient."""
 
     def _product(self, one: _Pass, terms: LossTerms, matrix: Tensor) -> Tensor:
-        value = loss_value(self.loss, one.y, one.target)
+        value = self.loss.value(one.y, one.target)
         gradient = torch.autograd.grad(value, one.parameters, create_graph=True, allow_unused=True)
         zeros = [torch.zeros_like(p) for p in one.parameters]
         return one.flat(_along(gradient, one.parameters, v, *zeros) for v in _columns(matrix, one.parameters))

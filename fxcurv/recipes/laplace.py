@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxcurv.api import Compiled
 from fxcurv.core.errors import InputError
@@ -43,7 +43,7 @@ class Laplace:
         for name, value in (("prior_precision", prior_precision), ("noise", noise)):
             if not 0 < value < math.inf:
                 raise InputError(f"{name}={value!r}", remedy="give a finite number above 0", code="FXC440")
-        if isinstance(compiled.loss, nn.CrossEntropyLoss) and result.output.ndim != 2:
+        if compiled.loss.has_classes and result.output.ndim != 2:
             raise InputError(
                 f"classes at several positions, {list(result.output.shape)}",
                 remedy="give a classifier of samples, [N, C]",
@@ -51,7 +51,7 @@ class Laplace:
             )
         self.compiled, self.result = compiled, result
         self.prior_precision, self.noise = float(prior_precision), float(noise)
-        self.gaussian = isinstance(compiled.loss, nn.MSELoss)
+        self.gaussian = compiled.loss.gaussian
         self.terms = float(result.divisor)
         (quantity,) = result
         self.curvature: BlockDiagonal = result.operator(quantity) * self._scale
@@ -105,21 +105,16 @@ class Laplace:
         if method == "weights":
             with torch.no_grad():
                 drawn = (outputs(self.compiled, self.sample(generator), inputs).flatten(1) for _ in range(samples))
-                return torch.stack([self._link(f) for f in drawn]).mean(0)
+                return torch.stack([self.compiled.loss.link(f) for f in drawn]).mean(0)
         mean, covariance = self.marginals(inputs)
         if self.gaussian:
             return mean
         if method == "probit":
-            return self._link(mean / (1 + math.pi / 8 * covariance.diagonal(dim1=1, dim2=2)).sqrt())
+            return self.compiled.loss.link(mean / (1 + math.pi / 8 * covariance.diagonal(dim1=1, dim2=2)).sqrt())
         values, vectors = torch.linalg.eigh(covariance)
         noise = torch.randn(samples, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         draws = mean + torch.einsum("ncd,snd->snc", vectors * values.clamp(min=0).sqrt().unsqueeze(1), noise)
-        return self._link(draws).mean(0)
-
-    def _link(self, f: Tensor) -> Tensor:
-        if self.gaussian:
-            return f
-        return f.softmax(-1) if isinstance(self.compiled.loss, nn.CrossEntropyLoss) else f.sigmoid()
+        return self.compiled.loss.link(draws).mean(0)
 
     # Evidence ---------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -43,8 +42,7 @@ def jacobians(compiled: Compiled, weights: Weights, inputs: Inputs) -> Tensor:
 
 def gradients(compiled: Compiled, weights: Weights, inputs: Inputs, target: Tensor) -> Tensor:
     """∂ loss[n] / ∂ weights, `[N, P]`, of each sample's loss terms added up, as `reduction="sum"` does."""
-    loss: Any = copy.copy(compiled.loss)
-    loss.reduction = "sum"
+    loss = compiled.loss.summed().module
 
     def one(values: Weights, sample: Inputs, label: Tensor) -> Tensor:
         return loss(outputs(compiled, values, _batch_of_one(sample)), label.unsqueeze(0))

@@ -25,7 +25,7 @@ from fxcurv.core.rounding import close
 from fxcurv.frontend.inputs import Output
 from fxcurv.frontend.isolation import without_autocast
 from fxcurv.ir.backward_ops import Rotate
-from fxcurv.losses.registry import loss_terms, loss_value
+from fxcurv.losses.base import Loss
 from fxcurv.quantities.ekfac import bases, diagonalized, rotated
 from fxcurv.quantities.factors import Exact, Factor
 from fxcurv.quantities.plan import Job, Plan, jobs_for
@@ -42,7 +42,7 @@ __all__ = ["by_autograd"]
 
 def by_autograd(
     model: nn.Module,
-    loss: nn.Module,
+    loss: Loss,
     choice: Choice,
     batch: Batch,
     output: Output = None,
@@ -56,7 +56,7 @@ def by_autograd(
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), without_autocast(), sdpa_kernel(SDPBackend.MATH):
         passes = recorded(model, batch.inputs, output)
         whole = torch.cat([p.output for p in passes]).detach()
-        terms = loss_terms(loss, whole, batch.target)
+        terms = loss.terms(whole, batch.target)
         generator = batch.generator or fresh_generator(whole.device)
         wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
         used = _used(wanted, passes)
@@ -91,9 +91,7 @@ def by_autograd(
             each = [_second(loss, whole, batch.target, (one, wanted[job.used.name])) for one in passes]
             stacked = torch.cat(each)
             sums[job.sums[name]] = stacked if statistic.per_sample else stacked.sum(0)
-    return assembled(
-        Plan.of(model, choice.quantities, choice.of(model), jobs, {}), sums, terms, whole, str(loss.reduction)
-    )
+    return assembled(Plan.of(model, choice.quantities, choice.of(model), jobs, {}), sums, terms, whole, loss.reduction)
 
 
 def _idle(factor: Factor, jobs: Sequence[Job]) -> bool:
@@ -144,13 +142,13 @@ def _samples(
             yield one, one.pulled(S_n, wanted)
 
 
-def _second(loss: nn.Module, whole: Tensor, target: Tensor, at: tuple[RecordedPass, Tensor]) -> Tensor:
+def _second(loss: Loss, whole: Tensor, target: Tensor, at: tuple[RecordedPass, Tensor]) -> Tensor:
     """The diagonal of the loss Hessian with respect to a parameter, of each sample of a pass: `[n, *θ]`."""
     one, parameter = at
     found: list[Tensor] = []
     for n in range(len(whole))[one.samples]:
         alone = torch.cat([whole[:n], one.output[n - one.samples.start :][:1], whole[n + 1 :]])
-        found.append(entries_apart(loss_value(loss, alone, target), parameter))
+        found.append(entries_apart(loss.value(alone, target), parameter))
     return torch.stack(found)
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import networkx as nx
 import torch
 from tabulate import tabulate
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.core.torch_compat import FakeTensorMode, TorchDispatchMode, flops_of, pytree, schema_of
 from fxcurv.frontend.inputs import Inputs, as_call
 from fxcurv.ir.nodes import module_of, output_of, title_of
 from fxcurv.linalg.cost import Cost, Rates, rates_of
-from fxcurv.losses.registry import columns_of
+from fxcurv.losses.base import Loss
 from fxcurv.runtime.memory import Chunks, forecast
 from fxcurv.runtime.program import Program, sums_of
 
@@ -95,7 +95,7 @@ class Explanation:
         return f"{self.table()}\n\n{self.samples} samples: {total}\nshares: {shares}"
 
 
-def explained(program: Program, inputs: Inputs, loss: nn.Module, chunks: Chunks) -> Explanation:
+def explained(program: Program, inputs: Inputs, loss: Loss, chunks: Chunks) -> Explanation:
     """What a call on a batch like `inputs` takes, of which only shapes, types and devices are read."""
     given = [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
     rates = rates_of(given[0].device, output_of(program.canonical).meta["dtype"])
@@ -108,7 +108,7 @@ def explained(program: Program, inputs: Inputs, loss: nn.Module, chunks: Chunks)
         steps += _steps("forward", forward, rates)
         for factor, gm in zip(program.backwards, backwards, strict=True):
             backward = _Counted(gm)
-            S = output.new_empty(columns_of(loss, factor, output.shape), *output.shape)
+            S = output.new_empty(loss.columns(factor, output.shape), *output.shape)
             read = program.given(factor).items()
             backward.run(S, *(output.new_empty(bases) if bases else kept[name] for name, bases in read))
             steps += _steps(f"backward[{factor}]", backward, rates)

@@ -22,7 +22,7 @@ from fxcurv.core.torch_compat import holds, pytree
 from fxcurv.frontend.inputs import Inputs, as_call
 from fxcurv.frontend.isolation import without_autocast
 from fxcurv.ir.nodes import module_of, output_of
-from fxcurv.losses.registry import loss_terms, loss_value
+from fxcurv.losses.base import Loss
 from fxcurv.losses.terms import LossTerms
 from fxcurv.quantities.ekfac import Bases, diagonalized
 from fxcurv.quantities.factors import Again, Factor
@@ -56,7 +56,7 @@ class Batch:
     bases: Bases | None = None
 
 
-def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch, chunks: Chunks) -> Curvature:
+def run(program: Program, model: nn.Module, loss: Loss, batch: Batch, chunks: Chunks) -> Curvature:
     """The curvature of `loss` at a batch, with `chunks` of its samples and of columns at once.
 
     However it is cut, the terms of the loss and the columns drawn are those of the whole batch.
@@ -68,7 +68,7 @@ def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch, chunk
         bind(program.canonical, model)
         first = program.forward(*inputs) if len(parts) == 1 else None
         output = torch.cat([program.canonical(*_cut(inputs, p)) for p in parts]) if first is None else first[0]
-        terms = loss_terms(loss, output, batch.target)
+        terms = loss.terms(output, batch.target)
         batch = dataclasses.replace(batch, generator=batch.generator or fresh_generator(output.device))
         walk = _Walk(program, inputs, terms, chunks, batch)
         if batch.bases is None:
@@ -77,9 +77,9 @@ def run(program: Program, model: nn.Module, loss: nn.Module, batch: Batch, chunk
             walk.past(batch.bases.factors)
         walk.again([f for f in program.backwards if isinstance(f, Again)], first)
         parameters = dict(model.named_parameters())
-        second = hessian_diagonals(program, parameters, inputs, partial(loss_value, loss, target=batch.target))
+        second = hessian_diagonals(program, parameters, inputs, partial(loss.value, target=batch.target))
         second |= recursive_sums(program, inputs, terms)
-        return assembled(program.plan, {**walk.sums.whole, **second}, terms, output, str(loss.reduction))
+        return assembled(program.plan, {**walk.sums.whole, **second}, terms, output, loss.reduction)
 
 
 def _cut(inputs: Sequence[Tensor], part: slice) -> list[Tensor]:

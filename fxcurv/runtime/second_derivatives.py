@@ -27,7 +27,7 @@ from fxcurv.runtime.program import Program
 __all__ = ["entries_apart", "hessian_diagonals", "twice"]
 
 
-Loss = Callable[[Tensor], Tensor]
+LossOfOutput = Callable[[Tensor], Tensor]
 
 
 Use = tuple[fx.Node, str]
@@ -46,7 +46,7 @@ def twice(jobs: Sequence[Job]) -> Iterator[tuple[Job, str, HessianDiagonal]]:
 
 
 def hessian_diagonals(
-    program: Program, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor], loss: Loss
+    program: Program, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor], loss: LossOfOutput
 ) -> dict[str, Tensor]:
     """The sums of all jobs that differentiate the loss twice, at `inputs`; the canonical graph is bound already."""
     wanted = list(twice(program.plan.jobs))
@@ -145,7 +145,7 @@ def _columns(like: Tensor, x: Tensor | None) -> Iterator[tuple[tuple[int, int, i
                     yield (g, o, k), E
 
 
-def _each_sample(canonical: fx.GraphModule, parameter: Tensor, inputs: Sequence[Tensor], loss: Loss) -> Tensor:
+def _each_sample(canonical: fx.GraphModule, parameter: Tensor, inputs: Sequence[Tensor], loss: LossOfOutput) -> Tensor:
     """The diagonal of each sample's part of the loss, `[n, *θ]`: one sample at a time, the others' outputs held."""
     with torch.no_grad():
         held = canonical(*inputs)

@@ -23,7 +23,7 @@ from fxcurv.core.errors import InputError, QuantityError
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
 from fxcurv.frontend.isolation import without_autocast
-from fxcurv.losses.registry import as_loss
+from fxcurv.losses.base import as_loss
 from fxcurv.losses.terms import unit_columns
 from fxcurv.quantities.factors import Factor, Identity
 from fxcurv.quantities.inner_products import Kept, Strategy, kept, kept_of, products

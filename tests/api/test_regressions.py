@@ -13,6 +13,7 @@ from comparison import assert_close, check_against_oracle
 from torch import Tensor, nn
 
 import fxcurv
+from fxcurv.losses.base import as_loss
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime.autograd import by_autograd
 from fxcurv.runtime.run import Batch
@@ -317,7 +318,7 @@ def test_one_sample_whose_cotangent_is_permuted(norm: Callable[[int], nn.Module]
     quantities = ["grad", "diag_ggn"]
     one = fxcurv.compile(model, quantities=quantities)(x, y)
     two = fxcurv.compile(model, quantities=quantities)(x.expand(2, -1, -1, -1).contiguous(), y.expand(2))
-    eager = by_autograd(model, nn.CrossEntropyLoss(), chosen(quantities), Batch(x, y))
+    eager = by_autograd(model, as_loss(nn.CrossEntropyLoss()), chosen(quantities), Batch(x, y))
     for quantity, entries in two.items():
         for name, twice in entries.items():
             assert_close(one[quantity][name], twice, f"{quantity} {name}")

@@ -16,7 +16,7 @@ from fxcurv.checks.pool import Task, perform_all
 from fxcurv.checks.report import Report
 from fxcurv.cli.main import main
 from fxcurv.core.errors import FxcurvError
-from fxcurv.losses.registry import as_loss
+from fxcurv.losses.base import as_loss
 from fxcurv.models import targets
 from fxcurv.models.examples import example
 from fxcurv.models.targets import TargetError, matching, resolve

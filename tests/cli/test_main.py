@@ -316,7 +316,7 @@ def test_check_takes_the_loss_and_the_shape(nets: str, capsys: Capture, monkeypa
     losses: list[nn.Module] = []
 
     def examined(subject: Subject, question: Question) -> fxcurv.Report:
-        losses.append(question.loss)
+        losses.append(question.loss.module)
         assert isinstance(subject.inputs, Tensor)
         assert subject.inputs.shape == (2, 7, 4)
         return examine(subject, question)

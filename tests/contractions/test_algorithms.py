@@ -37,7 +37,7 @@ from fxcurv.ir.backward_ops import InputPositions, OutputPositions
 from fxcurv.linalg import allocation as pages
 from fxcurv.linalg.cost import Rates, copying
 from fxcurv.linalg.matmul import BLOCK, HALVED, halves, times_transpose, transpose_times
-from fxcurv.losses.registry import as_loss
+from fxcurv.losses.base import as_loss
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime.memory import Chunks
 from fxcurv.runtime.program import Program

@@ -18,6 +18,7 @@ import fxcurv
 from fxcurv import recipes
 from fxcurv.ir import ops
 from fxcurv.ir.nodes import module_of
+from fxcurv.losses.base import as_loss
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime.autograd import by_autograd
 from fxcurv.runtime.run import Batch
@@ -85,7 +86,7 @@ def test_equals_autograd(row: Sample) -> None:
     quantities = ("kflr", "diag_ggn", "batch_grad", "ggn_block", "diag_hessian", JOINT)
     compiled, plain = (
         fxcurv.compile(model, loss, quantities)(x, y),
-        by_autograd(model, loss, chosen(quantities), Batch(x, y)),
+        by_autograd(model, as_loss(loss), chosen(quantities), Batch(x, y)),
     )
     for ours, theirs in zip(compiled.entries, plain.entries, strict=True):
         assert ours.form() == theirs.form(), f"{ours.quantity} of {ours.parameter}"

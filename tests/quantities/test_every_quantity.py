@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxcurv
-from fxcurv.losses.registry import loss_terms
+from fxcurv.losses.base import as_loss, loss_terms
 from fxcurv.quantities.factors import Factor
 from fxcurv.quantities.protocol import facts_of
 from fxcurv.quantities.selection import chosen
@@ -218,11 +218,11 @@ def test_by_autograd(model: str) -> None:
     oracle = oracle_of(model)
     batch = Batch(oracle.x, TARGET, torch.Generator().manual_seed(0))
     names = [name for name in fxcurv.NAMES if name != "kfra"]
-    result = by_autograd(oracle.model, LOSS, chosen(names), batch)
+    result = by_autograd(oracle.model, as_loss(LOSS), chosen(names), batch)
     for name in names:
         check(name, result, oracle, "fallback")
     with pytest.raises(fxcurv.UnsupportedError) as caught:
-        by_autograd(oracle.model, LOSS, chosen("kfra"), batch)
+        by_autograd(oracle.model, as_loss(LOSS), chosen("kfra"), batch)
     assert caught.value.code == "FXC322"
 
 

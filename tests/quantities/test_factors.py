@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxcurv
 from fxcurv import DiagGGN, LossError, QuantityError, Rademacher, Sampled, Stratified
-from fxcurv.losses.registry import loss_terms
+from fxcurv.losses.base import loss_terms
 from fxcurv.losses.terms import LossTerms
 from fxcurv.quantities.factors import Exact, Factor
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import fxcurv
 from fxcurv.core.errors import FxcurvError
-from fxcurv.losses.registry import as_loss, columns_of, loss_terms
+from fxcurv.losses.base import as_loss, loss_terms
 from fxcurv.quantities.factors import Factor
 from fxcurv.runtime.explain import Explanation
 
@@ -84,5 +84,5 @@ def test_by_default_of_what_was_compiled_last() -> None:
 def test_columns_are_those_of_the_loss(factor: Factor, loss: str) -> None:
     output = torch.zeros(N, 4, 2)
     target = torch.zeros(N, 2, dtype=torch.int64) if loss == "cross_entropy" else torch.zeros(N, 4, 2)
-    told = columns_of(as_loss(loss), factor, output.shape)
+    told = as_loss(loss).columns(factor, output.shape)
     assert told == loss_terms(as_loss(loss), output, target).count(factor)

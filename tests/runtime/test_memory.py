@@ -24,7 +24,7 @@ from fxcurv.contractions.definitions import Diagonal
 from fxcurv.contractions.diagonals import DiagonalByPairs, DiagonalBySample
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.linalg.cost import Cost
-from fxcurv.losses.registry import as_loss
+from fxcurv.losses.base import as_loss
 from fxcurv.quantities.factors import Exact
 from fxcurv.quantities.registry import NAMES
 from fxcurv.results.curvature import Curvature
@@ -77,7 +77,7 @@ def test_chunks_make_no_difference(name: str) -> None:
     whole = compiled(x, y, draws)
     for samples, columns in ((5, 1), (2, 100), (2, 1), (1, 2), (3, 4)):
         again, chunks = generator(), Chunks(samples, dict.fromkeys(compiled.program.backwards, columns))
-        assert_equal(run(compiled.program, model, row.loss(), Batch(x, y, again), chunks), whole)
+        assert_equal(run(compiled.program, model, as_loss(row.loss()), Batch(x, y, again), chunks), whole)
         assert torch.equal(draws.get_state(), again.get_state())
 
 

@@ -13,6 +13,7 @@ from samples import Sample
 from torch import Tensor, nn
 
 import fxcurv
+from fxcurv.losses.base import as_loss
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime import second_derivatives as hessian
 from fxcurv.runtime.autograd import by_autograd
@@ -58,7 +59,7 @@ FALLBACK = tuple(row for row in ROWS if row.name in ("conv2d.groups", "param.tie
 @pytest.mark.parametrize("row", FALLBACK, ids=[row.name for row in FALLBACK])
 def test_by_autograd(row: Sample) -> None:
     model, loss, x, y = data(row)
-    check(by_autograd(model, loss, chosen(QUANTITIES), Batch(x, y)), model, loss, x, y)
+    check(by_autograd(model, as_loss(loss), chosen(QUANTITIES), Batch(x, y)), model, loss, x, y)
 
 
 class Residual(nn.Module):

@@ -1,0 +1,248 @@
+"""Loss: the facts of a loss that others ask for, and how its terms are computed at outputs and targets.
+
+A loss is a weighted sum of terms, ω · ℓ(output entries, target), over a divisor for `mean`. A subclass of `Loss` says for
+one type of module what its terms are, in a file of its own in this room; nobody else asks which loss it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.core.errors import FxcurvError, InputError, LossError, SpecError, a_value
+from fxcurv.core.fingerprint import digest
+from fxcurv.losses.terms import LossTerms
+from fxcurv.quantities.factors import Again, Exact, Factor, Stratified, most_columns
+
+__all__ = ["KINDS", "Check", "Loss", "as_loss", "loss_terms", "on_type_of", "shapes_of", "value_and_gradient"]
+
+Check = tuple[Tensor, Callable[[], FxcurvError]]
+"""What holds, as booleans on the device, and the error if not."""
+
+KINDS: dict[str, type[Loss]] = {}
+"""Every kind of loss by its name; a subclass of `Loss` registers itself."""
+
+
+class Loss(ABC):
+    """A loss module of one kind, as fxcurv reads it.
+
+    The classes `name`, `module_type` and `function` are those by which users give it; `has_classes` says whether axis 1
+    of the output holds logits of classes, `gaussian` whether the loss is half a Gaussian's negative log likelihood, up
+    to its variance.
+    """
+
+    name: ClassVar[str]
+    module_type: ClassVar[type[nn.Module]]
+    function: ClassVar[object] = None
+    has_classes: ClassVar[bool] = False
+    gaussian: ClassVar[bool] = False
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __init_subclass__(cls) -> None:
+        known = KINDS.get(cls.name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise SpecError(f"a second loss is called {cls.name!r}", remedy="rename it", code="FXC302")
+        KINDS[cls.name] = cls
+
+    # What a kind defines ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def compute(self, output: Tensor, target: Tensor) -> tuple[LossTerms, Sequence[Check]]:
+        """The terms at an output `[N, …]`, in float32 or wider, and a target; and what must hold of their values."""
+
+    @abstractmethod
+    def random_target(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """A target that fits the output, drawn at random."""
+
+    def target_from(self, labels: Tensor | None, output: Tensor, generator: torch.Generator) -> Tensor:
+        """A target for data with these class labels, or none; by default a random one."""
+        return self.random_target(output, generator)
+
+    def link(self, output: Tensor) -> Tensor:
+        """The parameters of the distribution of a target, from outputs `[…, C]`: probabilities, or the mean."""
+        return output
+
+    def check_module(self) -> None:
+        """Raise a LossError for options that are not supported."""
+
+    def counts(self, target: Tensor) -> bool:
+        """Whether any term counts: `mean` divides by zero where none does."""
+        return True
+
+    # What follows -----------------------------------------------------------------------------------------------------
+
+    @property
+    def reduction(self) -> str:
+        """`mean` or `sum`."""
+        return str(self.module.reduction)
+
+    def summed(self) -> Self:
+        """The same loss with the reduction `sum`."""
+        module: Any = copy.copy(self.module)
+        module.reduction = "sum"
+        return type(self)(module)
+
+    def terms(self, output: Tensor, target: Tensor) -> LossTerms:
+        """The loss at an output `[N, …]`, widened to float32 if it is narrower, and a target that fits it.
+
+        Of values, only whether they are what they must be is read back from the device, once.
+        """
+        if not isinstance(target, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                f"the target is {a_value(target)}, not a tensor",
+                remedy="call it as curv(inputs, target)",
+                code="FXC407",
+            )
+        if target.device != output.device:
+            raise InputError(
+                f"the target is on {target.device}, the output on {output.device}",
+                remedy="move them to one device",
+                code="FXC407",
+            )
+        if target.layout != torch.strided:
+            raise InputError("the target is sparse", remedy="convert it: y.to_dense()", code="FXC407")
+        if not output.is_floating_point():
+            raise LossError(f"the output is of type {output.dtype}", remedy="give a real one", code="FXC406")
+        output = _widened(output)
+        if target.is_floating_point():
+            target = target.to(output.dtype)
+        terms, checks = self.compute(output, target)
+        _hold(*_finite(output, target), *checks, *_rootable(terms))
+        return terms
+
+    def value(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss itself, as `terms` computes it, to be differentiated."""
+        output = _widened(output)
+        return on_type_of(self.module, output)(
+            output, target.to(output.dtype) if target.is_floating_point() else target
+        )
+
+    def columns(self, factor: Factor, shape: Sequence[int]) -> int:
+        """How many columns per sample a factor has for outputs of `shape`, as far as can be said without targets."""
+        outputs = math.prod(shape[1:])
+        match factor:
+            case Exact():
+                return outputs - outputs // shape[1] if self.has_classes else outputs
+            case Stratified(top, k):
+                return top + k if top < shape[1] else self.columns(Exact(), shape)
+            case Again(again):
+                return self.columns(again, shape)
+            case _:
+                return most_columns(factor, outputs)
+
+    def described(self) -> str:
+        """The loss with its settings and weights."""
+        module = self.module
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str) and k != "training"}
+        return f"{type(module).__name__} {plain} {digest(dict(module.named_buffers()))}"
+
+
+def as_loss(loss: object) -> Loss:
+    """A supported loss, given as a module, by name, or as the function of torch.nn.functional."""
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, str):
+        if loss not in KINDS:
+            raise LossError(f"no loss is called {loss!r}", remedy=_remedy(), code="FXC406")
+        return KINDS[loss](KINDS[loss].module_type())
+    kind = next((kind for kind in KINDS.values() if loss is kind.function), None) if callable(loss) else None
+    if kind is not None:
+        return kind(kind.module_type())
+    if not isinstance(loss, nn.Module):
+        raise LossError(f"the loss is {a_value(loss)}, not a module", remedy=_remedy(), code="FXC406")
+    kind = next((kind for kind in KINDS.values() if isinstance(loss, kind.module_type)), None)
+    if kind is None or type(loss).forward is not kind.module_type.forward:
+        raise LossError(f"the loss {type(loss).__name__} is not supported", remedy=_remedy(), code="FXC406")
+    if loss.reduction not in ("mean", "sum"):
+        raise LossError(f"the loss has reduction {loss.reduction!r}", remedy=_remedy(), code="FXC406")
+    found = kind(loss)
+    found.check_module()
+    return found
+
+
+def loss_terms(loss: object, output: Tensor, target: Tensor) -> LossTerms:
+    """The terms of a loss, given as for `as_loss`."""
+    return as_loss(loss).terms(output, target)
+
+
+def _remedy() -> str:
+    modules, names = [f"nn.{kind.module_type.__name__}" for kind in KINDS.values()], [repr(name) for name in KINDS]
+    return f"use {', '.join(modules[:-1])} or {modules[-1]} (or {', '.join(names)}) with reduction 'mean' or 'sum'"
+
+
+# For kinds of losses ----------------------------------------------------------------------------------------------
+
+
+def _widened(output: Tensor) -> Tensor:
+    return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+
+
+def value_and_gradient(loss: nn.Module, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient at the output."""
+    gradient, value = torch.func.grad_and_value(lambda f: loss(f, target))(output)
+    return value, gradient
+
+
+def on_type_of(loss: nn.Module, like: Tensor) -> nn.Module:
+    """The loss with its weights in the output's type and place; the given one is left alone."""
+    return copy.deepcopy(loss).to(like) if any(True for _ in loss.buffers()) else loss
+
+
+def shapes_of(what: str, target: Tensor, output: Tensor) -> str:
+    """How errors name a target and the output that it does not fit."""
+    return f"{what} of shape {list(target.shape)} for an output of shape {list(output.shape)}"
+
+
+# What must hold, read from the device once -------------------------------------------------------------------------
+
+
+def _hold(*checks: Check) -> None:
+    """Raise the error of the first check that does not hold; the host waits for the device once, for all of them."""
+    holds = torch.stack([condition.all() for condition, _ in checks]).tolist()
+    for held, (_, error) in zip(holds, checks, strict=True):
+        if not held:
+            raise error()
+
+
+def _finite(output: Tensor, target: Tensor) -> Iterator[Check]:
+    yield (
+        output.isfinite(),
+        lambda: InputError(
+            "the model's output holds NaN or infinity",
+            node="output",
+            remedy="check its parameters and the scale of the input",
+            code="FXC405",
+        ),
+    )
+    yield (
+        target.isfinite(),
+        lambda: InputError("the target holds NaN or infinity", remedy="clean the targets", code="FXC407"),
+    )
+
+
+def _rootable(terms: LossTerms) -> Iterator[Check]:
+    """The loss is a number, and its Hessian has a square root."""
+    yield (
+        terms.value.isfinite(),
+        lambda: LossError(
+            "the loss is not finite",
+            remedy="check that some target counts and that the outputs are moderate",
+            code="FXC406",
+        ),
+    )
+    yield (
+        ~(terms.omega < 0),
+        lambda: LossError(
+            "a term of the loss has a negative weight",
+            remedy="its Hessian has no real square root: use weights ≥ 0",
+            code="FXC406",
+        ),
+    )
