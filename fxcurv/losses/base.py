@@ -1,7 +1,7 @@
 """Loss: the facts of a loss that others ask for, and how its terms are computed at outputs and targets.
 
-A loss is a weighted sum of terms, ω · ℓ(output entries, target), over a divisor for `mean`. A subclass of `Loss` says for
-one type of module what its terms are, in a file of its own in this room; nobody else asks which loss it is.
+A loss is a weighted sum of terms, ω · ℓ(output entries, target), over a divisor for `mean`. A subclass of `Loss` defines
+the terms of one type of module, in a file of its own in this room; no other room asks which loss it is.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Loss(ABC):
         """The parameters of the distribution of a target, from outputs `[…, C]`: probabilities, or the mean."""
         return output
 
-    def check_module(self) -> None:
+    def check_module(self) -> None:  # noqa: B027
         """Raise a LossError for options that are not supported."""
 
     def counts(self, target: Tensor) -> bool:
