@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from fxcurv.contractions.definitions import Diagonal, RotatedDiagonal
 from fxcurv.contractions.statistic import Statistic
+from fxcurv.core.identity import identity_of
 from fxcurv.core.shapes import Shape
 from fxcurv.ir import ops
 from fxcurv.ir.backward_ops import (
@@ -93,7 +94,7 @@ class _Graph:
 
     def call(self, target: str, module: nn.Module, args: tuple[Any, ...], shape: Shape | None = None) -> fx.Node:
         """The node that calls `module` on `args`."""
-        key = (type(module), module.extra_repr(), id(getattr(module, "op", None)), _hashable(args))
+        key = (identity_of(module), _hashable(args))
         if key not in self.calls:
             target = self.targets.free(target)
             self.modules[target] = module.eval()

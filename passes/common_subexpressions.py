@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.convolution.patches import Patches
+from fxcurv.core.identity import identity_of
 from fxcurv.ir import ops
 from fxcurv.ir.backward_ops import InputPositions, Keep, Selected
 from fxcurv.ir.nodes import module_of
@@ -45,7 +46,7 @@ def _key(node: fx.Node) -> object:
     if isinstance(op, InputPositions):
         return InputPositions, _reading(op.op), op.place, node.args
     if isinstance(op, Statistic):
-        return type(op), op.extra_repr(), getattr(op, "op", None), str(node.args)
+        return identity_of(op), str(node.args)
     return None
 
 

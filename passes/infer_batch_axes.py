@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcurv.core.errors import UnsupportedError, frames_of
+from fxcurv.core.identity import structure_of
 from fxcurv.core.shapes import Batch, Samples, Shape, resolve
 from fxcurv.ir import ops
 from fxcurv.ir.nodes import describe, inputs_of, module_of
@@ -144,7 +145,7 @@ def _kind(node: fx.Node, op: nn.Module) -> object:
     if any(_constant(x) is not None for x in inputs):
         return None
     kinds = tuple((x.meta["shape"], x.meta["dtype"], x.meta["samples"]) for x in inputs)
-    return type(op), op.extra_repr(), kinds, node.meta["shape"]
+    return structure_of(op), kinds, node.meta["shape"]
 
 
 def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> Samples | None:

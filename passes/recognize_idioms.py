@@ -10,6 +10,7 @@ import math
 import torch
 from torch import fx, nn
 
+from fxcurv.core.identity import structure_of
 from fxcurv.ir import calls, ops
 from fxcurv.ir.nodes import inputs_of, module_of
 from fxcurv.ir.rewriting import Rewrite, instead, rewrites
@@ -73,7 +74,7 @@ def _behind(node: fx.Node, *chain: nn.Module) -> fx.Node | None:
     """What a chain of ops, the last of them first, is applied to, if the node is its result."""
     for expected in chain:
         op = module_of(node) if node.op == "call_module" else None
-        if op is None or type(op) is not type(expected) or op.extra_repr() != expected.extra_repr():
+        if op is None or structure_of(op) != structure_of(expected):
             return None
         (node,) = inputs_of(node)
     return node

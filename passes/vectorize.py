@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
+from fxcurv.core.identity import structure_of
 from fxcurv.core.rounding import close
 from fxcurv.core.shapes import resolve
 from fxcurv.ir.backward_ops import PullInputs, PullToParameter
@@ -35,7 +36,7 @@ def together(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
     else:
         return None
     inputs = tuple((n.meta["shape"], n.meta.get("dtype")) for n in node.all_input_nodes)
-    key = (type(candidate), candidate.extra_repr(), op.op.extra_repr(), inputs)
+    key = (structure_of(candidate), inputs)
     if key not in setting.trials:
         setting.trials[key] = _equal(op, candidate, node, setting.device)
     return instead(node, candidate, node.args) if setting.trials[key] else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ __all__ = ["Fingerprint", "digest", "values_digest"]
 
 
 def digest(value: Any, before: str = "") -> str:
-    """BLAKE2 of a pytree, of which tensors count with type, shape and every byte, all else as repr shows it.
+    """BLAKE2 of a pytree, of which tensors count with type, shape and every byte, all else as it is pickled.
 
     `before` is a digest that this one continues, so that a chain stands for a sequence in its order.
     """
@@ -25,7 +26,7 @@ def digest(value: Any, before: str = "") -> str:
     found = hashlib.blake2b(f"{before} {structure}".encode(), digest_size=16)
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
-            found.update(repr(leaf).encode())
+            found.update(pickle.dumps(leaf, protocol=5))
             continue
         found.update(f"{leaf.dtype} {list(leaf.shape)}".encode())
         found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -9,15 +9,14 @@ an object holds, and global variables, are read when the model is traced.
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from fxcurv import quantities
-from fxcurv.core.torch_compat import pytree, version_of
+from fxcurv.core.identity import Hashed, Same, attributes_of, frozen
+from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, Output, as_call
 from fxcurv.frontend.isolation import TRACING
 from fxcurv.quantities.selection import Choice
@@ -29,7 +28,7 @@ PROGRAMS_KEPT = 16
 """How many programs of one model are kept: a model that counts its calls in an attribute is new at every call."""
 
 
-_KEPT: weakref.WeakKeyDictionary[nn.Module, dict[_Hashed, Any]] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[nn.Module, dict[Hashed, Any]] = weakref.WeakKeyDictionary()
 
 
 T = TypeVar("T")
@@ -41,7 +40,7 @@ def kept(model: nn.Module, key: object, make: Callable[[], T]) -> T:
     It is made by one thread at a time: torch cannot trace in several.
     """
     with TRACING:
-        known, key = _KEPT.setdefault(model, {}), _Hashed((_Same(model), key))
+        known, key = _KEPT.setdefault(model, {}), Hashed((Same(model), key))
         value = known[key] = known.pop(key) if key in known else make()  # the latest used is the last
         while len(known) > PROGRAMS_KEPT:
             del known[next(iter(known))]
@@ -51,76 +50,15 @@ def kept(model: nn.Module, key: object, make: Callable[[], T]) -> T:
 def question(choice: Choice, output: Output, *options: object) -> object:
     """What is asked of a model."""
     asked = (tuple(choice.quantities.items()), tuple(choice.patterns.items()), quantities.DENSE_LIMIT)
-    return asked, _frozen(choice.among), _frozen(output), options
+    return asked, frozen(choice.among), frozen(output), options
 
 
 def signature(model: nn.Module, inputs: Inputs) -> object:
     """What a program depends on: the kind of the inputs and the structure of the model; no values, no batch size."""
     leaves, structure = pytree.tree_flatten(as_call(inputs))
-    kinds = tuple((tuple(t.shape[1:]), t.dtype, t.device) if isinstance(t, Tensor) else _frozen(t) for t in leaves)
+    kinds = tuple((tuple(t.shape[1:]), t.dtype, t.device) if isinstance(t, Tensor) else frozen(t) for t in leaves)
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first = {id(t): name for name, t in reversed(tensors)}
     held = tuple((name, first[id(t)], t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors)
-    modules = tuple((name, type(m), _attributes(m)) for name, m in model.named_modules())
+    modules = tuple((name, type(m), attributes_of(m, bookkeeping=True)) for name, m in model.named_modules())
     return str(structure), kinds, held, modules
-
-
-_ELSEWHERE = {"_parameters", "_buffers", "_modules"}
-
-
-def _attributes(module: nn.Module) -> object:
-    return tuple([(name, _frozen(value)) for name, value in vars(module).items() if name not in _ELSEWHERE])
-
-
-_PLAIN = frozenset((bool, int, str, bytes, type(None), torch.dtype, torch.device))
-
-
-_CONTAINERS = (list, tuple, set, frozenset, dict)
-
-
-_EMPTY = frozenset((*_CONTAINERS, OrderedDict))  # hooks that nobody registered, of which every module has a dozen
-
-
-def _frozen(value: Any, depth: int = 4) -> object:
-    """A value that is equal for as long as a model can tell no difference."""
-    kind = type(value)
-    if kind in _PLAIN:
-        return kind, value
-    if kind in _EMPTY and not value:
-        return kind
-    if isinstance(value, Tensor):
-        return _Same(value), version_of(value)
-    if depth and isinstance(value, _CONTAINERS):
-        items: Any = value.items() if isinstance(value, dict) else value
-        return kind, tuple(_frozen(item, depth - 1) for item in items)
-    return (kind, repr(value)) if isinstance(value, (*_PLAIN, float, complex)) else _Same(value)
-
-
-class _Hashed:
-    """A key whose hash is computed once."""
-
-    def __init__(self, key: object) -> None:
-        self.key, self.hash = key, hash(key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashed) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return self.hash
-
-
-class _Same:
-    """An object, equal to itself alone. It is not kept alive, unless its type has no weak references."""
-
-    def __init__(self, value: object) -> None:
-        self.id = id(value)
-        try:
-            self.of: Callable[[], object] = weakref.ref(value)
-        except TypeError:
-            self.of = lambda: value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.of() is not None and self.of() is other.of()
-
-    def __hash__(self) -> int:
-        return self.id

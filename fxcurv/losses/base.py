@@ -1,7 +1,7 @@
 """Loss: the facts of a loss that others ask for, and how its terms are computed at outputs and targets.
 
-A loss is a weighted sum of terms, ω · ℓ(output entries, target), over a divisor for `mean`. A subclass of `Loss` defines
-the terms of one type of module, in a file of its own in this room; no other room asks which loss it is.
+A loss is a weighted sum of terms, ω · ℓ(output entries, target), over a divisor for `mean`. A subclass of `Loss`
+defines the terms of one type of module, in a file of its own in this room; no other room asks which loss it is.
 """
 
 from __future__ import annotations
