@@ -25,6 +25,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from fxcurv.core.deprecation import warn_renamed
 from fxcurv.core.version import __version__ as __version__
 
 _HOMES: dict[str, tuple[str, ...]] = {
@@ -35,7 +36,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "fxcurv.blocks.eigenbasis": ("Eigenbasis",),
     "fxcurv.blocks.kronecker": ("Kronecker",),
     "fxcurv.checks.levels": ("check",),
-    "fxcurv.checks.policy": ("Demands",),
+    "fxcurv.checks.policy": ("Policy",),
     "fxcurv.checks.report": ("Report",),
     "fxcurv.core.errors": (
         "CaptureError",
@@ -85,8 +86,14 @@ _MODULES = {
 """Public modules by the name under which users find them."""
 
 
+_RENAMED = {"Demands": "Policy"}
+
+
 def __getattr__(name: str) -> Any:
     """A public name, imported when it is first read."""
+    if name in _RENAMED:
+        warn_renamed(f"fxcurv.{name}", f"fxcurv.{_RENAMED[name]}")
+        return getattr(importlib.import_module("fxcurv"), _RENAMED[name])
     if name in _MODULES:
         value: Any = importlib.import_module(_MODULES[name])
     elif name in _HOME:

@@ -9,7 +9,7 @@ from fxcurv.blocks.diagonal import Diagonal as Diagonal
 from fxcurv.blocks.eigenbasis import Eigenbasis as Eigenbasis
 from fxcurv.blocks.kronecker import Kronecker as Kronecker
 from fxcurv.checks.levels import check as check
-from fxcurv.checks.policy import Demands as Demands
+from fxcurv.checks.policy import Policy as Policy
 from fxcurv.checks.report import Report as Report
 from fxcurv.core.errors import CaptureError as CaptureError
 from fxcurv.core.errors import FxcurvError as FxcurvError

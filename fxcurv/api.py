@@ -20,14 +20,14 @@ from fxcurv.dataset.accumulation import Accumulator
 from fxcurv.dataset.batches import Split
 from fxcurv.dataset.state import Settings
 from fxcurv.dataset.two_passes import accumulate
-from fxcurv.frontend.cache import kept, question, signature
+from fxcurv.frontend.cache import cached, request_key, signature
 from fxcurv.frontend.inputs import Inputs, Output, as_call, batch_size, device_of
 from fxcurv.inspect.picture import Format, picture
 from fxcurv.inspect.tables import family_of, tabular
 from fxcurv.losses.base import Loss, as_loss
 from fxcurv.quantities.ekfac import Bases
 from fxcurv.quantities.plan import Plan
-from fxcurv.quantities.selection import Asked, Choice, chosen
+from fxcurv.quantities.selection import Asked, Selection, chosen
 from fxcurv.results.curvature import Curvature
 from fxcurv.runtime.autograd import by_autograd
 from fxcurv.runtime.explain import Explanation, explained
@@ -35,7 +35,7 @@ from fxcurv.runtime.inductor import Backend, built
 from fxcurv.runtime.memory import Chunks, bytes_of, cut
 from fxcurv.runtime.options import OnUnsupported, Options
 from fxcurv.runtime.program import Program
-from fxcurv.runtime.run import Batch, default_columns, run
+from fxcurv.runtime.run import Minibatch, default_columns, run
 
 __all__ = ["Compiled", "OnUnsupported", "Options", "compile", "trace"]
 
@@ -93,7 +93,7 @@ class Compiled:
         self,
         model: nn.Module,
         loss: Loss,
-        choice: Choice,
+        selection: Selection,
         options: Options | None = None,
         bases: Bases | None = None,
     ) -> None:
@@ -102,9 +102,9 @@ class Compiled:
             raise QuantityError(
                 "the model has no trainable parameters", remedy="set requires_grad_(True) on some", code="FXC408"
             )
-        self.model, self.loss, self.choice, self.options = model, loss, choice, options or Options()
+        self.model, self.loss, self.selection, self.options = model, loss, selection, options or Options()
         self.bases = bases
-        choice.of(model)
+        selection.of(model)
         self._chunks: WeakKeyDictionary[Program, dict[int, Chunks]] = WeakKeyDictionary()
         self._latest: Program | None = None
         self._like: Inputs = ()
@@ -118,21 +118,21 @@ class Compiled:
         columns on a terminal, where they are many.
         """
         _check_generator(generator)
-        batch = Batch(inputs, target, generator, progress, self.bases)
+        batch = Minibatch(inputs, target, generator, progress, self.bases)
         try:
             program = self.prepare(inputs)
         except (CaptureError, UnsupportedError) as refusal:
             if self.options.on_unsupported != "fallback":
                 raise
             names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-            return self._by_autograd(batch, self.choice).explained(dict.fromkeys(names, refusal))
+            return self._by_autograd(batch, self.selection).explained(dict.fromkeys(names, refusal))
         refusals, chunks = program.plan.refusals, self._cut(program, inputs)
         if not refusals or self.options.on_unsupported == "skip":
             return run(program, self.model, self.loss, batch, chunks)
         generator = generator or fresh_generator(device_of(inputs))
         twin = replace(batch, generator=generator.clone_state())
         result = run(program, self.model, self.loss, replace(batch, generator=generator), chunks)
-        return result.updated(self._by_autograd(twin, self.choice.only(refusals))).explained(refusals)
+        return result.updated(self._by_autograd(twin, self.selection.only(refusals))).explained(refusals)
 
     def accumulate(
         self,
@@ -187,11 +187,11 @@ class Compiled:
 
     def summed(self) -> Compiled:
         """The same for the sum of the loss terms."""
-        return Compiled(self.model, self.loss.summed(), self.choice, self.options, self.bases)
+        return Compiled(self.model, self.loss.summed(), self.selection, self.options, self.bases)
 
-    def choosing(self, choice: Choice, bases: Bases | None = None) -> Compiled:
+    def choosing(self, selection: Selection, bases: Bases | None = None) -> Compiled:
         """The same model, loss and options for other quantities."""
-        return Compiled(self.model, self.loss, choice, self.options, bases)
+        return Compiled(self.model, self.loss, selection, self.options, bases)
 
     def chunks(self, inputs: Inputs) -> Chunks:
         """How many samples and columns of a batch are processed at once: within the budget, remembered for its size."""
@@ -207,8 +207,8 @@ class Compiled:
             known[samples] = cut(program, inputs, self.options.memory_budget, columns)
         return known[samples]
 
-    def _by_autograd(self, batch: Batch, choice: Choice) -> Curvature:
-        return by_autograd(self.model, self.loss, choice, batch, self.options.output)
+    def _by_autograd(self, batch: Minibatch, selection: Selection) -> Curvature:
+        return by_autograd(self.model, self.loss, selection, batch, self.options.output)
 
     def prepare(self, inputs: Inputs) -> Program:
         """The program for inputs of this kind, compiled if their shape, type or place, or the model, is new.
@@ -217,21 +217,21 @@ class Compiled:
         """
         _check_inputs(self.model, inputs)
         options = self.options
-        asked = question(self.choice, options.output, options.on_unsupported == "error", options.backend)
+        asked = request_key(self.selection, options.output, options.on_unsupported == "error", options.backend)
         key = (signature(self.model, inputs), asked)
-        self._latest = kept(self.model, key, lambda: self._compiled(inputs))
+        self._latest = cached(self.model, key, lambda: self._compiled(inputs))
         self._like = pytree.tree_map_only(Tensor, lambda t: t.new_zeros(()).expand(t.shape), inputs)
         return self._latest
 
     def _compiled(self, inputs: Inputs) -> Program:
-        program = Program.of(passes.emit(self.model, self._canonicalized(inputs), self.choice, inputs))
+        program = Program.of(passes.emit(self.model, self._canonicalized(inputs), self.selection, inputs))
         return built(program, self.options.backend)
 
     def plan(self, inputs: Inputs) -> tuple[Plan, fx.GraphModule]:
         """What every parameter would get, and the canonical graph that it is read off, without compiling further."""
         _check_inputs(self.model, inputs)
         canonical = self._canonicalized(inputs)["canonical"]
-        return passes.plan(self.model, canonical, self.choice), canonical
+        return passes.plan(self.model, canonical, self.selection), canonical
 
     def _canonicalized(self, inputs: Inputs) -> dict[str, fx.GraphModule]:
         return passes.canonicalize(

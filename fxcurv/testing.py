@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fxcurv.checks import Demands, Report, check
+from fxcurv.checks import Policy, Report, check
 from fxcurv.checks.policy import Level, Require
 from fxcurv.frontend.inputs import Inputs, Output
 from fxcurv.quantities.selection import Asked
@@ -24,8 +24,8 @@ def assert_compatible(
 ) -> Report:
     """The report of `fxcurv.check`; an AssertionError with its table if a parameter gets less than is required."""
     __tracebackhide__ = True  # pytest then shows the line of the test
-    demands = Demands(require=require)
-    report = check(model, inputs, quantities, loss=loss, output=output, level=level, demands=demands)
+    policy = Policy(require=require)
+    report = check(model, inputs, quantities, loss=loss, output=output, level=level, policy=policy)
     if not report.ok:
         raise AssertionError(f"not compatible with curvature\n{report}")
     return report

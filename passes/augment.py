@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxcurv.contractions.definitions import Diagonal, RotatedDiagonal
+from fxcurv.contractions.definitions import RotatedDiagonal, SumOfSquares
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.core.identity import identity_of
 from fxcurv.core.shapes import Shape
@@ -24,31 +24,31 @@ from fxcurv.ir import ops
 from fxcurv.ir.backward_ops import (
     Accumulate,
     Apart,
+    GetItem,
     InputPositions,
-    Keep,
     OutputPositions,
     ParameterPositions,
-    Part,
     Pull,
     PullInputs,
     PullToParameter,
     Rotate,
+    SaveForBackward,
     Unbroadcast,
 )
 from fxcurv.ir.nodes import inputs_of, module_of, output_of
 from fxcurv.ir.rewriting import Targets
 from fxcurv.ir.rules import rule_of
 from fxcurv.quantities.ekfac import bases, rotated
-from fxcurv.quantities.factors import Again, Factor
+from fxcurv.quantities.factors import Factor, SecondPass
 from fxcurv.quantities.plan import Job, Plan
-from passes.parameter_usage import Uses, carrying, inputs_layout_of, layout_of, parameter_uses
+from passes.parameter_usage import Usages, carrying, inputs_layout_of, layout_of, parameter_uses
 
 __all__ = ["Augmented", "augment"]
 
 
 @dataclass(frozen=True)
 class Augmented:
-    """The forward graph, and a backward graph per factor; a second one, `Again`, for sums in eigenbases."""
+    """The forward graph, and a backward graph per factor; a second one, `SecondPass`, for sums in eigenbases."""
 
     forward: fx.GraphModule
     backwards: Mapping[Factor, fx.GraphModule]
@@ -60,21 +60,21 @@ def augment(gm: fx.GraphModule, plan: Plan) -> Augmented:
     backwards: dict[Factor, fx.GraphModule] = {}
     for factor in dict.fromkeys(quantity.factor for quantity in plan.quantities.values()):
         jobs = [job for job in plan.jobs if job.quantity.factor == factor]
-        backward = emitter.pull_back({job.used.name for job in jobs if _reads_columns(job)})
+        backward = emitter.pull_back({job.usage.name for job in jobs if _reads_columns(job)})
         for job in jobs:
             emitter.reduce(backward, job)
         if backward.results:
             backwards[factor] = backward.finished()
         if again := list(rotated(jobs)):
-            second = emitter.pull_back({job.used.name for job, _, _ in again})
+            second = emitter.pull_back({job.usage.name for job, _, _ in again})
             for job, statistic, module in again:
                 emitter.rotate(second, job, (statistic, module.ones), bases(jobs, job))
-            backwards[Again(factor)] = second.finished()
+            backwards[SecondPass(factor)] = second.finished()
     return Augmented(emitter.forward.finished(), backwards)
 
 
 def _reads_columns(job: Job) -> bool:
-    return any(module.reads in ("S", "xS") for module in job.quantity.statistics(job.used).values())
+    return any(module.reads in ("S", "xS") for module in job.quantity.statistics(job.usage).values())
 
 
 # Emission ---------------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def _hashable(args: Any) -> Any:
 class _Emitter:
     """The forward graph, shared by all factors, and the walk that emits a backward graph for one of them."""
 
-    def __init__(self, gm: fx.GraphModule, uses: Uses) -> None:
+    def __init__(self, gm: fx.GraphModule, uses: Usages) -> None:
         self.gm, self.uses = gm, uses
         self.forward = _Forward(gm)
 
@@ -164,9 +164,9 @@ class _Emitter:
     def _pull(self, backward: _Backward, node: fx.Node, S: fx.Node, k: int) -> fx.Node:
         """S at one input of a node."""
         op, own, x, name = module_of(node), node.meta["samples"] is None, inputs_of(node)[k], _pull_name(node, k)
-        kept = backward.placeholder(self.forward.keep(node))
+        saved = backward.placeholder(self.forward.save_for_backward(node))
         lead, axes = _broadcast(x.meta["shape"], node)
-        pulled = backward.call(name, Pull(op, k, own), (S, kept), _columns(node if lead or axes else x, own))
+        pulled = backward.call(name, Pull(op, k, own), (S, saved), _columns(node if lead or axes else x, own))
         if not lead and not axes:
             return pulled
         undo = Unbroadcast(lead, axes, 2 if own else 1)
@@ -180,7 +180,7 @@ class _Emitter:
         pulled = backward.call(name, PullInputs(op, ks, own), (S, self._saved(backward, node)))
         for index, k in enumerate(ks):
             x = inputs_of(node)[k]
-            yield x, backward.call(f"{name}.{k}", Part(index), (pulled,), _columns(x, own))
+            yield x, backward.call(f"{name}.{k}", GetItem(index), (pulled,), _columns(x, own))
 
     def _pull_to_parameter(self, backward: _Backward, node: fx.Node, S: fx.Node, k: int) -> fx.Node:
         """S at an input that is the same for all samples, from there on for each sample alone."""
@@ -189,34 +189,34 @@ class _Emitter:
         if not getattr(op, "broadcasts", False):
             pull = PullToParameter(op, k, places)
             return backward.call(name, pull, (S, self._saved(backward, node)), _columns(x))
-        kept, repeated = backward.placeholder(self.forward.keep(node)), _broadcast(x.meta["shape"], node)
-        pulled = backward.call(name, Pull(op, k), (S, kept), _columns(node))
+        saved, repeated = backward.placeholder(self.forward.save_for_backward(node)), _broadcast(x.meta["shape"], node)
+        pulled = backward.call(name, Pull(op, k), (S, saved), _columns(node))
         apart = backward.call(f"apart.{node.target}.{k}", Apart(places[-1]), (pulled,))
         undo = Unbroadcast(*repeated, 2)
         return backward.call(f"unbroadcast.{node.target}.{k}", undo, (apart,), _columns(x))
 
     def _saved(self, backward: _Backward, node: fx.Node) -> list[fx.Node]:
         """The inputs of a node, as the backward graph finds them."""
-        return [backward.saved(self.forward.save(x), x) for x in inputs_of(node)]
+        return [backward.saved(self.forward.save_value(x), x) for x in inputs_of(node)]
 
     def reduce(self, backward: _Backward, job: Job) -> None:
         """Emit the sums of one job."""
-        for statistic, module in job.quantity.statistics(job.used).items():
+        for statistic, module in job.quantity.statistics(job.usage).items():
             if isinstance(module, RotatedDiagonal) or module.reads == "loss":
                 continue
-            graph, args = self._arguments(backward, job.used.name, module)
+            graph, args = self._arguments(backward, job.usage.name, module)
             graph.results[job.sums[statistic]] = graph.call(job.sums[statistic], module, args)
 
     def rotate(self, backward: _Backward, job: Job, sum: tuple[str, bool], names: tuple[str, str]) -> None:
         """Emit a diagonal in the bases that come in under these names; the flag says whether 1 is behind the inputs."""
         statistic, ones = sum
-        _, (xs, Ss) = self._arguments(backward, job.used.name, Diagonal())
+        _, (xs, Ss) = self._arguments(backward, job.usage.name, SumOfSquares())
         U_A, U_G = (backward.placeholder(name) for name in names)
-        for U, d in ((U_A, job.used.inputs + ones), (U_G, job.used.outputs)):
-            U.meta["shape"] = U.meta["eigenvectors"] = (job.used.groups, d, d)
+        for U, d in ((U_A, job.usage.inputs + ones), (U_G, job.usage.outputs)):
+            U.meta["shape"] = U.meta["eigenvectors"] = (job.usage.groups, d, d)
         rotated = [[backward.rotated(x, U_A, ones) for x in xs], [backward.rotated(S, U_G) for S in Ss]]
         key = job.sums[statistic]
-        backward.results[key] = backward.call(key, Diagonal(), tuple(rotated))
+        backward.results[key] = backward.call(key, SumOfSquares(), tuple(rotated))
 
     def _arguments(self, backward: _Backward, name: str, module: Statistic) -> tuple[_Graph, tuple[Any, ...]]:
         """The graph in which a statistic is computed, and the positions of all uses of the parameter that it reads."""
@@ -230,7 +230,7 @@ class _Emitter:
 
     def _input(self, backward: _Backward, node: fx.Node) -> fx.Node:
         (x,) = node.all_input_nodes
-        return backward.input_positions(node, backward.saved(self.forward.save(x), x))
+        return backward.input_positions(node, backward.saved(self.forward.save_value(x), x))
 
 
 def _pull_name(node: fx.Node, k: int) -> str:
@@ -263,19 +263,19 @@ class _Forward(_Graph):
         self.nodes: dict[fx.Node, fx.Node] = values
         for old, new in values.items():
             new.meta = dict(old.meta)
-        self.kept: dict[str, fx.Node] = {}
+        self.saved: dict[str, fx.Node] = {}
 
-    def keep(self, node: fx.Node) -> str:
+    def save_for_backward(self, node: fx.Node) -> str:
         """Keep what the pullback through a node needs; the name under which the forward graph returns it."""
         here = self.nodes[node]
-        name = f"kept_{node.name}"
-        self.kept[name] = self.call(f"keep.{node.target}", Keep(module_of(node)), (here, *here.args))
+        name = f"saved_{node.name}"
+        self.saved[name] = self.call(f"save.{node.target}", SaveForBackward(module_of(node)), (here, *here.args))
         return name
 
-    def save(self, x: fx.Node) -> str:
+    def save_value(self, x: fx.Node) -> str:
         """Keep a node's value itself."""
-        self.kept[f"saved_{x.name}"] = self.nodes[x]
-        return f"saved_{x.name}"
+        self.saved[f"value_{x.name}"] = self.nodes[x]
+        return f"value_{x.name}"
 
     def input_positions(self, node: fx.Node) -> fx.Node:
         here = self.nodes[node]
@@ -285,7 +285,7 @@ class _Forward(_Graph):
         return x
 
     def finished(self) -> fx.GraphModule:
-        self.graph.output((self.output, self.kept, self.results))
+        self.graph.output((self.output, self.saved, self.results))
         return fx.GraphModule(self.modules, self.graph, class_name=self.name)
 
 

@@ -14,19 +14,19 @@ from fxcurv.contractions.statistic import Statistic
 from fxcurv.convolution.patches import Patches
 from fxcurv.core.identity import identity_of
 from fxcurv.ir import ops
-from fxcurv.ir.backward_ops import InputPositions, Keep, Selected
+from fxcurv.ir.backward_ops import Gather, InputPositions, SaveForBackward
 from fxcurv.ir.nodes import module_of
 from fxcurv.ir.rewriting import copied, settled
 from fxcurv.ir.rules import rule_of
 
-__all__ = ["equal_calls", "selections", "share"]
+__all__ = ["equal_calls", "gathers", "share"]
 
 
 def share(gm: fx.GraphModule) -> fx.GraphModule:
     """A forward or backward graph that computes nothing twice."""
     gm = copied(gm)
     equal_calls(gm)
-    selections(gm)
+    gathers(gm)
     return settled(gm)
 
 
@@ -57,18 +57,18 @@ def _reading(op: nn.Module) -> object:
     return nn.Linear if isinstance(op, nn.Linear | ops.MatMul) else op
 
 
-def selections(gm: fx.GraphModule) -> None:
+def gathers(gm: fx.GraphModule) -> None:
     """y = pool(x) and its indices -> the indices, and y by them, in place."""
-    for kept in list(gm.graph.nodes):
-        op: Any = module_of(kept) if kept.op == "call_module" else None
-        if not isinstance(op, Keep) or op.rule.kind != "selection":
+    for saved in list(gm.graph.nodes):
+        op: Any = module_of(saved) if saved.op == "call_module" else None
+        if not isinstance(op, SaveForBackward) or op.rule.kind != "gather":
             continue
-        y, x = kept.args
-        gm.set_submodule(y.target, Selected(rule_of(op.op).axes))
+        y, x = saved.args
+        gm.set_submodule(y.target, Gather(rule_of(op.op).axes))
         with gm.graph.inserting_before(y):
-            indices = gm.graph.call_module(kept.target, (x, x))
+            indices = gm.graph.call_module(saved.target, (x, x))
             selected = gm.graph.call_module(y.target, (x, indices))
-        indices.meta, selected.meta = dict(kept.meta), dict(y.meta)
-        for old, new in ((kept, indices), (y, selected)):
+        indices.meta, selected.meta = dict(saved.meta), dict(y.meta)
+        for old, new in ((saved, indices), (y, selected)):
             old.replace_all_uses_with(new)
             gm.graph.erase_node(old)

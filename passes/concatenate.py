@@ -19,7 +19,7 @@ from fxcurv.ir.rewriting import instead, rewrites
 __all__ = ["join"]
 
 
-Part = ops.Select | ops.Slice
+_Piece = ops.Select | ops.Slice
 
 
 def join(gm: fx.GraphModule) -> fx.GraphModule:
@@ -42,17 +42,17 @@ def _joined(node: fx.Node, op: nn.Module) -> fx.Node | None:
     return instead(node, Joined(axis + 1, new=isinstance(parts[0], ops.Select)), tuple(Ss))
 
 
-def _part(pull: fx.Node) -> Part | None:
+def _part(pull: fx.Node) -> _Piece | None:
     """The slice or selection through which a node pulls back."""
     op = module_of(pull) if pull.op == "call_module" else None
-    return op.op if isinstance(op, Pull) and not op.per_sample and isinstance(op.op, Part) else None
+    return op.op if isinstance(op, Pull) and not op.per_sample and isinstance(op.op, _Piece) else None
 
 
-def _start(part: Part) -> int:
+def _start(part: _Piece) -> int:
     return part.index if isinstance(part, ops.Select) else part.start
 
 
-def _tiled(parts: Sequence[Part], shape: Shape) -> int | None:
+def _tiled(parts: Sequence[_Piece], shape: Shape) -> int | None:
     """The one axis along which parts, in order, are all of a tensor of this shape; None where they are not."""
     axes = {part.dim % len(shape) for part in parts}
     axis = axes.pop()

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from fxcurv.core.errors import UnsupportedError, frames_of
 from fxcurv.core.identity import structure_of
-from fxcurv.core.shapes import Batch, Samples, Shape, resolve
+from fxcurv.core.shapes import BatchSize, Samples, Shape, resolve
 from fxcurv.ir import ops
 from fxcurv.ir.nodes import describe, inputs_of, module_of
 from fxcurv.ir.rewriting import copied, settled
@@ -70,9 +70,9 @@ def locate(gm: fx.GraphModule, device: torch.device, strict: bool = True) -> fx.
 
 def _assumed(shape: Shape, error: UnsupportedError) -> Samples | None:
     """Where a refused node has its rows, if it has one for each sample."""
-    if shape[:1] == (Batch(),):
+    if shape[:1] == (BatchSize(),):
         return Samples(0)
-    if any(isinstance(size, Batch) for size in shape):
+    if any(isinstance(size, BatchSize) for size in shape):
         raise error
     return None
 
@@ -91,9 +91,9 @@ def _place(node: fx.Node, op: nn.Module, device: torch.device, probes: dict[obje
         return next(place for axis, multiple in axes.items() for place in _candidates(axis, multiple))
     if rule.kind == "elementwise":
         return places[0]
-    if rule.use is not None and places[0] is not None:
+    if rule.usage is not None and places[0] is not None:
         axis, last = places[0].axis, len(node.all_input_nodes[0].meta["shape"]) - 1
-        if axis == last or (axis != 0 and rule.use.batch_first):
+        if axis == last or (axis != 0 and rule.usage.batch_first):
             raise _mixing(node, f"it treats the samples along axis {axis} as features")
         return places[0]
     place = _aligned(node) if isinstance(op, ENTRYWISE) else _followed(node, op) if isinstance(op, MOVES) else None
@@ -182,7 +182,7 @@ def _tried(node: fx.Node, op: nn.Module, device: torch.device) -> tuple[_Probe, 
 
 def _batch_axes(node: fx.Node) -> dict[int, int]:
     """Every axis whose size is a multiple of the batch size, and which."""
-    return {axis: size.multiple for axis, size in enumerate(node.meta["shape"]) if isinstance(size, Batch)}
+    return {axis: size.multiple for axis, size in enumerate(node.meta["shape"]) if isinstance(size, BatchSize)}
 
 
 def _known(node: fx.Node, op: nn.Module, device: torch.device) -> Tensor | None:

@@ -52,7 +52,7 @@ class _Product:
     operand: fx.Node
     weight: fx.Node
     bias: fx.Node | None
-    inputs_first: bool
+    in_out: bool
 
 
 PRODUCTS = {
@@ -68,14 +68,14 @@ def _product(low: Builder, node: fx.Node) -> _Product | None:
     """A call as the product of data with a matrix that an op can hold, if that is what it is."""
     if packet_of(node) not in PRODUCTS:
         return None
-    rows, matrix, added, inputs_first = PRODUCTS[packet_of(node)]
+    rows, matrix, added, in_out = PRODUCTS[packet_of(node)]
     a = arguments(node)
     x, operand, swapped = a[rows], a[matrix], _swaps(a[matrix])
     weight = operand.args[0] if swapped else operand
     plain = a.get("alpha", 1) == a.get("beta", 1) == 1 and rank(weight) == 2 <= rank(x)
     if not plain or not low.depends(x) or not low.holdable(weight):
         return None
-    return _Product(x, operand, weight, a[added] if added else None, inputs_first != swapped)
+    return _Product(x, operand, weight, a[added] if added else None, in_out != swapped)
 
 
 def _swaps(node: fx.Node) -> bool:
@@ -88,20 +88,20 @@ def _rows_are_inputs(low: Builder, weight: fx.Node) -> bool:
     forms = [form for p in low.placeholders(weight) for form in (p, *filter(_swaps, p.users))]
     readers = [(form, user) for form in forms for user in form.users if user not in forms]
     found = [(form, _product(low, user)) for form, user in readers]
-    return all(p is not None and p.inputs_first and p.operand is form is not p.bias for form, p in found)
+    return all(p is not None and p.in_out and p.operand is form is not p.bias for form, p in found)
 
 
 @lowers(*PRODUCTS)
 def _linear(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     found = _product(low, node)
-    if found is None or (found.inputs_first and not _rows_are_inputs(low, found.weight)):
+    if found is None or (found.in_out and not _rows_are_inputs(low, found.weight)):
         return generic(calls.Opaque)(low, node, a)
     weight = low.slot(found.weight)
     assert weight is not None
-    inputs, outputs = weight.shape if found.inputs_first else reversed(weight.shape)
+    inputs, outputs = weight.shape if found.in_out else reversed(weight.shape)
     bias = found.bias
     held = bias if bias is not None and low.holdable(bias) and shape_at(bias, node) == (outputs,) else None
-    op = ops.MatMul(inputs, outputs) if found.inputs_first else nn.Linear(inputs, outputs, device="meta")
+    op = ops.MatMul(inputs, outputs) if found.in_out else nn.Linear(inputs, outputs, device="meta")
     slots: Slots = {"weight": found.weight, "bias": held}
     y = low.emit(node, _hold(op, weight=weight, bias=low.slot(held)), low.value(found.x, node), slots=slots)
     return y if bias is None or held is not None else _biased(low, node, y, bias)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcurv.core.errors import CaptureError, UnsupportedError, frames_of
-from fxcurv.core.shapes import Batch, shape_of
+from fxcurv.core.shapes import BatchSize, shape_of
 from fxcurv.frontend.capture import Captured
 from fxcurv.ir import ops
 from fxcurv.ir.nodes import Source
@@ -88,7 +88,7 @@ class _Lowering:
 
     def _input(self, node: fx.Node) -> None:
         value = node.meta["val"]
-        if shape_of(value, node.name)[0] != Batch():
+        if shape_of(value, node.name)[0] != BatchSize():
             raise CaptureError(
                 f"the model works for one batch size only, {value.shape[0]}",
                 node=f"'{node.name}'",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcurv.core.errors import UnsupportedError, frames_of
-from fxcurv.core.shapes import Batch, Shape, shape_of, size_of
+from fxcurv.core.shapes import BatchSize, Shape, shape_of, size_of
 from fxcurv.core.torch_compat import pytree, schema_of
 from fxcurv.ir import calls
 from passes.functionalize import described, packet_of
@@ -216,7 +216,7 @@ def called(kind: type[calls.Call], low: Builder, node: fx.Node) -> tuple[calls.C
 
 def _multiple(value: Any, node: fx.Node) -> int:
     size = size_of(value, where(node), frames_of(node)) if isinstance(value, torch.SymInt) else None
-    if not isinstance(size, Batch):
+    if not isinstance(size, BatchSize):
         raise UnsupportedError(
             "an argument depends on the batch size",
             node=where(node),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcurv.core.errors import InputError, UnsupportedError, frames_of
-from fxcurv.core.shapes import Batch
+from fxcurv.core.shapes import BatchSize
 from fxcurv.ir import calls, ops
 from passes.functionalize import packet_of
 from passes.lowering_table import (
@@ -144,7 +144,7 @@ def _sub(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 @lowers(*RESHAPES)
 def _reshape(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     shape = shape_at(node, node)
-    if sum(isinstance(size, Batch) for size in shape) > 1:
+    if sum(isinstance(size, BatchSize) for size in shape) > 1:
         raise UnsupportedError(
             "the result has no single batch axis",
             node=where(node),
@@ -168,7 +168,7 @@ def _expand(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 @lowers(*FILLS)
 def _blank(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     shape, value = shape_at(node, node), a.get("fill_value", int("ones" in packet_of(node)))
-    if len([size for size in shape if isinstance(size, Batch)]) != 1 or isinstance(value, fx.Node):
+    if len([size for size in shape if isinstance(size, BatchSize)]) != 1 or isinstance(value, fx.Node):
         raise UnsupportedError(
             "a new tensor has no single batch axis",
             node=where(node),
@@ -184,7 +184,7 @@ def _index(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     """Entries picked for each sample: `x[torch.arange(len(x)), …]`."""
     kind = kind_of_call(node)
     rows, *others = a["indices"]
-    if not isinstance(rows, fx.Node) or not _counts_samples(rows) or shape_at(a["self"], node)[0] != Batch():
+    if not isinstance(rows, fx.Node) or not _counts_samples(rows) or shape_at(a["self"], node)[0] != BatchSize():
         return generic(kind)(low, node, a)
     indices = [rank(rows) - 1, *(calls.INPUT if isinstance(i, fx.Node) else i for i in others)]
     tensors = [a["self"], *(i for i in others if isinstance(i, fx.Node))]
@@ -197,12 +197,12 @@ def _counts_samples(node: fx.Node) -> bool:
     if packet_of(node) in RESHAPES:
         source = node.args[0]
         return isinstance(source, fx.Node) and _counts_samples(source) and all(size == 1 for size in shape[1:])
-    return _range_step(node) == 1 and shape_at(node, node) == (Batch(),)
+    return _range_step(node) == 1 and shape_at(node, node) == (BatchSize(),)
 
 
 def _range_step(node: fx.Node) -> object:
     """The step of an arange from zero over the batch; None for anything else."""
-    over_batch = packet_of(node) == "arange" and isinstance(shape_at(node, node)[0], Batch)
+    over_batch = packet_of(node) == "arange" and isinstance(shape_at(node, node)[0], BatchSize)
     a = arguments(node) if over_batch else {}
     return a.get("step", 1) if a and a.get("start", 0) == 0 else None
 
@@ -211,7 +211,7 @@ def _bags(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     """The bags of `nn.EmbeddingBag` on [N, T]: as many indices a sample for all samples."""
     size = shape_at(a["indices"], node)
     step = _range_step(a["offsets"])
-    if not isinstance(step, int) or size != (Batch(step),):
+    if not isinstance(step, int) or size != (BatchSize(step),):
         raise UnsupportedError(
             "bags of different lengths are in one row",
             node=where(node),
@@ -243,7 +243,7 @@ def _copy(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 def _expanded(low: Builder, node: fx.Node, source: fx.Node) -> fx.Node:
     """The source repeated to the shape of the node."""
     shape, x = shape_at(node, node), low.value(source, node)
-    if not low.depends(source) and any(isinstance(size, Batch) for size in shape):
+    if not low.depends(source) and any(isinstance(size, BatchSize) for size in shape):
         return low.emit(node, ops.Repeat(shape), x, low.batch())
     return low.emit(node, ops.Expand(flexible(shape)), x)
 

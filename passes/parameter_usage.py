@@ -14,13 +14,13 @@ from fxcurv.core.errors import FxcurvError
 from fxcurv.core.shapes import resolve
 from fxcurv.ir import ops
 from fxcurv.ir.backward_ops import OutputPositions
-from fxcurv.ir.declare import Use
+from fxcurv.ir.declare import WeightUsage
 from fxcurv.ir.nodes import module_of, output_of
 from fxcurv.ir.rules import rule_of
-from fxcurv.quantities.protocol import Used
+from fxcurv.quantities.protocol import ParameterUsage
 
 __all__ = [
-    "Uses",
+    "Usages",
     "bending",
     "bottlenecks",
     "carrying",
@@ -28,20 +28,20 @@ __all__ = [
     "layout_of",
     "parameter_uses",
     "refusals",
-    "used",
+    "usage_of",
 ]
 
 
 Role = Literal["weight", "bias", "value"]
 
 
-Uses = dict[str, list[tuple[fx.Node, Role]]]
+Usages = dict[str, list[tuple[fx.Node, Role]]]
 """Parameter -> the nodes that hold it, and in which slot."""
 
 
-def parameter_uses(gm: fx.GraphModule, wanted: Iterable[str]) -> Uses:
+def parameter_uses(gm: fx.GraphModule, wanted: Iterable[str]) -> Usages:
     """The nodes through which each wanted parameter reaches the output, and in which role."""
-    wanted, reached, uses = set(wanted), reaching(gm), Uses()
+    wanted, reached, uses = set(wanted), reaching(gm), Usages()
     for node in gm.graph.nodes:
         for role in ("weight", "bias", "value"):
             source = node.meta.get("slots", {}).get(role)
@@ -79,7 +79,7 @@ def bending(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes of whose outputs the model's output is no piecewise linear function."""
     flow, found = flow_of(gm), set[fx.Node]()
     for node in reversed(gm.graph.nodes):
-        if any(user in found or rule_of(module_of(user)).bends for user in flow[node]):
+        if any(user in found or rule_of(module_of(user)).nonlinear for user in flow[node]):
             found.add(node)
     return found
 
@@ -99,14 +99,14 @@ def flow_of(gm: fx.GraphModule) -> nx.DiGraph[fx.Node]:
     flow: nx.DiGraph[fx.Node] = nx.DiGraph()
     flow.add_nodes_from(gm.graph.nodes)
     for node in gm.graph.nodes:
-        if node.op == "call_module" and rule_of(module_of(node)).kind != "stop":
+        if node.op == "call_module" and rule_of(module_of(node)).kind != "non_differentiable":
             # what is the same for all samples is a function of none of them, unless it is refused for being one of all
             shared = node.meta["samples"] is None and "refusal" not in node.meta
             flow.add_edges_from((x, node) for x in node.all_input_nodes if not shared or x.meta["samples"] is None)
     return flow
 
 
-def used(name: str, uses: Uses, bent: Collection[fx.Node]) -> Used:
+def usage_of(name: str, uses: Usages, bent: Collection[fx.Node]) -> ParameterUsage:
     """A parameter's description, from the shapes of its uses, and the nodes behind which the model bends."""
     layouts = [layout_of(node) for node, _ in uses[name]]
     node, role = uses[name][0]
@@ -116,16 +116,18 @@ def used(name: str, uses: Uses, bent: Collection[fx.Node]) -> Used:
     matrix = _is_matrix(node) and len({layout[1:] for layout in layouts}) == 1 and roles == {"weight"}
     inputs = math.prod(shape) // (groups * outputs) if role == "weight" else 1
     positions = sum(layout[0] for layout in layouts)
-    inputs_first = role == "weight" and _use_of(node).weight == "inputs_first"
-    bends = len(uses[name]) > 1 or node in bent
-    return Used(name, shape, groups, outputs, inputs, positions, matrix, _partner(name, uses), inputs_first, bends)
+    in_out = role == "weight" and _use_of(node).weight == "in_out"
+    nonlinear = len(uses[name]) > 1 or node in bent
+    return ParameterUsage(
+        name, shape, groups, outputs, inputs, positions, matrix, _partner(name, uses), in_out, nonlinear
+    )
 
 
-def _use_of(node: fx.Node) -> Use:
+def _use_of(node: fx.Node) -> WeightUsage:
     """How the op of a node uses its parameters."""
-    use = rule_of(module_of(node)).use
-    assert use is not None
-    return use
+    usage = rule_of(module_of(node)).usage
+    assert usage is not None
+    return usage
 
 
 def layout_of(node: fx.Node) -> tuple[int, int, int]:
@@ -144,7 +146,7 @@ def inputs_layout_of(node: fx.Node) -> tuple[int, int, int]:
     return s, g, getattr(module_of(node), "weight").numel() // (g * o)  # noqa: B009
 
 
-def _partner(name: str, uses: Uses) -> str | None:
+def _partner(name: str, uses: Usages) -> str | None:
     """The bias that exactly the uses of this matrix add, or for that bias the matrix."""
     nodes = [node for node, _ in uses[name]]
     for other in uses:
@@ -157,5 +159,5 @@ def _partner(name: str, uses: Uses) -> str | None:
 
 def _is_matrix(node: fx.Node) -> bool:
     """Whether the weight of a use maps several inputs to an output, and does not scale them one by one."""
-    op, use = module_of(node), rule_of(module_of(node)).use
-    return use is not None and use.weight != "per_channel" and getattr(op, "weight").ndim > 1  # noqa: B009
+    op, usage = module_of(node), rule_of(module_of(node)).usage
+    return usage is not None and usage.weight != "per_channel" and getattr(op, "weight").ndim > 1  # noqa: B009

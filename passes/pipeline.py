@@ -23,7 +23,7 @@ from fxcurv.ir.grammar import Stage, verify
 from fxcurv.ir.nodes import output_of
 from fxcurv.quantities.factors import Factor, most_columns
 from fxcurv.quantities.plan import Plan
-from fxcurv.quantities.selection import Choice
+from fxcurv.quantities.selection import Selection
 from passes.augment import augment
 from passes.common_subexpressions import share
 from passes.concatenate import join
@@ -177,14 +177,18 @@ class Emitted:
 
 
 def emit(
-    model: nn.Module, stages: Mapping[str, fx.GraphModule], choice: Choice, inputs: Inputs, forced: str | None = None
+    model: nn.Module,
+    stages: Mapping[str, fx.GraphModule],
+    selection: Selection,
+    inputs: Inputs,
+    forced: str | None = None,
 ) -> Emitted:
     """The graphs that compute the chosen quantities of the model's parameters, from its canonical graph.
 
     Algorithms are chosen for batches like `inputs`; `forced` names one to take wherever it applies.
     """
     canonical = stages["canonical"]
-    planned, output = plan(model, canonical, choice), output_of(canonical)
+    planned, output = plan(model, canonical, selection), output_of(canonical)
     augmented, pipeline = augment(canonical, planned), Pipeline(stages)
     setting = Setting(batch_size(inputs), 1, device_of(inputs), output.meta["dtype"], forced=forced)
     emitted = {"forward": (augmented.forward, 1)}

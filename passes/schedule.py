@@ -7,7 +7,7 @@ from collections import defaultdict
 from torch import fx
 
 from fxcurv.contractions.statistic import Statistic
-from fxcurv.ir.backward_ops import InputPositions, Keep, OutputPositions, ParameterPositions, Rotate
+from fxcurv.ir.backward_ops import InputPositions, OutputPositions, ParameterPositions, Rotate, SaveForBackward
 from fxcurv.ir.nodes import module_of
 
 __all__ = ["schedule"]
@@ -38,7 +38,7 @@ def schedule(gm: fx.GraphModule) -> fx.GraphModule:
 def _is_beside(node: fx.Node) -> bool:
     """Whether a node serves a sum, rather than being a step of the walk."""
     return node.op == "call_module" and isinstance(
-        module_of(node), Statistic | Keep | InputPositions | OutputPositions | ParameterPositions | Rotate
+        module_of(node), Statistic | SaveForBackward | InputPositions | OutputPositions | ParameterPositions | Rotate
     )
 
 

@@ -31,14 +31,14 @@ __all__ = ["Contraction", "contract"]
 class Contraction:
     """What was chosen for a statistic; the costs of all forms that apply, and the seconds that they should take."""
 
-    form: str
+    variant: str
     costs: Mapping[str, Cost]
     seconds: Mapping[str, float]
 
     @property
     def others(self) -> dict[str, float]:
         """The seconds of the forms that were not chosen."""
-        return {form: seconds for form, seconds in self.seconds.items() if form != self.form}
+        return {variant: seconds for variant, seconds in self.seconds.items() if variant != self.variant}
 
 
 def contract(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
@@ -50,7 +50,7 @@ def contract(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
 
 
 @dataclass(frozen=True)
-class _Form:
+class _Variant:
     """A statistic and what it is called on."""
 
     statistic: Statistic
@@ -63,11 +63,11 @@ class _Form:
 
 def _cheapest(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
     """The cheapest form of a statistic, if that is not the definition that is there."""
-    if not isinstance(op, Statistic) or type(op) not in _FORMS:
+    if not isinstance(op, Statistic) or type(op) not in _VARIANTS:
         return None
-    definition = _Form(op, node.args)
-    applicable = {form.name: form for form in (definition, *_FORMS[type(op)](op, node, setting))}
-    costs = {name: _cost(form, setting) for name, form in applicable.items()}
+    definition = _Variant(op, node.args)
+    applicable = {variant.name: variant for variant in (definition, *_VARIANTS[type(op)](op, node, setting))}
+    costs = {name: _cost(variant, setting) for name, variant in applicable.items()}
     seconds = {name: cost.seconds(setting.rates) for name, cost in costs.items()}
     chosen = setting.forced if setting.forced in applicable else min(seconds, key=seconds.__getitem__)
     node.meta["contraction"] = Contraction(chosen, costs, seconds)
@@ -76,11 +76,11 @@ def _cheapest(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
     return instead(node, applicable[chosen].statistic, applicable[chosen].args)
 
 
-def _cost(form: _Form, setting: Setting) -> Cost:
+def _cost(variant: _Variant, setting: Setting) -> Cost:
     """What a form takes, with the patches that are formed for it."""
-    cost = form.statistic.cost(*fx.map_arg(form.args, partial(_described, setting=setting)))
+    cost = variant.statistic.cost(*fx.map_arg(variant.args, partial(_described, setting=setting)))
     nodes: list[fx.Node] = []
-    fx.map_arg(form.args, nodes.append)
+    fx.map_arg(variant.args, nodes.append)
     for x in nodes:
         if x.op == "call_module" and isinstance(module_of(x), InputPositions) and _patches_of(x) is not None:
             cost += copying(math.prod(setting.sizes(x)), 4) * 2
@@ -92,47 +92,47 @@ def _described(node: fx.Node, setting: Setting) -> Tensor:
     return torch.empty(setting.sizes(node), dtype=node.meta.get("dtype", torch.float32), device="meta")
 
 
-def _of_inputs(op: definitions.InputCovariance, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+def _of_inputs(op: definitions.InputCovariance, node: fx.Node, setting: Setting) -> Iterator[_Variant]:
     xs: Any = node.args[0]
     if len(xs) > 1:
         return
     (x,), (raw,) = xs, xs[0].all_input_nodes
     patches = _patches_of(x)
     if patches is not None and op.pooled and _positions(x).place.parts == 1:
-        yield _Form(covariances.PooledPatches(patches, op.ones), ([raw],))
+        yield _Variant(covariances.PooledPatches(patches, op.ones), ([raw],))
     if op.pooled:
         return
     if patches is not None:
-        yield _Form(covariances.CovarianceOfPatches(patches, op.ones), ([raw],))
+        yield _Variant(covariances.CovarianceOfPatches(patches, op.ones), ([raw],))
     n, s, _, i = setting.sizes(x)
     if n * s < i:
         unfolded = patches is None or op.ones
-        yield _Form(covariances.KeptInputs(None if unfolded else patches, op.ones), ([x if unfolded else raw],))
+        yield _Variant(covariances.KeptInputs(None if unfolded else patches, op.ones), ([x if unfolded else raw],))
 
 
-def _of_outputs(op: definitions.OutputCovariance, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+def _of_outputs(op: definitions.OutputCovariance, node: fx.Node, setting: Setting) -> Iterator[_Variant]:
     Ss: Any = node.args[0]
     v, n, s, _, o = setting.sizes(Ss[0])
     if len(Ss) == 1 and v * n * (1 if op.pooled else s) < o:
-        yield _Form(covariances.KeptOutputs(op.pooled), (Ss,))
+        yield _Variant(covariances.KeptOutputs(op.pooled), (Ss,))
 
 
-def _of_gram(op: definitions.Gram, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+def _of_gram(op: definitions.Gram, node: fx.Node, setting: Setting) -> Iterator[_Variant]:
     args: Any = fx.map_arg(node.args, partial(_described, setting=setting))
     rows, side = entries.entries_of(*args)
     if rows < side:
-        yield _Form(covariances.KeptEntries(), node.args)
+        yield _Variant(covariances.KeptEntries(), node.args)
 
 
-def _of_gradient(op: definitions.Gradient, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+def _of_gradient(op: definitions.Gradient, node: fx.Node, setting: Setting) -> Iterator[_Variant]:
     xs, Ss = _uses(node)
     (x, *more), (S, *_) = xs, Ss
     if not more and x is not None and _patches_of(x) is not None:
         conv: Any = _positions(S).op  # that of x may be another with the same patches
-        yield _Form(convolutions.GradientOfConvolution(conv), ([*x.all_input_nodes], [*S.all_input_nodes]))
+        yield _Variant(convolutions.GradientOfConvolution(conv), ([*x.all_input_nodes], [*S.all_input_nodes]))
 
 
-def _by_convolution(form: Callable[[Any], Statistic], node: fx.Node, setting: Setting) -> Iterator[_Form]:
+def _by_convolution(variant: Callable[[Any], Statistic], node: fx.Node, setting: Setting) -> Iterator[_Variant]:
     """A form that reads the input of a convolution and what arrives at its output, if each sample is one input.
 
     What it costs is known for the CPU's kernels.
@@ -143,27 +143,27 @@ def _by_convolution(form: Callable[[Any], Statistic], node: fx.Node, setting: Se
     inputs, outputs = module_of(x), module_of(S)
     if isinstance(inputs, InputPositions) and isinstance(outputs, OutputPositions):  # and not rotated
         if _patches_of(x) is not None and inputs.place.parts == 1:
-            yield _Form(form(outputs.op), ([*x.all_input_nodes], [*S.all_input_nodes]))
+            yield _Variant(variant(outputs.op), ([*x.all_input_nodes], [*S.all_input_nodes]))
 
 
-def _of_diagonal(op: definitions.Diagonal, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+def _of_diagonal(op: definitions.SumOfSquares, node: fx.Node, setting: Setting) -> Iterator[_Variant]:
     yield from _by_convolution(convolutions.DiagonalByConvolution, node, setting)
     xs, Ss = _uses(node)
     (x, *more), (S, *_) = xs, Ss
     _, _, s, _, o = setting.sizes(S)
     if not more and s == 1:
-        yield _Form(diagonals.DiagonalOfSinglePositions(), node.args)
+        yield _Variant(diagonals.DiagonalOfSinglePositions(), node.args)
     if x is None or None in more or setting.sizes(x)[-1] == o == 1 or not setting.loops:
         return
     if not more:
-        yield _Form(diagonals.DiagonalByPairs(), node.args)
+        yield _Variant(diagonals.DiagonalByPairs(), node.args)
     if setting.forced == diagonals.DiagonalFused.__name__ or kernels.available(setting.device):
-        yield _Form(diagonals.DiagonalFused(), node.args)
+        yield _Variant(diagonals.DiagonalFused(), node.args)
     if setting.device.type == "cpu":
-        yield _Form(diagonals.DiagonalBySample(), node.args)
+        yield _Variant(diagonals.DiagonalBySample(), node.args)
 
 
-def _of_columns(op: definitions.Columns, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+def _of_columns(op: definitions.Columns, node: fx.Node, setting: Setting) -> Iterator[_Variant]:
     yield from _by_convolution(convolutions.ColumnsByConvolution, node, setting)
     xs, Ss = _uses(node)
     (x, *more), (S, *_) = xs, Ss
@@ -172,32 +172,32 @@ def _of_columns(op: definitions.Columns, node: fx.Node, setting: Setting) -> Ite
         return
     patches = _patches_of(x)
     if patches is not None and _positions(x).place.parts == 1 and setting.device.type == "cpu":
-        yield _Form(convolutions.ColumnsBySample(patches), ([*x.all_input_nodes], Ss))
+        yield _Variant(convolutions.ColumnsBySample(patches), ([*x.all_input_nodes], Ss))
 
 
-def _of_norms(op: definitions.SquaredNorms, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+def _of_norms(op: definitions.SquaredNorms, node: fx.Node, setting: Setting) -> Iterator[_Variant]:
     yield from _by_convolution(convolutions.SquaredNormsByConvolution, node, setting)
     xs: Any = node.args[0]
     if None not in xs:
-        yield _Form(diagonals.SquaredNormsByPairs(), node.args)
+        yield _Variant(diagonals.SquaredNormsByPairs(), node.args)
 
 
-def _of_diagonal_per_sample(op: definitions.DiagonalPerSample, node: fx.Node, setting: Setting) -> Iterator[_Form]:
+def _of_diagonal_per_sample(op: definitions.DiagonalPerSample, node: fx.Node, setting: Setting) -> Iterator[_Variant]:
     yield from _by_convolution(convolutions.DiagonalPerSampleByConvolution, node, setting)
     (x, *more), (S, *_) = _uses(node)
     if not more and setting.sizes(S)[2] == 1:
-        yield _Form(diagonals.DiagonalPerSampleOfSinglePositions(), node.args)
+        yield _Variant(diagonals.DiagonalPerSampleOfSinglePositions(), node.args)
     if not more and x is not None and setting.loops:
-        yield _Form(diagonals.DiagonalPerSampleByPairs(), node.args)
+        yield _Variant(diagonals.DiagonalPerSampleByPairs(), node.args)
 
 
-_FORMS: dict[type[Statistic], Callable[[Any, fx.Node, Setting], Iterator[_Form]]] = {
+_VARIANTS: dict[type[Statistic], Callable[[Any, fx.Node, Setting], Iterator[_Variant]]] = {
     definitions.InputCovariance: _of_inputs,
     definitions.OutputCovariance: _of_outputs,
     definitions.Gram: _of_gram,
     definitions.Gradient: _of_gradient,
     definitions.Columns: _of_columns,
-    definitions.Diagonal: _of_diagonal,
+    definitions.SumOfSquares: _of_diagonal,
     definitions.DiagonalPerSample: _of_diagonal_per_sample,
     definitions.SquaredNorms: _of_norms,
 }

@@ -20,19 +20,19 @@ __all__ = ["vectorize"]
 
 def vectorize(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
     """A backward graph in which autograd pulls columns back at once, wherever a trial gives the same as one by one."""
-    return rewrites(gm, partial(together, setting=setting))
+    return rewrites(gm, partial(vectorized, setting=setting))
 
 
-def together(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
+def vectorized(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
     """Columns (and samples) that autograd pulls back one by one are pulled back at once, if that gives the same.
 
     torch's batching rules are not right for every operator, so each use of them is tried on random numbers in float64;
     the setting remembers the outcome for equal ops on equal shapes.
     """
-    if isinstance(op, PullToParameter) and not op.together:
-        candidate: nn.Module = PullToParameter(op.op, op.k, op.places, together=True)
-    elif isinstance(op, PullInputs) and not op.together:
-        candidate = PullInputs(op.op, op.ks, op.per_sample, together=True)
+    if isinstance(op, PullToParameter) and not op.vectorized:
+        candidate: nn.Module = PullToParameter(op.op, op.k, op.places, vectorized=True)
+    elif isinstance(op, PullInputs) and not op.vectorized:
+        candidate = PullInputs(op.op, op.ks, op.per_sample, vectorized=True)
     else:
         return None
     inputs = tuple((n.meta["shape"], n.meta.get("dtype")) for n in node.all_input_nodes)

@@ -49,7 +49,7 @@ def grouped(t: Tensor) -> Tensor:
 def check(model: nn.Module, x: Tensor, result: Any, columns: Tensor, *, approx: Approx, joint: bool) -> None:
     """Bases diagonalize the oracle's factors, eigenvalues are the oracle's in them; the trace is the exact block's."""
     factors = reference.kfac(model, x, columns, approx, joint)
-    u, swapped = reference.column_gradients(model, x, columns), reference.inputs_first(model, x)
+    u, swapped = reference.column_gradients(model, x, columns), reference.in_out(model, x)
     u |= {name: u[name].mT for name in swapped}
     blocks = {name: block for name, block in result.items() if block.parameters[0] == name}
     assert {name for name, block in blocks.items() if isinstance(block, fxcurv.Eigenbasis)} == set(factors)
@@ -65,7 +65,7 @@ def check(model: nn.Module, x: Tensor, result: Any, columns: Tensor, *, approx: 
         assert_close(block.values, expected, f"{name}: eigenvalues")
         basis, values = reference.kronecker_block(U_A, U_G), expected
         if name in swapped:
-            basis, values = reference.kronecker_block(U_A[0], U_G[0], inputs_first=True), expected.mT
+            basis, values = reference.kronecker_block(U_A[0], U_G[0], in_out=True), expected.mT
         assert_close(block.dense(), basis * values.flatten() @ basis.T, f"{name}: matrix")
         exact = J.square().sum()
         assert abs(block.trace() - exact) <= 1e-10 * exact, f"{name}: trace"

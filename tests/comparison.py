@@ -74,8 +74,8 @@ def check_result(
     for quantity, factors in (("expand", expand), ("reduce", reduce)):
         factors = {name: pair for name, pair in factors.items() if name not in elsewhere}
         _check_blocks(by_name[quantity], factors, pulled[quantity], tolerance)
-        found = {block.parameters[0] for block in by_name[quantity].values() if getattr(block, "inputs_first", False)}
-        assert found == reference.inputs_first(model, x) & set(factors), f"{quantity}: the order of factors"
+        found = {block.parameters[0] for block in by_name[quantity].values() if getattr(block, "in_out", False)}
+        assert found == reference.in_out(model, x) & set(factors), f"{quantity}: the order of factors"
 
 
 def _check_blocks(result: Entries, factors: reference.Factors, pulled: Mapping[str, Tensor], tolerance: float) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.blocks.lazy_gram import LazyGram
 
 __all__ = ["EXACT", "LOSSES", "assert_equal", "batch", "close", "labels", "net", "reals", "same", "tokens"]
 
@@ -99,7 +99,7 @@ def same(a: Any, b: Any) -> None:
         a, b = (t[0] if t.ndim == 3 and len(t) == 1 else t for t in (a, b))  # a single group needs no axis
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
-    elif isinstance(a, fxcurv.Block | SecondMoment):
+    elif isinstance(a, fxcurv.Block | LazyGram):
         for name in type(a).__dataclass_fields__:
             same(getattr(a, name), getattr(b, name))
     elif isinstance(a, tuple):

@@ -62,10 +62,10 @@ def run_elsewhere(program: Program, inputs: Inputs) -> dict[str, Tensor]:
         _move(graph, fake)
     leaves = [fake(t) for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
     with mode, torch.no_grad(), _Watch():
-        output, kept, sums = program.forward(*leaves)
+        output, saved, sums = program.forward(*leaves)
         for factor, backward in program.backwards.items():
             S = output.new_empty(3, *output.shape, dtype=output_of(program.canonical).meta["dtype"])
-            sums |= backward(S, **{name: kept[name] for name in program.kept(factor)})
+            sums |= backward(S, **{name: saved[name] for name in program.saved(factor)})
     return sums
 
 

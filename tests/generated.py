@@ -25,7 +25,7 @@ from fxcurv.losses.base import as_loss
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime.memory import Chunks
 from fxcurv.runtime.program import Program
-from fxcurv.runtime.run import Batch, run
+from fxcurv.runtime.run import Minibatch, run
 
 __all__ = ["DTYPES", "FORCED", "KINDS", "Case", "check", "draw", "script", "smaller", "source", "written"]
 
@@ -483,7 +483,9 @@ def computed(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> fxcurv.Curva
     program = Program.of(passes.emit(model, passes.canonicalize(model, x), chosen(quantities), x, case.forced))
     r = random.Random(case.parts)
     samples, columns = (r.randint(1, len(x)), r.randint(1, 4)) if case.parts else (len(x), 100)
-    return run(program, model, as_loss(loss), Batch(x, y), Chunks(samples, dict.fromkeys(program.backwards, columns)))
+    return run(
+        program, model, as_loss(loss), Minibatch(x, y), Chunks(samples, dict.fromkeys(program.backwards, columns))
+    )
 
 
 def script(case: Case) -> str:

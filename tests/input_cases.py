@@ -64,7 +64,7 @@ def check(case: Case) -> fxcurv.Curvature:
     assert_close(result.output, reference.outputs(packed, x), "output", case.tolerance)
     columns = reference.exact_columns(case.loss, reference.outputs(packed, x), case.target)
     gradient, diagonal = (f(packed, case.loss, x, case.target) for f in (reference.grad, reference.diag_ggn))
-    factors, swapped = reference.kfac(packed, x, columns), reference.inputs_first(packed, x)
+    factors, swapped = reference.kfac(packed, x, columns), reference.in_out(packed, x)
     for name, _ in model.named_parameters():
         assert_close(result["grad"][name], gradient[f"inner.{name}"], f"gradient {name}", case.tolerance)
         assert_close(result["diag_ggn"][name], diagonal[f"inner.{name}"], f"diagonal {name}", case.tolerance)
@@ -76,5 +76,5 @@ def check(case: Case) -> fxcurv.Curvature:
             A, G = factors[f"inner.{name}"]
             assert_close(block.A, A, f"A of {name}", case.tolerance)
             assert_close(block.G, G, f"G of {name}", case.tolerance)
-            assert block.inputs_first == (f"inner.{name}" in swapped)
+            assert block.in_out == (f"inner.{name}" in swapped)
     return result

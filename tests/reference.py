@@ -253,7 +253,7 @@ class Use:
     bias: str | None
     x: Tensor
     S: Tensor
-    inputs_first: bool
+    in_out: bool
 
 
 @dataclass(frozen=True)
@@ -342,12 +342,12 @@ def kfac(
     return {name: ungrouped[name] for name in trainable(model) if name in ungrouped}
 
 
-def kronecker_block(A: Tensor, G: Tensor, inputs_first: bool = False) -> Tensor:
+def kronecker_block(A: Tensor, G: Tensor, in_out: bool = False) -> Tensor:
     """G ⊗ A, for groups blockdiag_g(G_g ⊗ A_g): acts on `W.flatten()`, for a joint pair on `[W | b].flatten()`.
 
     With `inputs_first` A ⊗ G: acts on a matrix `[i, o]`, and for a joint pair on that with b below it.
     """
-    if inputs_first:
+    if in_out:
         return torch.kron(A, G)
     if A.ndim == 2:
         return torch.kron(G, A)
@@ -367,10 +367,10 @@ def _positions(model: nn.Module, x_n: Tensor, S_n: Tensor, joint: bool) -> dict[
     result: dict[str, tuple[Tensor, Tensor]] = {}
     for name in dict.fromkeys(use.weight for use in all_uses):
         mine = [use for use in all_uses if use.weight == name]
-        if len({use.inputs_first for use in mine}) > 1:
+        if len({use.in_out for use in mine}) > 1:
             continue
         x, S = torch.cat([use.x for use in mine]), torch.cat([use.S for use in mine], dim=1)
-        product = "vsgo,sgi->vgio" if mine[0].inputs_first else "vsgo,sgi->vgoi"
+        product = "vsgo,sgi->vgio" if mine[0].in_out else "vsgo,sgi->vgoi"
         if not _same(torch.einsum(product, S, x).flatten(1), gradients[name].flatten(1)):
             continue  # this weight is also consumed in another form
         bias = mine[0].bias if len({use.bias for use in mine}) == 1 else None
@@ -380,10 +380,10 @@ def _positions(model: nn.Module, x_n: Tensor, S_n: Tensor, joint: bool) -> dict[
     return result
 
 
-def inputs_first(model: nn.Module, x: Tensor) -> set[str]:
+def in_out(model: nn.Module, x: Tensor) -> set[str]:
     """The weights that lie as `[i, o]`."""
     found, _ = uses(model, x[0], torch.zeros_like(outputs(model, x[:1])))
-    return {use.weight for use in found if use.inputs_first}
+    return {use.weight for use in found if use.in_out}
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
@@ -407,7 +407,7 @@ def uses(model: nn.Module, x_n: Tensor, S_n: Tensor) -> tuple[list[Use], dict[st
             bias=name_of.get(id(call.arguments["bias"])),
             x=_unfolded_input(call),
             S=torch.stack([_split_groups(_features_last(call, S_v), call) for S_v in S_z]),
-            inputs_first=call.swapped,
+            in_out=call.swapped,
         )
         for call, S_z in zip(calls, pulled, strict=False)
         if S_z is not None
@@ -484,7 +484,7 @@ def kfra(model: nn.Module, x: Tensor, columns: Tensor) -> dict[str, Tensor]:
     G(f) = Σ_vn S_vn S_vnᵀ; G(v) = 1/N Σ_n J_nᵀ G(u) J_n with u the first node that all paths from v to the output pass
     and J_n = ∂u_n/∂v_n. A weight has (Σ_s G[s, s]) ⊗ A, anything else 1/N Σ_n J_nᵀ G J_n; uses add. No groups.
     """
-    walk, factors, swapped = _Recursion(model, x, columns), kfac(model, x, columns), inputs_first(model, x)
+    walk, factors, swapped = _Recursion(model, x, columns), kfac(model, x, columns), in_out(model, x)
     name_of = {id(p): name for name, p in model.named_parameters()}
     blocks: dict[str, Tensor] = {}
     for node in walk.nodes:

@@ -221,9 +221,18 @@ PROGRESS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "digest": (lambda p: p.update(digest=None), "progress.digest is no str"),
     "generator": (lambda p: p.update(generator="AAAA"), "progress.generator is no state of a generator"),
     "generator that is no text": (lambda p: p.update(generator="x"), "progress.generator is no state of a generator"),
-    "weights": (lambda p: p["spread"].update(weights=[0.0] * 9), "progress.spread has other sums than a stopping rule"),
-    "sums": (lambda p: p["spread"].update(sums=[[0.0]]), "progress.spread has other sums than a stopping rule"),
-    "deep": (lambda p: p["spread"].update(sums=[[[[]], 0.0, 0.0]]), r"progress.spread.sums\[0\]\[0\] is no float"),
+    "weights": (
+        lambda p: p["standard_error"].update(weights=[0.0] * 9),
+        "progress.standard_error has other sums than a stopping rule",
+    ),
+    "sums": (
+        lambda p: p["standard_error"].update(sums=[[0.0]]),
+        "progress.standard_error has other sums than a stopping rule",
+    ),
+    "deep": (
+        lambda p: p["standard_error"].update(sums=[[[[]], 0.0, 0.0]]),
+        r"progress.standard_error.sums\[0\]\[0\] is no float",
+    ),
 }
 
 

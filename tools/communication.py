@@ -64,21 +64,21 @@ def planned(name: str) -> dict[str, list[Block]]:
         model, x = getattr(torchvision.models, name)().eval(), torch.empty(2, 3, 224, 224)
     choices = {of: chosen(asked) for of, asked in CHOICES.items()}
     canonical = static_found(model, x, None, choices["all parameters"]).canonical
-    return {of: [_block(job) for job in plan(model, canonical, choice).jobs] for of, choice in choices.items()}
+    return {of: [_block(job) for job in plan(model, canonical, selection).jobs] for of, selection in choices.items()}
 
 
 def _block(job: Job) -> Block:
-    sums = {name: _sum(job, name, of) for name, of in job.quantity.statistics(job.used).items()}
-    block = job.quantity.finish(job.used, sums, 1)
+    sums = {name: _sum(job, name, of) for name, of in job.quantity.statistics(job.usage).items()}
+    block = job.quantity.finish(job.usage, sums, 1)
     assert isinstance(block, Block)
     return block
 
 
 def _sum(job: Job, name: str, of: Statistic) -> Tensor:
     """The sum of a statistic, without its entries."""
-    used = job.used
-    side = used.inputs + of.ones if isinstance(of, InputCovariance) else used.outputs if name == "G" else used.numel
-    groups = used.groups if name in "AG" else 1
+    usage = job.usage
+    side = usage.inputs + of.ones if isinstance(of, InputCovariance) else usage.outputs if name == "G" else usage.numel
+    groups = usage.groups if name in "AG" else 1
     shape = (groups, side, side) if name in "AG" or isinstance(of, Gram) else (side,)
     return torch.empty(shape, device="meta")
 

@@ -62,12 +62,12 @@ from fxcurv.core.errors import FxcurvError
 from fxcurv.frontend.inputs import Inputs
 from fxcurv.losses.base import as_loss
 from fxcurv.models import targets
-from fxcurv.quantities.selection import chosen as choice
+from fxcurv.quantities.selection import chosen as selection
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results"
 QUANTITIES = ("kfac", "diag_ggn")
-QUESTION = levels.Question(choice(QUANTITIES), as_loss("cross_entropy"), on_unsupported="error", raising=True)
+QUESTION = levels.Request(selection(QUANTITIES), as_loss("cross_entropy"), on_unsupported="error", raising=True)
 KINDS = ("exact", "approx", "fallback", "refused", "idle")
 UNKNOWN = "unknown"
 BATCH = 2
@@ -225,7 +225,7 @@ def examine(row: Row, tell: Callable[[Row], None]) -> Row:
             row = replace(row, **sizes(model))
             tell(row)
             question = replace(QUESTION, level=GROUPS[row.group].level)
-            report = levels.examine(levels.Subject(row.model, model, inputs), question)
+            report = levels.examine(levels.CheckTarget(row.model, model, inputs), question)
         row = reported(row, report)
     except Exception as error:
         row = replace(row, **explained(error))

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self, get_args, overload
 import torch
 from torch import Tensor
 
-from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.core.errors import InputError, SpecError
 from fxcurv.linalg.factorizations import damping_of, singular
 from fxcurv.linalg.operator import LinearOperator, Space, Vector
@@ -36,7 +36,7 @@ KINDS: dict[str, type[Block]] = {}
 """Every kind of block by the name of its class; a subclass of `Block` registers itself."""
 
 
-Part = Tensor | SecondMoment
+Component = Tensor | LazyGram
 """A tensor that a block holds, or a second moment kept as its vectors."""
 
 
@@ -120,15 +120,15 @@ class Block(LinearOperator, ABC):
     # Its parts --------------------------------------------------------------------------------------------------------
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Component, ...]:
         """The parts in the order of `fields`."""
         return tuple(getattr(self, name) for name in self.fields.values())
 
-    def with_parts(self, parts: Iterable[Part]) -> Self:
+    def with_parts(self, parts: Iterable[Component]) -> Self:
         """The block with other parts."""
         return replace(self, **dict(zip(self.fields.values(), parts, strict=True)))
 
-    def mapped(self, change: Callable[[Part], Part]) -> Self:
+    def mapped(self, change: Callable[[Component], Component]) -> Self:
         """The block with every part changed."""
         return self.with_parts(map(change, self.parts))
 
@@ -376,5 +376,5 @@ class Block(LinearOperator, ABC):
         return {"parameters": self.parameters, "status": self.status, "reduction": self.reduction}
 
 
-def _sum(a: Part, b: Part) -> Part:
+def _sum(a: Component, b: Component) -> Component:
     return a + b

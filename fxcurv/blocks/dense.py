@@ -14,7 +14,7 @@ from torch import Tensor
 from fxcurv.blocks.base import Block, Damping, Function
 from fxcurv.blocks.eigenbasis import Eigenbasis
 from fxcurv.blocks.lazy_gram import (
-    SecondMoment,
+    LazyGram,
     an_entry,
     damped_inverse,
     grouped_sides,
@@ -34,7 +34,7 @@ class Dense(Block):
     fields: ClassVar = {"matrix": "moment"}
     symmetric: ClassVar = True
 
-    moment: Tensor | SecondMoment
+    moment: Tensor | LazyGram
 
     @cached_property
     def matrix(self) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.blocks.base import Block, Function
+from fxcurv.core.deprecation import Renamed
 
 __all__ = ["Eigenbasis"]
 
@@ -28,14 +29,16 @@ class Eigenbasis(Block):
     """
 
     fields: ClassVar = {"U": "input_vectors", "Q": "output_vectors", "values": "values"}
-    options: ClassVar = {"rest": float, "inputs_first": bool}
+    options: ClassVar = {"null_eigenvalue": float, "in_out": bool}
     additive: ClassVar = False
 
     input_vectors: Tensor
     output_vectors: Tensor
     values: Tensor
-    rest: float = 0.0
-    inputs_first: bool = field(default=False, kw_only=True)
+    null_eigenvalue: float = 0.0
+    in_out: bool = field(default=False, kw_only=True)
+    inputs_first: ClassVar = Renamed("in_out")
+    rest: ClassVar = Renamed("null_eigenvalue")
 
     @classmethod
     def fits(cls, shape: tuple[int, ...], sizes: Sequence[torch.Size]) -> bool:
@@ -51,15 +54,17 @@ class Eigenbasis(Block):
 
     @property
     def layout(self) -> object:
-        return self.inputs_first
+        return self.in_out
 
     def averaged_with(self, old: Self, weight: float) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
         """In the columns of this block, in which the diagonal of `old` is the nearest to it in Frobenius norm."""
         outputs = (self.output_vectors.mT @ old.output_vectors).square()
         inputs = (self.input_vectors.mT @ old.input_vectors).square()
-        projected = old.rest + outputs @ (old.values - old.rest) @ inputs.mT
+        projected = old.null_eigenvalue + outputs @ (old.values - old.null_eigenvalue) @ inputs.mT
         values = weight * projected.to(self.values) + (1 - weight) * self.values
-        return replace(self, values=values, rest=weight * old.rest + (1 - weight) * self.rest)
+        return replace(
+            self, values=values, null_eigenvalue=weight * old.null_eigenvalue + (1 - weight) * self.null_eigenvalue
+        )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -73,20 +78,20 @@ class Eigenbasis(Block):
     @property
     def _vectors(self) -> tuple[Tensor, Tensor]:
         """Q and U in the order of the product."""
-        return in_layout_order(self.inputs_first, self.input_vectors, self.output_vectors)
+        return in_layout_order(self.in_out, self.input_vectors, self.output_vectors)
 
     @property
     def _values(self) -> Tensor:
         """The values in the order of the product: `[g,b,a]` or `[g,a,b]`."""
-        return self.values.mT if self.inputs_first else self.values
+        return self.values.mT if self.in_out else self.values
 
     def _mm(self, matrix: Tensor) -> Tensor:
         first, second = self._vectors
         inside = kronecker_product(matrix, (first.shape[1], second.shape[1]), first.mT.matmul, second.mT.matmul)
         scaled = self._back(self._values.reshape(-1, 1) * inside)
-        if self._full or not self.rest:
+        if self._full or not self.null_eigenvalue:
             return scaled
-        return scaled + self.rest * (matrix - self._back(inside))
+        return scaled + self.null_eigenvalue * (matrix - self._back(inside))
 
     def _back(self, inside: Tensor) -> Tensor:
         """Q times coefficients `[g·b·a, k]`."""
@@ -98,12 +103,12 @@ class Eigenbasis(Block):
 
     def diag(self) -> Tensor:
         first, second = self._vectors
-        squares = first.square() @ (self._values - self.rest) @ second.square().mT
-        return (squares + self.rest).reshape(self.shape)
+        squares = first.square() @ (self._values - self.null_eigenvalue) @ second.square().mT
+        return (squares + self.null_eigenvalue).reshape(self.shape)
 
     def _mapped(self, f: Function) -> Eigenbasis:
-        rest = 0.0 if self._full else float(f(self.values.new_full((), self.rest)))
-        return replace(self, values=f(self.values.clamp(min=0)), rest=rest)
+        null_eigenvalue = 0.0 if self._full else float(f(self.values.new_full((), self.null_eigenvalue)))
+        return replace(self, values=f(self.values.clamp(min=0)), null_eigenvalue=null_eigenvalue)
 
     @property
     def _like(self) -> Tensor:
@@ -111,7 +116,7 @@ class Eigenbasis(Block):
 
     def eigvalsh(self) -> Tensor:
         values = self.values.flatten()
-        return torch.cat([values, values.new_full((self.numel - len(values),), self.rest)]).sort().values
+        return torch.cat([values, values.new_full((self.numel - len(values),), self.null_eigenvalue)]).sort().values
 
     def eigh(self) -> tuple[Tensor, Tensor]:
         if not self._full:
@@ -121,12 +126,12 @@ class Eigenbasis(Block):
         return values, columns[:, order]
 
     def __mul__(self, factor: float) -> Self:
-        return replace(self, values=self.values * self._factor(factor), rest=self.rest * factor)
+        return replace(self, values=self.values * self._factor(factor), null_eigenvalue=self.null_eigenvalue * factor)
 
 
-def in_layout_order(inputs_first: bool, inputs: T, outputs: T) -> tuple[T, T]:
+def in_layout_order(in_out: bool, inputs: T, outputs: T) -> tuple[T, T]:
     """The parts of a block that belong to its inputs and outputs, in the order of its Kronecker product."""
-    return (inputs, outputs) if inputs_first else (outputs, inputs)
+    return (inputs, outputs) if in_out else (outputs, inputs)
 
 
 def kronecker_product(

@@ -14,9 +14,9 @@ from torch import Tensor
 from fxcurv.blocks.base import Block, Damping, Function
 from fxcurv.blocks.eigenbasis import Eigenbasis, in_layout_order, kronecker_product
 from fxcurv.blocks.lazy_gram import (
+    LazyGram,
     Matrix,
     Moment,
-    SecondMoment,
     an_entry,
     damped_inverse,
     grouped_sides,
@@ -25,6 +25,7 @@ from fxcurv.blocks.lazy_gram import (
     shape_of,
     ungrouped,
 )
+from fxcurv.core.deprecation import Renamed
 from fxcurv.linalg.factorizations import rank
 
 __all__ = ["Kronecker"]
@@ -40,13 +41,14 @@ class Kronecker(Block):
     """
 
     fields: ClassVar = {"A": "input_moment", "G": "output_moment"}
-    options: ClassVar = {"averaged": int, "inputs_first": bool}
+    options: ClassVar = {"averaged": int, "in_out": bool}
     symmetric: ClassVar = True
 
-    input_moment: Tensor | SecondMoment
-    output_moment: Tensor | SecondMoment
+    input_moment: Tensor | LazyGram
+    output_moment: Tensor | LazyGram
     averaged: int = field(default=0, kw_only=True)
-    inputs_first: bool = field(default=False, kw_only=True)
+    in_out: bool = field(default=False, kw_only=True)
+    inputs_first: ClassVar = Renamed("in_out")
 
     @cached_property
     def A(self) -> Tensor:
@@ -68,7 +70,7 @@ class Kronecker(Block):
 
     @property
     def layout(self) -> object:
-        return self.inputs_first
+        return self.in_out
 
     @property
     def count(self) -> int:
@@ -94,16 +96,16 @@ class Kronecker(Block):
         return moment_of(self.input_moment), moment_of(self.output_moment)
 
     def _mm(self, matrix: Tensor) -> Tensor:
-        first, second = in_layout_order(self.inputs_first, *self._factors)
+        first, second = in_layout_order(self.in_out, *self._factors)
         return kronecker_product(matrix, (first.shape[-1], second.shape[-1]), first.mm, second.mm)
 
     def dense(self) -> Tensor:
         A, G = (f if f.ndim == 3 else f.unsqueeze(0) for f in (self.A, self.G))
-        pairs = zip(*in_layout_order(self.inputs_first, A.contiguous(), G.contiguous()), strict=True)
+        pairs = zip(*in_layout_order(self.in_out, A.contiguous(), G.contiguous()), strict=True)
         return torch.block_diag(*(torch.kron(first, second) for first, second in pairs))
 
     def diag(self) -> Tensor:
-        first, second = in_layout_order(self.inputs_first, *(f.diagonal() for f in self._factors))
+        first, second = in_layout_order(self.in_out, *(f.diagonal() for f in self._factors))
         return (first.unsqueeze(-1) * second.unsqueeze(-2)).reshape(self.shape)
 
     def trace(self) -> Tensor:
@@ -123,7 +125,7 @@ class Kronecker(Block):
         """The block in eigenvectors of A and of G, from these and their eigenvalues."""
         (a, U), (g, Q) = inputs, outputs
         values = g.unsqueeze(-1) * a.unsqueeze(-2)
-        return Eigenbasis(self.shape, U, Q, values, inputs_first=self.inputs_first, **self.labels)
+        return Eigenbasis(self.shape, U, Q, values, in_out=self.in_out, **self.labels)
 
     def decomposed(self) -> Block:
         return self.eigenbasis
@@ -185,7 +187,7 @@ class Kronecker(Block):
         return replace(self, output_moment=self.output_moment * self._factor(factor))
 
     def plus(self, other: Block) -> Block | None:
-        if not isinstance(other, Kronecker) or other.inputs_first != self.inputs_first:
+        if not isinstance(other, Kronecker) or other.in_out != self.in_out:
             return None
         if other.input_moment is self.input_moment:
             return replace(self, output_moment=self.output_moment + other.output_moment)

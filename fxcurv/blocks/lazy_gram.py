@@ -17,14 +17,14 @@ from fxcurv.convolution.second_moment import cheapest
 from fxcurv.linalg.factorizations import cholesky, decomposed, singular
 from fxcurv.linalg.matmul import transpose_times
 
-__all__ = ["Matrix", "Moment", "SecondMoment", "formed", "moment_of"]
+__all__ = ["LazyGram", "Matrix", "Moment", "formed", "moment_of"]
 
 
 def damped_inverse(moment: Moment, damping: Tensor | float, what: str) -> Tensor:
     """The matrices (moment + damping I)⁻¹, `[g,d,d]`."""
     if isinstance(moment, Matrix):
         return torch.cholesky_inverse(cholesky(moment.entries, damping, what))
-    like = moment.kept[0]
+    like = moment.vectors[0]
     identity = torch.eye(moment.side, dtype=like.dtype, device=like.device).expand(moment.shape)
     return moment.solve(identity, damping, what)
 
@@ -34,96 +34,96 @@ def ungrouped(matrices: Tensor) -> Tensor:
     return matrices[0] if len(matrices) == 1 else matrices
 
 
-def matrix_of(moment: Tensor | SecondMoment) -> Tensor:
+def matrix_of(moment: Tensor | LazyGram) -> Tensor:
     """The matrix `[d,d]`, or `[g,d,d]` of several groups."""
     return ungrouped(moment_of(moment).dense())
 
 
-def an_entry(moment: Tensor | SecondMoment) -> Tensor:
+def an_entry(moment: Tensor | LazyGram) -> Tensor:
     """A tensor that it holds."""
-    return moment.kept[0] if isinstance(moment, SecondMoment) else moment
+    return moment.vectors[0] if isinstance(moment, LazyGram) else moment
 
 
-def shape_of(moment: Tensor | SecondMoment) -> torch.Size:
+def shape_of(moment: Tensor | LazyGram) -> torch.Size:
     """The shape of `matrix_of`."""
     shape = moment_of(moment).shape
     return shape[1:] if shape[0] == 1 else shape
 
 
 @dataclass(frozen=True, eq=False)
-class SecondMoment:
+class LazyGram:
     """scale · Σ_m X_m X_mᵀ for every group, `[g,d,d]`, as the vectors X that it sums over.
 
     They are the positions `[*, s, g, d]` that are kept, or with `patches` the patches of the inputs that are kept. With
     fewer vectors than entries, r < d, it takes r·d numbers or fewer for d², and a system is solved with r equations.
     """
 
-    kept: tuple[Tensor, ...]
+    vectors: tuple[Tensor, ...]
     patches: Patches | None = None
     scale: float = 1.0
 
-    def smaller(self) -> SecondMoment | Tensor:
+    def smaller(self) -> LazyGram | Tensor:
         """The same, as matrices if they take less."""
         return self if self.count < self.side else self.dense()
 
     def rows(self) -> Tensor:
         """The vectors, `[g, m, d]`, unscaled."""
-        positions = self.kept if self.patches is None else [self.patches.positions(z) for z in self.kept]
+        positions = self.vectors if self.patches is None else [self.patches.positions(z) for z in self.vectors]
         return torch.cat([x.flatten(0, -3) for x in positions]).transpose(0, 1)
 
     @property
     def side(self) -> int:
         """d."""
-        first = self.kept[0]
+        first = self.vectors[0]
         return first.shape[-1] if self.patches is None else first.shape[1] // self.patches.groups * self.patches.taps
 
     @property
     def count(self) -> int:
         """How many vectors each group has."""
         if self.patches is None:
-            return sum(x.shape[:-2].numel() for x in self.kept)
-        return sum(len(z) * self.patches.pixels(z) for z in self.kept)
+            return sum(x.shape[:-2].numel() for x in self.vectors)
+        return sum(len(z) * self.patches.pixels(z) for z in self.vectors)
 
     @property
     def shape(self) -> torch.Size:
         """[g, d, d]."""
-        groups = self.kept[0].shape[-2] if self.patches is None else self.patches.groups
+        groups = self.vectors[0].shape[-2] if self.patches is None else self.patches.groups
         return torch.Size((groups, self.side, self.side))
 
     def dense(self) -> Tensor:
         """The matrices, `[g,d,d]`."""
         if self.scale <= 0:  # of a difference
             return replace(self, scale=1.0).dense().mul_(self.scale)
-        kept = [t if self.scale == 1 else t * self.scale**0.5 for t in self.kept]  # smaller than the matrices are
+        vectors = [t if self.scale == 1 else t * self.scale**0.5 for t in self.vectors]  # smaller than the matrices are
         if self.patches is not None:
-            return cheapest(self.patches, torch.cat(kept)).covariance()
-        rows = replace(self, kept=tuple(kept)).rows()
+            return cheapest(self.patches, torch.cat(vectors)).covariance()
+        rows = replace(self, vectors=tuple(vectors)).rows()
         return transpose_times(rows[0], rows[0]).unsqueeze(0) if len(rows) == 1 else rows.mT @ rows
 
-    def __add__(self, other: SecondMoment | Tensor) -> SecondMoment | Tensor:
+    def __add__(self, other: LazyGram | Tensor) -> LazyGram | Tensor:
         """The sum, kept in this form as long as that is smaller."""
         if isinstance(other, Tensor):
             return self.dense() + other
         if self.patches != other.patches or self.count + other.count >= self.side or self.scale <= 0:
             return self.dense() + other.dense()
         ratio = (other.scale / self.scale) ** 0.5
-        return replace(self, kept=(*self.kept, *(t if ratio == 1 else t * ratio for t in other.kept)))
+        return replace(self, vectors=(*self.vectors, *(t if ratio == 1 else t * ratio for t in other.vectors)))
 
     __radd__ = __add__
 
-    def __mul__(self, factor: float) -> SecondMoment:
+    def __mul__(self, factor: float) -> LazyGram:
         return replace(self, scale=self.scale * factor)
 
-    def __truediv__(self, divisor: float) -> SecondMoment:
+    def __truediv__(self, divisor: float) -> LazyGram:
         return replace(self, scale=self.scale / divisor)
 
-    def clone(self) -> SecondMoment:
+    def clone(self) -> LazyGram:
         """The same in memory of its own."""
-        return replace(self, kept=tuple(t.clone() for t in self.kept))
+        return replace(self, vectors=tuple(t.clone() for t in self.vectors))
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SecondMoment:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LazyGram:
         """The same elsewhere, or in another type."""
-        return replace(self, kept=tuple(t.to(device=device, dtype=dtype) for t in self.kept))
+        return replace(self, vectors=tuple(t.to(device=device, dtype=dtype) for t in self.vectors))
 
     def diagonal(self) -> Tensor:
         """The diagonals, `[g,d]`."""
@@ -207,17 +207,17 @@ def _right_singular(rows: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-Moment = Matrix | SecondMoment
+Moment = Matrix | LazyGram
 
 
-def formed(value: Tensor | SecondMoment) -> Tensor:
+def formed(value: Tensor | LazyGram) -> Tensor:
     """A sum as a tensor."""
-    return value.dense() if isinstance(value, SecondMoment) else value
+    return value.dense() if isinstance(value, LazyGram) else value
 
 
-def moment_of(value: Tensor | SecondMoment) -> Moment:
+def moment_of(value: Tensor | LazyGram) -> Moment:
     """A moment, from a sum: `[d,d]` or `[g,d,d]`."""
-    if isinstance(value, SecondMoment):
+    if isinstance(value, LazyGram):
         return value
     return Matrix(value if value.ndim == 3 else value.unsqueeze(0))
 

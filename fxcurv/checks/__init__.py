@@ -2,6 +2,6 @@
 
 from fxcurv.checks.levels import check as check
 from fxcurv.checks.policy import Allowance as Allowance
-from fxcurv.checks.policy import Demands as Demands
+from fxcurv.checks.policy import Policy as Policy
 from fxcurv.checks.report import Report as Report
 from fxcurv.checks.report import Row as Row

@@ -29,7 +29,7 @@ class Baseline:
 
     @property
     def fingerprints(self) -> frozenset[str]:
-        """What `Demands.known` takes."""
+        """What `Policy.known` takes."""
         return frozenset(entry["fingerprint"] for entry in self.entries)
 
     def fixed(self, reports: Sequence[Report]) -> list[dict[str, str]]:

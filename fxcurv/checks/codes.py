@@ -16,13 +16,13 @@ from typing import Literal
 
 from fxcurv.core.errors import QuantityError
 
-__all__ = ["CODES", "Code", "Kind", "Severity", "as_json", "explain", "read"]
+__all__ = ["CODES", "Category", "Code", "Severity", "as_json", "explain", "read"]
 
 
 Severity = Literal["error", "warning", "note"]
 
 
-Kind = Literal["unsupportable", "not-yet", "replace", "misconfigured", "defect", "information"]
+Category = Literal["unsupportable", "not-yet", "replace", "misconfigured", "defect", "information"]
 """Who can mend it: nobody (it has no meaning), fxcurv later, the model, the call, fxcurv now; or nothing is broken."""
 
 
@@ -32,7 +32,7 @@ class Code:
 
     code: str
     title: str
-    kind: Kind
+    kind: Category
     severity: Severity
     explanation: str
     remedy: str
@@ -47,7 +47,7 @@ def explain(code: str) -> Code:
     if code.upper() in CODES:
         return CODES[code.upper()]
     close = difflib.get_close_matches(code.upper(), CODES, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "`fxcurv rules` lists all codes"
+    hint = f"did you mean {' or '.join(close)}?" if close else "`fxcurv codes` lists all codes"
     raise QuantityError(f"there is no code {code!r}", remedy=hint, code="FXC007")
 
 

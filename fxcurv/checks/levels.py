@@ -10,40 +10,42 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
 from fxcurv.api import Compiled
 from fxcurv.checks.anchors import Anchors, defined_at
 from fxcurv.checks.numeric import disagreements, doubled
-from fxcurv.checks.policy import Demands, Level
+from fxcurv.checks.policy import Level, Policy
 from fxcurv.checks.report import Report, judged
-from fxcurv.checks.rows import Found, Place, computed, described, fallen_back, refused
+from fxcurv.checks.rows import Outcome, Place, computed, described, fallen_back, refused
 from fxcurv.checks.static import static_found
+from fxcurv.core.deprecation import warn_renamed
 from fxcurv.core.errors import FxcurvError
 from fxcurv.frontend.inputs import Inputs, Output
 from fxcurv.losses.base import Loss, as_loss
-from fxcurv.quantities.selection import Asked, Choice, chosen
+from fxcurv.quantities.selection import Asked, Selection, chosen
 from fxcurv.runtime.options import OnUnsupported, Options
 
-__all__ = ["Question", "Subject", "check", "examine"]
+__all__ = ["CheckTarget", "Request", "check", "examine"]
 
 
 @dataclass(frozen=True)
-class Question:
+class Request:
     """What is asked of every target."""
 
-    choice: Choice
+    selection: Selection
     loss: Loss
     level: Level = "shape"
     on_unsupported: OnUnsupported = "skip"
-    demands: Demands = field(default_factory=Demands)
+    policy: Policy = field(default_factory=Policy)
     raising: bool = False
     """Whether an exception that no check foresaw is raised instead of reported."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class CheckTarget:
     """A model, inputs like those that it takes, and where its findings are shown."""
 
     name: str
@@ -63,61 +65,67 @@ def check(
     target: str | None = None,
     level: Level = "shape",
     on_unsupported: OnUnsupported = "skip",
-    demands: Demands | None = None,
+    policy: Policy | None = None,
+    **renamed: Any,
 ) -> Report:
     """Report what every parameter of `model` would get, for inputs of this shape; the model is left as it is.
 
     `level` is "static", "shape" or "numeric"; only the last computes anything. `on_unsupported` is that of `compile`;
-    "error" refuses the model where "skip" refuses parameters. `demands` say what passes.
+    "error" refuses the model where "skip" refuses parameters. `policy` decides which findings fail.
     """
-    question = Question(chosen(quantities), as_loss(loss), level, on_unsupported, demands or Demands())
+    if set(renamed) - {"demands"}:
+        raise TypeError(f"check() got an unexpected keyword argument {next(iter(renamed))!r}")
+    if renamed:
+        warn_renamed("demands", "policy")
+        policy = renamed["demands"]
+    request = Request(chosen(quantities), as_loss(loss), level, on_unsupported, policy or Policy())
     anchors = Anchors(fallbacks=defined_at(type(model)))
-    return examine(Subject(target or type(model).__name__, model, inputs, output, anchors), question)
+    return examine(CheckTarget(target or type(model).__name__, model, inputs, output, anchors), request)
 
 
-def examine(subject: Subject, question: Question) -> Report:
+def examine(target: CheckTarget, request: Request) -> Report:
     """The report on one target; what goes wrong while it is checked is a finding."""
     started = time.perf_counter()
-    compiled = _compiled(subject, question)  # refuses what is no question about the model
-    place, nodes = Place(subject.name, subject.model, subject.anchors), 0
+    compiled = _compiled(target, request)  # refuses what is no question about the model
+    place, nodes = Place(target.name, target.model, target.anchors), 0
     try:
-        found = _LEVELS[question.level](subject, question, compiled)
+        found = _LEVELS[request.level](target, request, compiled)
         rows, nodes = computed(place, found), len(found.canonical.graph.nodes)
     except Exception as error:
-        if question.raising and not isinstance(error, FxcurvError):
+        if request.raising and not isinstance(error, FxcurvError):
             raise
-        rows = refused(place, question.choice.of(subject.model), error)
-    if question.on_unsupported == "fallback":
+        rows = refused(place, request.selection.of(target.model), error)
+    if request.on_unsupported == "fallback":
         rows = list(map(fallen_back, rows))
-    seconds, quantities = time.perf_counter() - started, tuple(question.choice.quantities)
-    told = question.level, described(subject.inputs), nodes, seconds, question.demands
-    return judged(Report(subject.name, tuple(rows), quantities, *told))
+    seconds, quantities = time.perf_counter() - started, tuple(request.selection.quantities)
+    facts = request.level, described(target.inputs), nodes, seconds, request.policy
+    return judged(Report(target.name, tuple(rows), quantities, *facts))
 
 
-def _compiled(subject: Subject, question: Question) -> Compiled:
-    return Compiled(subject.model, question.loss, question.choice, Options(subject.output, question.on_unsupported))
+def _compiled(target: CheckTarget, request: Request) -> Compiled:
+    return Compiled(target.model, request.loss, request.selection, Options(target.output, request.on_unsupported))
 
 
 # The levels -------------------------------------------------------------------------------------------------------
 
 
-def _static(subject: Subject, question: Question, compiled: Compiled) -> Found:
-    return static_found(subject.model, subject.inputs, subject.output, question.choice)
+def _static(target: CheckTarget, request: Request, compiled: Compiled) -> Outcome:
+    return static_found(target.model, target.inputs, target.output, request.selection)
 
 
-def _shape(subject: Subject, question: Question, compiled: Compiled) -> Found:
-    plan, canonical = compiled.plan(subject.inputs)
-    return Found(plan.statuses, canonical, plan.refusals)
+def _shape(target: CheckTarget, request: Request, compiled: Compiled) -> Outcome:
+    plan, canonical = compiled.plan(target.inputs)
+    return Outcome(plan.statuses, canonical, plan.refusals)
 
 
-def _numeric(subject: Subject, question: Question, compiled: Compiled) -> Found:
-    found = _shape(subject, question, compiled)
-    in_double, inputs = doubled(subject.model, subject.inputs)
-    twin = _compiled(replace(subject, model=in_double), replace(question, on_unsupported="skip"))
+def _numeric(target: CheckTarget, request: Request, compiled: Compiled) -> Outcome:
+    found = _shape(target, request, compiled)
+    in_double, inputs = doubled(target.model, target.inputs)
+    twin = _compiled(replace(target, model=in_double), replace(request, on_unsupported="skip"))
     return replace(found, errors=disagreements(twin, inputs))
 
 
-_LEVELS: dict[Level, Callable[[Subject, Question, Compiled], Found]] = {
+_LEVELS: dict[Level, Callable[[CheckTarget, Request, Compiled], Outcome]] = {
     "static": _static,
     "shape": _shape,
     "numeric": _numeric,

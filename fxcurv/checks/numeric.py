@@ -21,7 +21,7 @@ from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, as_call, selector
 from fxcurv.results.entry import Entry
 from fxcurv.runtime.autograd import by_autograd
-from fxcurv.runtime.run import Batch
+from fxcurv.runtime.run import Minibatch
 
 __all__ = ["disagreements", "doubled"]
 
@@ -66,8 +66,8 @@ def disagreements(compiled: Compiled, inputs: Inputs) -> dict[tuple[str, str], f
     with _InDouble():
         target = _targets(compiled, inputs)
         found = compiled(inputs, target, torch.Generator().manual_seed(SEED))
-        batch = Batch(inputs, target, torch.Generator().manual_seed(SEED))
-        expected = by_autograd(compiled.model, compiled.loss, compiled.choice, batch, compiled.options.output)
+        batch = Minibatch(inputs, target, torch.Generator().manual_seed(SEED))
+        expected = by_autograd(compiled.model, compiled.loss, compiled.selection, batch, compiled.options.output)
     errors: dict[tuple[str, str], float] = {}
     for quantity, entries in found.items():
         theirs = expected[quantity].entries

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from fxcurv.checks.codes import CODES, Severity
 
-__all__ = ["Allowance", "Demands", "FailOn", "Finding", "Level", "Require", "base"]
+__all__ = ["Allowance", "FailOn", "Finding", "Level", "Policy", "Require", "base"]
 
 
 Level = Literal["static", "shape", "numeric"]
@@ -69,7 +69,7 @@ class Allowance:
 
 
 @dataclass(frozen=True)
-class Demands:
+class Policy:
     """`require` is the worst status that passes, for at least `min_coverage` of the trainable entries.
 
     A finding fails from severity `fail_on` on, unless its code is not selected, is ignored or allowed, or its

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fxcurv.checks.anchors import Anchors, defined_at
 from fxcurv.checks.codes import CODES
-from fxcurv.checks.levels import Question, Subject, examine
+from fxcurv.checks.levels import CheckTarget, Request, examine
 from fxcurv.checks.report import Report, Row, judged
 from fxcurv.core.errors import Frame, FxcurvError
 from fxcurv.models import targets
@@ -37,7 +37,7 @@ class Task:
     """One target, what is asked of it, and where its findings are shown."""
 
     name: str
-    question: Question
+    request: Request
     root: Path
     input: str | None = None
     mode: str = "eval"
@@ -58,7 +58,7 @@ def perform(task: Task) -> Outcome:
             model = target.model.train(task.mode == "train")
             anchors = replace(task.anchors, fallbacks=(*defined_at(target.factory), *task.listed))
             inputs = example(target, task.input, task.seed)
-            return examine(Subject(task.name, model, inputs, None, anchors), task.question)
+            return examine(CheckTarget(task.name, model, inputs, None, anchors), task.request)
     except FxcurvError as error:
         return error
 
@@ -162,7 +162,5 @@ def _failed(task: Task, code: str, message: str) -> Report:
     """The report on a target of which only that is known."""
     place, remedy = task.anchors.place(()), CODES[code].remedy
     row = Row(task.name, "", "", "error", code=code, message=message, suggestion=remedy, **place)
-    question = task.question
-    return judged(
-        Report(task.name, (row,), tuple(question.choice.quantities), question.level, demands=question.demands)
-    )
+    request = task.request
+    return judged(Report(task.name, (row,), tuple(request.selection.quantities), request.level, policy=request.policy))

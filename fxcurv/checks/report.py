@@ -13,7 +13,7 @@ import torch
 from tabulate import tabulate
 
 from fxcurv.checks.codes import Severity
-from fxcurv.checks.policy import Demands, Level, base
+from fxcurv.checks.policy import Level, Policy, base
 from fxcurv.core.errors import FxcurvError
 from fxcurv.core.version import __version__
 
@@ -92,7 +92,7 @@ class Report:
     input: str = ""
     nodes: int = 0
     seconds: float = 0.0
-    demands: Demands = field(default_factory=Demands)
+    policy: Policy = field(default_factory=Policy)
 
     @property
     def findings(self) -> tuple[Row, ...]:
@@ -102,7 +102,7 @@ class Report:
     @property
     def failures(self) -> tuple[Row, ...]:
         """The findings that make the check fail."""
-        return tuple(row for row in self.findings if row.severity in self.demands.fatal)
+        return tuple(row for row in self.findings if row.severity in self.policy.fatal)
 
     @property
     def ok(self) -> bool:
@@ -116,7 +116,7 @@ class Report:
 
     def coverage(self, quantity: str) -> float:
         """The share of trainable entries that get the quantity as it is required."""
-        return self.demands.coverage([row for row in self.rows if row.quantity in (quantity, "")])
+        return self.policy.coverage([row for row in self.rows if row.quantity in (quantity, "")])
 
     def statuses(self, quantity: str) -> dict[str, int]:
         """How many parameters have each status, all of the closed set."""
@@ -182,15 +182,15 @@ def judged(report: Report) -> Report:
     rows: list[Row] = []
     for quantity in dict.fromkeys(row.quantity for row in report.rows):
         own = [row for row in report.rows if row.quantity == quantity]
-        rows += _judged(own, report.demands)
+        rows += _judged(own, report.policy)
     return replace(report, rows=tuple(rows))
 
 
-def _judged(rows: Sequence[Row], demands: Demands) -> Iterable[Row]:
-    enough = demands.min_coverage < 1 and demands.coverage(rows) >= demands.min_coverage
+def _judged(rows: Sequence[Row], policy: Policy) -> Iterable[Row]:
+    enough = policy.min_coverage < 1 and policy.coverage(rows) >= policy.min_coverage
     for row in rows:
-        severity = demands.severity(row.status, row.code, enough)
-        yield replace(row, severity=severity, suppressed=demands.suppressed(row) if severity else "")
+        severity = policy.severity(row.status, row.code, enough)
+        yield replace(row, severity=severity, suppressed=policy.suppressed(row) if severity else "")
 
 
 # Text --------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from fxcurv.frontend.inputs import Inputs, as_call
 from fxcurv.ir.nodes import describe, module_of
 from passes.parameter_usage import parameter_uses
 
-__all__ = ["TOLERANCE", "Found", "Place", "computed", "described", "fallen_back", "refused", "whole"]
+__all__ = ["TOLERANCE", "Outcome", "Place", "computed", "described", "fallen_back", "refused", "whole"]
 
 
 _CODES = {"approx": "FXC320", "fallback": "FXC321", "unsupported": "FXC322", "unreached": "FXC430"}
@@ -50,7 +50,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Found:
+class Outcome:
     """What each parameter gets, the graph that says where it is used, why it is refused, how wrong its numbers are."""
 
     statuses: Mapping[str, Mapping[str, str]]
@@ -59,7 +59,7 @@ class Found:
     errors: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
 
-def computed(place: Place, found: Found) -> list[Row]:
+def computed(place: Place, found: Outcome) -> list[Row]:
     """A row per parameter × quantity, with the op that uses the parameter first."""
     uses = parameter_uses(found.canonical, {name for statuses in found.statuses.values() for name in statuses})
     rows: list[Row] = []

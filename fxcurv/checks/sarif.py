@@ -20,9 +20,9 @@ SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sar
 def as_sarif(reports: Sequence[Report]) -> str:
     """One run with a result per finding; suppressed ones are there, as suppressed."""
     rows = [row for report in reports for row in report.rows if row.severity is not None]
-    used = sorted({row.code for row in rows})
-    driver = {"name": "fxcurv", "version": __version__, "rules": [_rule(CODES[code]) for code in used]}
-    results = [_result(row, used.index(row.code)) for row in rows]
+    usage = sorted({row.code for row in rows})
+    driver = {"name": "fxcurv", "version": __version__, "rules": [_rule(CODES[code]) for code in usage]}
+    results = [_result(row, usage.index(row.code)) for row in rows]
     run = {"tool": {"driver": driver}, "columnKind": "unicodeCodePoints", "results": results}
     return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=False)
 

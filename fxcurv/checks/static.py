@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcurv.checks.rows import Found
-from fxcurv.core.shapes import Batch, Samples, Shape
+from fxcurv.checks.rows import Outcome
+from fxcurv.core.shapes import BatchSize, Samples, Shape
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, Output
 from fxcurv.ir.rewriting import copied, settled
-from fxcurv.quantities.selection import Choice
+from fxcurv.quantities.selection import Selection
 from passes.pipeline import lowered
 from passes.plan import plan
 
 __all__ = ["static_found"]
 
 
-def static_found(model: nn.Module, inputs: Inputs, output: Output, choice: Choice) -> Found:
+def static_found(model: nn.Module, inputs: Inputs, output: Output, selection: Selection) -> Outcome:
     """What each parameter would get, and the graph that it is read off."""
     on_meta: Any = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
     gm = _assumed_apart(lowered(_without_memory(model), on_meta, output)["lowered"])
-    return Found(plan(model, gm, choice).statuses, gm)
+    return Outcome(plan(model, gm, selection).statuses, gm)
 
 
 def _without_memory(model: nn.Module) -> nn.Module:
@@ -54,5 +54,5 @@ def _assumed_apart(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _first(shape: Shape) -> Samples | None:
     """All samples one behind the other along the first axis whose size is a multiple of their number."""
-    sizes = ((axis, size.multiple) for axis, size in enumerate(shape) if isinstance(size, Batch))
+    sizes = ((axis, size.multiple) for axis, size in enumerate(shape) if isinstance(size, BatchSize))
     return next((Samples(axis, multiple) for axis, multiple in sizes), None)

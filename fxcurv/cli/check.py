@@ -1,4 +1,4 @@
-"""fxcurv check | explain | rules: settings in, reports and an exit code out.
+"""fxcurv check | explain | codes: settings in, reports and an exit code out.
 
 0 passed, 1 findings, 2 wrong use, a broken configuration, or a target that cannot be built.
 """
@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fxcurv.checks import baseline, codes, formats
-from fxcurv.checks.levels import Question
+from fxcurv.checks.levels import Request
 from fxcurv.checks.pool import Task, perform_all
 from fxcurv.checks.report import Report, judged
 from fxcurv.cli import config
@@ -23,7 +23,7 @@ from fxcurv.losses.base import as_loss
 from fxcurv.models import targets
 from fxcurv.quantities.selection import chosen
 
-__all__ = ["add_check", "add_explain", "add_rules"]
+__all__ = ["add_check", "add_codes", "add_explain"]
 
 
 # check ------------------------------------------------------------------------------------------------------------
@@ -78,12 +78,12 @@ def _tasks(arguments: argparse.Namespace, read: config.Config, known: baseline.B
     tasks: list[Task] = []
     for target in asked:
         own = read.of(target)
-        demands = replace(own.demands, known=known.fingerprints)
-        question = Question(
-            chosen(own.quantities), as_loss(own.loss), own.level, own.on_unsupported, demands, arguments.traceback
+        policy = replace(own.policy, known=known.fingerprints)
+        request = Request(
+            chosen(own.quantities), as_loss(own.loss), own.level, own.on_unsupported, policy, arguments.traceback
         )
         for name in targets.matching(target.name):
-            tasks.append(Task(name, question, read.root, own.input, own.mode, own.seed, target.listed))
+            tasks.append(Task(name, request, read.root, own.input, own.mode, own.seed, target.listed))
     return tasks
 
 
@@ -110,7 +110,7 @@ def _stale(known: baseline.Baseline, reports: Sequence[Report], file: Path) -> l
 
 def _forgiving(report: Report, known: baseline.Baseline) -> Report:
     """The report as the next check will see it."""
-    return judged(replace(report, demands=replace(report.demands, known=known.fingerprints)))
+    return judged(replace(report, policy=replace(report.policy, known=known.fingerprints)))
 
 
 # What is written --------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def _write(file: Path, text: str) -> None:
         ) from error
 
 
-# explain and rules ------------------------------------------------------------------------------------------------
+# explain and codes ------------------------------------------------------------------------------------------------
 
 
 def add_explain(parser: argparse.ArgumentParser) -> None:
@@ -160,13 +160,13 @@ def _explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_rules(parser: argparse.ArgumentParser) -> None:
-    """The options of `fxcurv rules`."""
-    parser.set_defaults(command=_rules)
+def add_codes(parser: argparse.ArgumentParser) -> None:
+    """The options of `fxcurv codes`."""
+    parser.set_defaults(command=_codes)
     parser.add_argument("--format", default="text", choices=("text", "json"), help="default text")
 
 
-def _rules(arguments: argparse.Namespace) -> int:
+def _codes(arguments: argparse.Namespace) -> int:
     known = codes.CODES.values()
     lines = (f"{code.code}  {code.severity:8} {code.kind:14} {code.title}" for code in known)
     print(codes.as_json(known) if arguments.format == "json" else "\n".join(lines))

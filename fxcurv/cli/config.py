@@ -17,7 +17,7 @@ from typing import Any, get_args
 from fxcurv.checks.anchors import repository
 from fxcurv.checks.codes import CODES
 from fxcurv.checks.formats import FORMATS
-from fxcurv.checks.policy import Allowance, Demands, FailOn, Level, Require
+from fxcurv.checks.policy import Allowance, FailOn, Level, Policy, Require
 from fxcurv.core.errors import Frame, InputError
 from fxcurv.losses.base import KINDS as LOSSES
 from fxcurv.quantities.registry import NAMES
@@ -43,7 +43,7 @@ def _codes(value: object) -> tuple[str, ...]:
     prefixes = tuple(word.upper() for word in _words(value))
     for prefix in prefixes:
         if not any(code.startswith(prefix) for code in CODES):
-            raise ValueError(f"no code begins with {prefix}; `fxcurv rules` lists them")
+            raise ValueError(f"no code begins with {prefix}; `fxcurv codes` lists them")
     return prefixes
 
 
@@ -160,9 +160,9 @@ class Settings:
     allow: tuple[Allowance, ...] = ()
 
     @property
-    def demands(self) -> Demands:
+    def policy(self) -> Policy:
         """What passes, without a baseline."""
-        return Demands(self.require, self.min_coverage, self.fail_on, self.select, self.ignore, self.allow)
+        return Policy(self.require, self.min_coverage, self.fail_on, self.select, self.ignore, self.allow)
 
 
 def options() -> tuple[Option, ...]:

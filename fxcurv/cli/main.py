@@ -1,4 +1,4 @@
-"""The command line: fxcurv compute | show | check | explain | rules | demo | env.
+"""The command line: fxcurv compute | show | check | explain | codes | demo | env.
 
 Exit codes: 0 done or passed, 1 findings of `check`, 2 wrong usage or a refusal.
 """
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from fxcurv import api
 from fxcurv.cli import demo
-from fxcurv.cli.check import add_check, add_explain, add_rules
+from fxcurv.cli.check import add_check, add_codes, add_explain
 from fxcurv.core.errors import FxcurvError, InputError, a_value
 from fxcurv.core.version import __version__
-from fxcurv.dataset.processes import joined
+from fxcurv.dataset.processes import process_group
 from fxcurv.inspect.picture import Format
 from fxcurv.inspect.tables import family_of, tabular
 from fxcurv.losses.base import KINDS as LOSSES
@@ -38,7 +38,11 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors are one line on stderr, and 2, so that they are not taken for findings."""
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["rules"]:
+        print("fxcurv rules is now called fxcurv codes", file=sys.stderr)
+        given[0] = "codes"
+    arguments = _parser().parse_args(given)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         code = command(arguments)
@@ -70,7 +74,7 @@ def _compute(arguments: argparse.Namespace) -> int:
     compiled = api.compile(model, loss, _names(arguments.quantities), memory_budget=arguments.memory_budget)
     inputs, generator = batch.inputs.to(held), torch.Generator(held.device).manual_seed(arguments.seed)
     y = loss.target_from(batch.targets, _output(model, inputs), generator)
-    with joined() as (rank, size):
+    with process_group() as (rank, size):
         if size == 1:
             result = compiled(inputs, y, generator, progress=True)
         else:  # every process computes a share, and the first one speaks
@@ -206,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     command("show", _add_show, "print the rewritten graphs of a model, forward and backward", _TARGET)
     command("check", add_check, "say for every parameter and quantity whether it is exact, named or refused", _CHECK)
     command("explain", add_explain, "say what a code means, and what to do")
-    command("rules", add_rules, "list all codes")
+    command("codes", add_codes, "list all codes")
     command("demo", _add_demo, "train a small residual CNN on handwritten digits and look at its curvature")
     command("env", lambda sub: sub.set_defaults(command=_env), "print versions for a bug report")
     return parser
@@ -219,7 +223,7 @@ def _add_compute(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, _compute)
     parser.add_argument("--batch", type=int, help="samples (default 8; 2 photos)")
     parser.add_argument(
-        "--data", default="random", choices=get_args(data.Kind), help="real or random inputs (default random)"
+        "--data", default="random", choices=get_args(data.DataName), help="real or random inputs (default random)"
     )
     parser.add_argument(
         "--memory-budget", metavar="SIZE", help="how far memory may rise, e.g. 2GiB (default: no limit)"

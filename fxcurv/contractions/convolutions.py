@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fxcurv.contractions.definitions import Columns, Diagonal, DiagonalPerSample, SquaredNorms
+from fxcurv.contractions.definitions import Columns, DiagonalPerSample, SquaredNorms, SumOfSquares
 from fxcurv.contractions.entries import CHUNK, PerOutput, SquaredEntries, widened
 from fxcurv.contractions.statistic import Ss, Statistic, Xs
 from fxcurv.convolution.patches import Patches
@@ -175,7 +175,7 @@ class _SquaresByConvolution(_ByConvolution, SquaredEntries):
         return self.total(self.entries, (xs, Ss), self.size())
 
 
-class DiagonalByConvolution(_SquaresByConvolution, Diagonal):
+class DiagonalByConvolution(_SquaresByConvolution, SumOfSquares):
     """`Diagonal` of one convolution's weight, without patches."""
 
 

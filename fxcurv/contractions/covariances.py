@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.contractions.entries import entries_of, per_sample, widened, with_ones
-from fxcurv.contractions.statistic import Ss, Statistic, Sum, Xs
+from fxcurv.contractions.statistic import Ss, Statistic, StatisticValue, Xs
 from fxcurv.convolution.patches import Patches
 from fxcurv.convolution.second_moment import cheapest
 from fxcurv.linalg.cost import Cost, copying, moment
@@ -84,8 +84,8 @@ class KeptInputs(Statistic):
         (x,) = map(widened, xs)
         return with_ones(x) if self.ones else x.clone(memory_format=torch.contiguous_format)
 
-    def sum_of(self, returned: Tensor) -> Sum:
-        return SecondMoment((returned,), self.patches).smaller()
+    def sum_of(self, returned: Tensor) -> StatisticValue:
+        return LazyGram((returned,), self.patches).smaller()
 
     def cost(self, xs: Sequence[Tensor]) -> Cost:
         return copying(xs[0].numel(), xs[0].element_size())
@@ -115,8 +115,8 @@ class KeptOutputs(Statistic):
     def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
         return returned * scale.view(returned.shape[3:])
 
-    def sum_of(self, returned: Tensor) -> Sum:
-        return SecondMoment((returned,)).smaller()
+    def sum_of(self, returned: Tensor) -> StatisticValue:
+        return LazyGram((returned,)).smaller()
 
     def cost(self, Ss: Ss) -> Cost:
         return copying(Ss[0].numel(), Ss[0].element_size())
@@ -141,8 +141,8 @@ class KeptEntries(Statistic):
     def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
         return returned * scale.repeat_interleave(returned.shape[-1] // len(scale))
 
-    def sum_of(self, returned: Tensor) -> Sum:
-        return SecondMoment((returned,)).smaller()
+    def sum_of(self, returned: Tensor) -> StatisticValue:
+        return LazyGram((returned,)).smaller()
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
         rows, side = entries_of(xs, Ss)

@@ -30,7 +30,6 @@ from fxcurv.linalg.matmul import times_transpose, transpose_times
 __all__ = [
     "Columns",
     "Covariance",
-    "Diagonal",
     "DiagonalPerSample",
     "Gradient",
     "Gram",
@@ -42,6 +41,7 @@ __all__ = [
     "Recursive",
     "RotatedDiagonal",
     "SquaredNorms",
+    "SumOfSquares",
 ]
 
 
@@ -92,13 +92,13 @@ def _second_moment(X: Tensor) -> Tensor:
     return X @ X.mT
 
 
-class Diagonal(SquaredEntries, PerOutput):
+class SumOfSquares(SquaredEntries, PerOutput):
     """Σ_vn (Σ_s S[v,n,s,g,o] x[n,s,g,i])²: `[g,o,i]`."""
 
     power, over = 2, (0, 1)
 
 
-class RotatedDiagonal(Diagonal):
+class RotatedDiagonal(SumOfSquares):
     """`Diagonal` of U_Aᵀ x and U_Gᵀ S, with the eigenvectors of the sums called "A" and "G", in a second pass.
 
     With `ones` the constant 1 stands behind x. The arguments of a call are rotated already.
@@ -201,17 +201,17 @@ class Columns(Statistic):
     reads = "xS"
     samples, columns, grows = 1, 0, True
 
-    def __init__(self, inputs_first: bool = False) -> None:
+    def __init__(self, in_out: bool = False) -> None:
         super().__init__()
-        self.inputs_first = inputs_first
+        self.in_out = in_out
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
-        if not self.inputs_first or len(Ss) > 1 or len(Ss[0]) > 1 or xs[0] is None:
+        if not self.in_out or len(Ss) > 1 or len(Ss[0]) > 1 or xs[0] is None:
             return per_sample(xs, Ss).contiguous()
         return per_sample([Ss[0][0]], [xs[0].unsqueeze(0)]).mT  # x and S change places
 
     def extra_repr(self) -> str:
-        return f"inputs_first={self.inputs_first}"
+        return f"inputs_first={self.in_out}"
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
         return entries_cost(xs, Ss)

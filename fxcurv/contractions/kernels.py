@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fxcurv.contractions.definitions import Diagonal
+from fxcurv.contractions.definitions import SumOfSquares
 from fxcurv.core.optional import imported
 from fxcurv.core.torch_compat import unset_fake_temporarily
 
@@ -44,7 +44,7 @@ def sum_of_squared_products_reference(S: Tensor, x: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(S.dtype, x.dtype), torch.float32)
     if 0 in (*S.shape, *x.shape):
         return S.new_zeros(*S.shape[3:], x.shape[-1], dtype=dtype)
-    return Diagonal()([x.to(dtype)], [S.to(dtype)])
+    return SumOfSquares()([x.to(dtype)], [S.to(dtype)])
 
 
 def available(device: torch.device) -> bool:

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.linalg.cost import Cost
 
-__all__ = ["Ss", "Statistic", "Sum", "Xs", "combined"]
+__all__ = ["Ss", "Statistic", "StatisticValue", "Xs", "combined"]
 
 
 Xs = Sequence[Tensor | None]
@@ -20,7 +20,7 @@ Xs = Sequence[Tensor | None]
 Ss = Sequence[Tensor]
 
 
-Sum = Tensor | SecondMoment
+StatisticValue = Tensor | LazyGram
 
 
 class Statistic(nn.Module):
@@ -47,12 +47,12 @@ class Statistic(nn.Module):
     cost: Callable[..., Cost]
     """What a call takes, from the shapes of its arguments."""
 
-    def sum_of(self, returned: Tensor) -> Sum:
+    def sum_of(self, returned: Tensor) -> StatisticValue:
         """The sum that a call returned: the tensor itself, or what it stands for."""
         return returned
 
 
-def combined(sums: dict[str, Sum], key: str, part: Sum, axis: int | None) -> None:
+def combined(sums: dict[str, StatisticValue], key: str, part: StatisticValue, axis: int | None) -> None:
     """Put one more part to what is there under `key`: add it, or lay it beside along an axis."""
     if key not in sums:
         sums[key] = part

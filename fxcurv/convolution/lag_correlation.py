@@ -25,7 +25,7 @@ from fxcurv.linalg.allocation import new_empty
 from fxcurv.linalg.cost import CACHE, Cost, at_once, copying, of_groups, product
 from fxcurv.linalg.matmul import batched_times_transpose
 
-__all__ = ["Meetings"]
+__all__ = ["LagCorrelations"]
 
 
 PART = 2 * CACHE
@@ -40,7 +40,7 @@ SHORT = 64
 """Inner size below which a product is made faster than the transpose of another."""
 
 
-class Meeting(NamedTuple):
+class Overlap(NamedTuple):
     """Entries along an axis that two taps meet: `first + k·stride` with `other + k·stride`, k < length."""
 
     first: int
@@ -49,8 +49,8 @@ class Meeting(NamedTuple):
     stride: int
 
     @property
-    def mirrored(self) -> Meeting:
-        return Meeting(self.other, self.first, self.length, self.stride)
+    def mirrored(self) -> Overlap:
+        return Overlap(self.other, self.first, self.length, self.stride)
 
     @property
     def last(self) -> int:
@@ -62,80 +62,80 @@ class Meeting(NamedTuple):
         """The entries that the first of the taps meets."""
         return slice(self.first, self.last + 1, self.stride)
 
-    def part(self, start: int, stop: int) -> Meeting:
+    def part(self, start: int, stop: int) -> Overlap:
         """What is met with start ≤ k < stop."""
         shift = self.stride * start
-        return Meeting(self.first + shift, self.other + shift, stop - start, self.stride)
+        return Overlap(self.first + shift, self.other + shift, stop - start, self.stride)
 
-    def without(self, part: Meeting) -> list[Meeting]:
+    def without(self, part: Overlap) -> list[Overlap]:
         """What is met before and behind a part."""
         start = (part.first - self.first) // self.stride
         outside = self.part(0, start), self.part(start + part.length, self.length)
         return [one for one in outside if one.length]
 
 
-NOTHING = Meeting(0, 0, 0, 1)
+EMPTY = Overlap(0, 0, 0, 1)
 
 
-Met = tuple[Meeting, ...]
+Overlaps = tuple[Overlap, ...]
 """What two taps meet along every axis."""
 
 
-class Along(NamedTuple):
+class AxisOverlaps(NamedTuple):
     """What the taps of one axis meet."""
 
-    pairs: list[list[Meeting]]
+    pairs: list[list[Overlap]]
     """The meeting of each with each."""
-    follows: dict[Meeting, list[Meeting]]
+    follows: dict[Overlap, list[Overlap]]
     """From a meeting to a wider one at its displacement and, behind it, what that has too much, if this is less."""
 
     @property
-    def different(self) -> set[Meeting]:
+    def different(self) -> set[Overlap]:
         """The meetings of all pairs that meet anything."""
-        return set(itertools.chain(*self.pairs)) - {NOTHING}
+        return set(itertools.chain(*self.pairs)) - {EMPTY}
 
     @property
-    def multiplied(self) -> list[Meeting]:
+    def multiplied(self) -> list[Overlap]:
         """The meetings from which all others follow."""
         return sorted((self.different | set(itertools.chain(*self.follows.values()))) - set(self.follows))
 
 
 @lru_cache
-def along(axis: Axis, length: int) -> Along:
+def axis_overlaps(axis: Axis, length: int) -> AxisOverlaps:
     """What the taps of an axis meet of an input of this length."""
-    pairs = [[_meeting(axis, a, b, length) for b in range(axis.size)] for a in range(axis.size)]
-    alike: defaultdict[tuple[int, int], set[Meeting]] = defaultdict(set)
-    for met in set(itertools.chain(*pairs)) - {NOTHING}:
-        alike[met.other - met.first, met.first % met.stride].add(met)
-    follows: dict[Meeting, list[Meeting]] = {}
-    for group in alike.values():
-        first, last = min(group), max(met.last for met in group)
+    pairs = [[_overlap(axis, a, b, length) for b in range(axis.size)] for a in range(axis.size)]
+    groups: defaultdict[tuple[int, int], set[Overlap]] = defaultdict(set)
+    for overlap in set(itertools.chain(*pairs)) - {EMPTY}:
+        groups[overlap.other - overlap.first, overlap.first % overlap.stride].add(overlap)
+    follows: dict[Overlap, list[Overlap]] = {}
+    for group in groups.values():
+        first, last = min(group), max(overlap.last for overlap in group)
         widest = first.part(0, (last - first.first) // first.stride + 1)
-        for met in group:
-            outside = widest.without(met)
-            if 0 < sum(one.length for one in outside) < met.length:
-                follows[met] = [widest, *outside]
-    return Along(pairs, follows)
+        for overlap in group:
+            outside = widest.without(overlap)
+            if 0 < sum(one.length for one in outside) < overlap.length:
+                follows[overlap] = [widest, *outside]
+    return AxisOverlaps(pairs, follows)
 
 
-def _meeting(axis: Axis, a: int, b: int, length: int) -> Meeting:
+def _overlap(axis: Axis, a: int, b: int, length: int) -> Overlap:
     """What two taps meet from the output pixels from which both see the input."""
     offsets = [axis.dilation * tap - axis.padding for tap in (a, b)]
     first = max(0, -(min(offsets) // axis.stride))
     stop = min(axis.outputs(length), (length - 1 - max(offsets)) // axis.stride + 1)
     if stop <= first:
-        return NOTHING
+        return EMPTY
     left, right = (axis.stride * first + offset for offset in offsets)
-    return Meeting(left, right, stop - first, axis.stride)
+    return Overlap(left, right, stop - first, axis.stride)
 
 
-class Meetings:
+class LagCorrelations:
     """The meetings of all pairs of taps in one batch `z[n, g·c, …]`."""
 
     def __init__(self, patches: Patches, z: Tensor) -> None:
         self.groups, self.taps, self.z = patches.groups, patches.taps, z
         self.channels = z.shape[1] // patches.groups
-        self.axes = [along(axis, length) for axis, length in zip(patches.axes, z.shape[2:], strict=True)]
+        self.axes = [axis_overlaps(axis, length) for axis, length in zip(patches.axes, z.shape[2:], strict=True)]
 
     def cost(self) -> Cost:
         """What `covariance` takes."""
@@ -174,50 +174,50 @@ class Meetings:
         count = len(self.z)
         return count if torch.compiler.is_compiling() else at_once(self.z, self.z[0].numel(), count, PART)
 
-    def _met(self, a: Sequence[int], b: Sequence[int]) -> Met:
+    def _met(self, a: Sequence[int], b: Sequence[int]) -> Overlaps:
         """The meetings of two taps along every axis; without one along some axis they meet nothing."""
-        met = tuple(axis.pairs[i][j] for axis, i, j in zip(self.axes, a, b, strict=True))
-        return (NOTHING,) * len(met) if NOTHING in met else met
+        overlap = tuple(axis.pairs[i][j] for axis, i, j in zip(self.axes, a, b, strict=True))
+        return (EMPTY,) * len(overlap) if EMPTY in overlap else overlap
 
-    def _products(self) -> dict[Met, Tensor]:
+    def _products(self) -> dict[Overlaps, Tensor]:
         """Σ z[g,c,q] z[g,c',q'] over the q and q' of meetings from which all others follow: `[g·c, c']`."""
-        sums: dict[Met, Tensor] = {}
+        sums: dict[Overlaps, Tensor] = {}
         multiplied = list(itertools.product(*(axis.multiplied for axis in self.axes)))
         for part in self.z.split(self._samples):
             entries = part.unflatten(1, (self.groups, -1)).movedim(0, -1).contiguous()  # long runs to copy
-            for met in multiplied:
-                mirrored = _mirrored(met)
-                if mirrored < met and len(self.z) * math.prod(one.length for one in met) >= SHORT:
+            for overlap in multiplied:
+                mirrored = _mirrored(overlap)
+                if mirrored < overlap and len(self.z) * math.prod(one.length for one in overlap) >= SHORT:
                     continue  # its transpose is made
-                left = _window(entries, met)
-                right = left if mirrored == met else _window(entries, mirrored)
+                left = _window(entries, overlap)
+                right = left if mirrored == overlap else _window(entries, mirrored)
                 products = batched_times_transpose(left, right).flatten(0, 1)
-                sums[met] = sums[met].add_(products) if met in sums else products
+                sums[overlap] = sums[overlap].add_(products) if overlap in sums else products
         return sums
 
-    def _sum(self, met: Met, sums: dict[Met, Tensor]) -> Tensor:
+    def _sum(self, overlap: Overlaps, sums: dict[Overlaps, Tensor]) -> Tensor:
         """The sum of products of any meeting, kept among the others."""
-        if met not in sums:
-            sums[met] = self._following(met, sums)
-        return sums[met]
+        if overlap not in sums:
+            sums[overlap] = self._following(overlap, sums)
+        return sums[overlap]
 
-    def _following(self, met: Met, sums: dict[Met, Tensor]) -> Tensor:
-        if NOTHING in met:
+    def _following(self, overlap: Overlaps, sums: dict[Overlaps, Tensor]) -> Tensor:
+        if EMPTY in overlap:
             return self.z.new_zeros(self.groups * self.channels, self.channels)
-        for k, (axis, one) in enumerate(zip(self.axes, met, strict=True)):
+        for k, (axis, one) in enumerate(zip(self.axes, overlap, strict=True)):
             if one in axis.follows:
-                parts = (self._sum((*met[:k], part, *met[k + 1 :]), sums) for part in axis.follows[one])
+                parts = (self._sum((*overlap[:k], part, *overlap[k + 1 :]), sums) for part in axis.follows[one])
                 return functools.reduce(torch.sub, parts)
-        return sums[_mirrored(met)].unflatten(0, (self.groups, -1)).mT.flatten(0, 1).contiguous()
+        return sums[_mirrored(overlap)].unflatten(0, (self.groups, -1)).mT.flatten(0, 1).contiguous()
 
 
-def _mirrored(met: Met) -> Met:
-    return tuple(one.mirrored for one in met)
+def _mirrored(overlap: Overlaps) -> Overlaps:
+    return tuple(one.mirrored for one in overlap)
 
 
-def _window(entries: Tensor, met: Met) -> Tensor:
+def _window(entries: Tensor, overlap: Overlaps) -> Tensor:
     """What the first taps meet of `[g, c, …, n]`: `[g, c, q·n]`."""
-    return entries[(slice(None), slice(None), *(one.window for one in met))].flatten(2)
+    return entries[(slice(None), slice(None), *(one.window for one in overlap))].flatten(2)
 
 
 def _interleaved(rows: Tensor, taps: int) -> Tensor:

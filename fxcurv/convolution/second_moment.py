@@ -6,16 +6,16 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fxcurv.convolution.lag_correlation import Meetings
+from fxcurv.convolution.lag_correlation import LagCorrelations
 from fxcurv.convolution.patches import Patches
 from fxcurv.convolution.row_products import RowProducts
 from fxcurv.convolution.unfold import Unfolding
 from fxcurv.linalg.cost import Cost, rates_of
 
-__all__ = ["WAYS", "Way", "cheapest"]
+__all__ = ["WAYS", "Algorithm", "cheapest"]
 
 
-class Way(Protocol):
+class Algorithm(Protocol):
     """Σ_ns x xᵀ for the patches of one input `z[n, g·c, …]`; the cost reads its shape alone."""
 
     def __init__(self, patches: Patches, z: Tensor) -> None: ...
@@ -29,10 +29,10 @@ class Way(Protocol):
         ...
 
 
-WAYS: tuple[type[Way], ...] = (Unfolding, RowProducts, Meetings)
+WAYS: tuple[type[Algorithm], ...] = (Unfolding, RowProducts, LagCorrelations)
 
 
-def cheapest(patches: Patches, z: Tensor) -> Way:
+def cheapest(patches: Patches, z: Tensor) -> Algorithm:
     """The way that takes least time for an input."""
     rates = rates_of(z.device, z.dtype)
     return min((way(patches, z) for way in WAYS), key=lambda way: way.cost().seconds(rates))

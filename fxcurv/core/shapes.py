@@ -11,11 +11,11 @@ from torch import Tensor
 from fxcurv.core.errors import CaptureError, Location
 from fxcurv.core.torch_compat import depends_on_values
 
-__all__ = ["Batch", "Samples", "Shape", "resolve", "shape_of", "show_shape", "size_of"]
+__all__ = ["BatchSize", "Samples", "Shape", "resolve", "shape_of", "show_shape", "size_of"]
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchSize:
     """A size of `multiple` · N."""
 
     multiple: int = 1
@@ -24,7 +24,7 @@ class Batch:
         return "N" if self.multiple == 1 else f"{self.multiple}N"
 
 
-Shape = tuple[int | Batch | str, ...]
+Shape = tuple[int | BatchSize | str, ...]
 """Sizes; V stands for the number of columns."""
 
 
@@ -33,7 +33,7 @@ def shape_of(value: Tensor, node: str, location: Location = ()) -> Shape:
     return tuple(size_of(size, node, location) for size in value.shape)
 
 
-def size_of(size: int | torch.SymInt, node: str, location: Location = ()) -> int | Batch:
+def size_of(size: int | torch.SymInt, node: str, location: Location = ()) -> int | BatchSize:
     """A traced size as a number or a multiple of the batch size."""
     if isinstance(size, int):
         return size
@@ -58,12 +58,12 @@ def size_of(size: int | torch.SymInt, node: str, location: Location = ()) -> int
             code="FXC204",
             location=location,
         )
-    return Batch(int(multiple))
+    return BatchSize(int(multiple))
 
 
 def resolve(shape: Shape, batch: int) -> tuple[int, ...]:
     """The shape for a given batch size."""
-    return tuple(size.multiple * batch if isinstance(size, Batch) else int(size) for size in shape)
+    return tuple(size.multiple * batch if isinstance(size, BatchSize) else int(size) for size in shape)
 
 
 def show_shape(shape: Shape) -> str:

@@ -50,7 +50,7 @@ class Accumulator:
             raise QuantityError(
                 f"dtype={settings.dtype}", remedy="accumulate in torch.float32 or torch.float64", code="FXC409"
             )
-        for name, quantity in compiled.choice.quantities.items():
+        for name, quantity in compiled.selection.quantities.items():
             if type(quantity) is EKFAC:
                 raise QuantityError(
                     f"{name} takes each batch twice, the second time in the eigenbases of all batches",
@@ -77,8 +77,10 @@ class Accumulator:
             total = result if self.decay is None else replace(result, divisor=None)
         else:
             total = merge(total, result) if self.decay is None else blended(total, result, 1 / weight)
-        spread = state.spread if self.settings.until_rel_error is None else state.spread.with_batch(result)
-        return replace(state, total=total, batches=state.batches + 1, spread=spread, weight=weight)
+        standard_error = (
+            state.standard_error if self.settings.until_rel_error is None else state.standard_error.with_batch(result)
+        )
+        return replace(state, total=total, batches=state.batches + 1, standard_error=standard_error, weight=weight)
 
     def reset(self) -> None:
         """Forget all batches; the generator goes on."""
@@ -165,9 +167,11 @@ def _run(accumulator: Accumulator, loader: Iterable[Any], processes: Processes, 
 
 def settled(accumulator: Accumulator) -> bool:
     """Whether the estimates are as sure as was asked for."""
-    settings, spread = accumulator.settings, accumulator.state.spread
+    settings, standard_error = accumulator.settings, accumulator.state.standard_error
     bound = settings.until_rel_error
-    return bound is not None and accumulator.state.batches >= settings.min_batches and spread.rel_error() <= bound
+    return (
+        bound is not None and accumulator.state.batches >= settings.min_batches and standard_error.rel_error() <= bound
+    )
 
 
 def _with_bar(loader: Iterable[Any], settings: Settings, processes: Processes, over: Pass) -> Iterator[Any]:

@@ -23,7 +23,7 @@ from fxcurv.core.errors import FxcurvError
 from fxcurv.core.fingerprint import digest, values_digest
 from fxcurv.dataset.compiled import CompiledModel
 from fxcurv.dataset.processes import Processes
-from fxcurv.dataset.standard_error import Spread
+from fxcurv.dataset.standard_error import StandardError
 from fxcurv.dataset.state import Settings, State, length_of, owned
 from fxcurv.quantities.protocol import definition_of
 from fxcurv.results.json import Json
@@ -60,8 +60,8 @@ class Checkpoint:
         options, given = compiled.options, settings.generator
         asked = {
             "loss": compiled.loss.described(),
-            "quantities": {name: definition_of(quantity) for name, quantity in compiled.choice.quantities.items()},
-            "parameters": digest({name: list(names) for name, names in compiled.choice.of(compiled.model).items()}),
+            "quantities": {name: definition_of(quantity) for name, quantity in compiled.selection.quantities.items()},
+            "parameters": digest({name: list(names) for name, names in compiled.selection.of(compiled.model).items()}),
             "values of the model": values_digest(compiled.model),
             "output": str(options.output) if isinstance(options.output, str | int) else "",
             "options": [options.on_unsupported, options.backend, options.memory_budget],
@@ -87,7 +87,7 @@ class Checkpoint:
             "batches": state.batches,
             "digest": state.digest,
             "generator": base64.b64encode(bytes(state.generator.tolist())).decode(),
-            "spread": asdict(state.spread),
+            "standard_error": asdict(state.standard_error),
         }
         save(state.total, self.path, json.dumps(held, allow_nan=False))
         return state
@@ -124,7 +124,7 @@ class Checkpoint:
         return State(
             total=owned(total, device=next(self.model.parameters()).device),
             batches=held["batches"].of(int),
-            spread=_spread(held["spread"]),
+            standard_error=_standard_error(held["standard_error"]),
             digest=held["digest"].of(str),
             generator=_generator_state(held["generator"], self.generator.device),
         )
@@ -137,14 +137,14 @@ class Checkpoint:
         )
 
 
-def _spread(held: Json) -> Spread:
+def _standard_error(held: Json) -> StandardError:
     """The sums of a stopping rule, as they were written."""
     weights, *sums = ([x.of(float) for x in row.each()] for row in (held["weights"], *held["sums"].each()))
     try:
         (w, ww), rows = weights, tuple((a, b, c) for a, b, c in sums)
     except ValueError:
         raise held.wrong("has other sums than a stopping rule") from None
-    return Spread(held["batches"].of(int), (w, ww), rows)
+    return StandardError(held["batches"].of(int), (w, ww), rows)
 
 
 def _generator_state(held: Json, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxcurv.frontend.inputs import Inputs
 from fxcurv.losses.base import Loss
 from fxcurv.quantities.ekfac import Bases
-from fxcurv.quantities.selection import Choice
+from fxcurv.quantities.selection import Selection
 from fxcurv.results.curvature import Curvature
 from fxcurv.runtime.options import Options
 
@@ -27,7 +27,7 @@ class CompiledModel(Protocol):
     def loss(self) -> Loss: ...
 
     @property
-    def choice(self) -> Choice: ...
+    def selection(self) -> Selection: ...
 
     @property
     def options(self) -> Options: ...
@@ -43,6 +43,6 @@ class CompiledModel(Protocol):
         """The same for the sum of the loss terms."""
         ...
 
-    def choosing(self, choice: Choice, bases: Bases | None = None) -> CompiledModel:
+    def choosing(self, selection: Selection, bases: Bases | None = None) -> CompiledModel:
         """The same model, loss and options for other quantities."""
         ...

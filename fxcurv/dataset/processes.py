@@ -30,15 +30,16 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.utils.data import Subset
 
 from fxcurv.blocks.base import Block
-from fxcurv.blocks.lazy_gram import SecondMoment, formed
+from fxcurv.blocks.lazy_gram import LazyGram, formed
+from fxcurv.core.deprecation import warn_renamed
 from fxcurv.core.errors import FxcurvError
 from fxcurv.core.fingerprint import digest, values_digest
 from fxcurv.core.torch_compat import default_store
-from fxcurv.results.block_diagonal import BlockDiagonal, Part
+from fxcurv.results.block_diagonal import BlockDiagonal, PlacedBlock
 from fxcurv.results.curvature import Curvature
 from fxcurv.results.merging import Value, check_adds, values_changed, values_of
 
-__all__ = ["BUCKET_BYTES", "Processes", "assigned", "joined", "mapped", "shard"]
+__all__ = ["BUCKET_BYTES", "Processes", "assigned", "mapped", "process_group", "shard"]
 
 
 BUCKET_BYTES = 1 << 26
@@ -55,7 +56,7 @@ _calls = itertools.count()
 
 
 @contextmanager
-def joined() -> Generator[tuple[int, int]]:
+def process_group() -> Generator[tuple[int, int]]:
     """Within, the processes that torchrun started are a group (gloo, NCCL for GPUs); gives rank and size: (0, 1) alone.
 
     A group that is already there is used and stays.
@@ -70,6 +71,14 @@ def joined() -> Generator[tuple[int, int]]:
             yield dist.get_rank(), dist.get_world_size()
         finally:
             dist.destroy_process_group()
+
+
+def __getattr__(name: str) -> Any:
+    """`joined`, the former name of `process_group`."""
+    if name != "joined":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn_renamed(name, "process_group")
+    return process_group
 
 
 def shard(dataset: Any) -> Any:
@@ -322,7 +331,7 @@ def _failed(cause: str) -> FxcurvError:
     return FxcurvError(cause, remedy="look at the errors of that process", code="FXC428")
 
 
-def _without_values(held: Tensor | SecondMoment) -> Tensor:
+def _without_values(held: Tensor | LazyGram) -> Tensor:
     return torch.empty_like(formed(held), device="meta")
 
 
@@ -353,7 +362,7 @@ def mapped(operator: BlockDiagonal, f: Callable[[Block], Block], timeout: float 
     with processes.telling_errors():
         blocks = processes.mapped([part.block for part in operator.parts], f)
     return BlockDiagonal(
-        operator.domain, [Part(block, part.at) for block, part in zip(blocks, operator.parts, strict=True)]
+        operator.domain, [PlacedBlock(block, part.at) for block, part in zip(blocks, operator.parts, strict=True)]
     )
 
 

@@ -12,11 +12,11 @@ from fxcurv.blocks.base import Block
 from fxcurv.core.errors import QuantityError
 from fxcurv.results.curvature import Curvature
 
-__all__ = ["Spread"]
+__all__ = ["StandardError"]
 
 
 @dataclass(frozen=True)
-class Spread:
+class StandardError:
     """Sums over batches b of w_b, w_b², and for each value of w_b t_b, w_b² t_b, w_b² t_b².
 
     t_b is the trace of a block or the sum of a diagonal; gradients have none. For `mean`, w_b is the batch's divisor;
@@ -27,7 +27,7 @@ class Spread:
     weights: tuple[float, float] = (0.0, 0.0)
     sums: tuple[tuple[float, float, float], ...] = ()
 
-    def with_batch(self, result: Curvature) -> Spread:
+    def with_batch(self, result: Curvature) -> StandardError:
         """With the result of one batch more; reads once from the device."""
         values = {id(e.value): e.value for e in result.entries if e.value is not None and e.structure != "vector"}
         if not values:
@@ -42,7 +42,7 @@ class Spread:
         scaled = traces if mean else [t / result.samples for t in traces]
         old = self.sums or ((0.0, 0.0, 0.0),) * len(scaled)
         sums = tuple((a + w * t, b + w * w * t, c + w * w * t * t) for (a, b, c), t in zip(old, scaled, strict=True))
-        return Spread(self.batches + 1, (self.weights[0] + w, self.weights[1] + w * w), sums)
+        return StandardError(self.batches + 1, (self.weights[0] + w, self.weights[1] + w * w), sums)
 
     def rel_error(self) -> float:
         """The largest relative standard error of a weighted mean m = Σ w t / Σ w over the batches.

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fxcurv.blocks.base import Block
-from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.core.errors import QuantityError
 from fxcurv.dataset.batches import Split
-from fxcurv.dataset.standard_error import Spread
+from fxcurv.dataset.standard_error import StandardError
 from fxcurv.results.curvature import Curvature
 from fxcurv.results.merging import values_changed, values_of
 
@@ -27,7 +27,7 @@ class State:
 
     total: Curvature | None = None
     batches: int = 0
-    spread: Spread = field(default_factory=Spread)
+    standard_error: StandardError = field(default_factory=StandardError)
     digest: str = ""
     generator: Tensor | None = None
     weight: float = 0.0
@@ -73,9 +73,9 @@ class Settings:
 def owned(result: Curvature, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Curvature:
     """The same values, contiguous and in memory of their own, in a type and place; outputs are left empty, `[N, 0]`."""
 
-    def own(held: Tensor | SecondMoment) -> Any:
-        if isinstance(held, SecondMoment):
-            return replace(held, kept=tuple(own(t) for t in held.kept))
+    def own(held: Tensor | LazyGram) -> Any:
+        if isinstance(held, LazyGram):
+            return replace(held, vectors=tuple(own(t) for t in held.vectors))
         moved = held.detach().to(dtype=dtype or held.dtype, device=device or held.device)
         return moved.clone(memory_format=torch.contiguous_format)
 

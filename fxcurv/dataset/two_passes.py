@@ -36,7 +36,7 @@ from fxcurv.quantities.ekfac import EKFAC, Bases, Eigenvalues, eigenvectors
 from fxcurv.quantities.factors import Factor
 from fxcurv.quantities.kfac import KFAC
 from fxcurv.quantities.protocol import facts_of
-from fxcurv.quantities.selection import Choice, Pattern
+from fxcurv.quantities.selection import Pattern, Selection
 from fxcurv.results.curvature import Curvature
 from fxcurv.results.entry import Entries, Entry
 
@@ -53,7 +53,7 @@ def accumulate(compiled: CompiledModel, loader: Iterable[Any], settings: Setting
     Raises an InputError before anything is read where EKFAC is asked for and the data can be read only once (FXC110),
     and where they change between the passes (FXC431).
     """
-    if not any(isinstance(quantity, EKFAC) for quantity in compiled.choice.quantities.values()):
+    if not any(isinstance(quantity, EKFAC) for quantity in compiled.selection.quantities.values()):
         return one_pass(compiled, loader, settings).result
     if isinstance(loader, Iterator):
         raise InputError(
@@ -85,10 +85,10 @@ def _first(compiled: CompiledModel) -> CompiledModel:
     """With KFAC in the place of EKFAC."""
     quantities = {
         name: KFAC(q.factor, q.approx, q.joint) if isinstance(q, EKFAC) else q
-        for name, q in compiled.choice.quantities.items()
+        for name, q in compiled.selection.quantities.items()
     }
-    choice = replace(compiled.choice, quantities=quantities)
-    return compiled.choosing(choice)
+    selection = replace(compiled.selection, quantities=quantities)
+    return compiled.choosing(selection)
 
 
 def _second(compiled: CompiledModel, blocks: Iterable[Key], bases: Bases) -> CompiledModel:
@@ -96,12 +96,12 @@ def _second(compiled: CompiledModel, blocks: Iterable[Key], bases: Bases) -> Com
     asked: dict[str, Eigenvalues] = {}
     patterns: dict[Pattern, tuple[str, ...]] = {"*": ()}
     for name, parameters in blocks:
-        whole = compiled.choice.quantities[name]
+        whole = compiled.selection.quantities[name]
         assert isinstance(whole, EKFAC)
         asked[name] = Eigenvalues(whole.factor, whole.approx, whole.joint)
         for parameter in map(glob.escape, parameters):
             patterns[parameter] = (*patterns.get(parameter, ()), name)
-    return compiled.choosing(Choice(asked, patterns), bases)
+    return compiled.choosing(Selection(asked, patterns), bases)
 
 
 def _blocks(first: Curvature, compiled: CompiledModel) -> dict[Key, Kronecker]:
@@ -109,16 +109,19 @@ def _blocks(first: Curvature, compiled: CompiledModel) -> dict[Key, Kronecker]:
     return {
         (e.quantity, e.value.parameters): e.value
         for e in first.entries
-        if isinstance(e.value, Kronecker) and isinstance(compiled.choice.quantities[e.quantity], EKFAC)
+        if isinstance(e.value, Kronecker) and isinstance(compiled.selection.quantities[e.quantity], EKFAC)
     }
 
 
 def _factors(compiled: CompiledModel) -> tuple[Factor, ...]:
     """The factors whose columns the first pass takes, in their order."""
-    choice, trainable = compiled.choice, {name for name, p in compiled.model.named_parameters() if p.requires_grad}
-    asked = choice.of(compiled.model)
+    selection, trainable = (
+        compiled.selection,
+        {name for name, p in compiled.model.named_parameters() if p.requires_grad},
+    )
+    asked = selection.of(compiled.model)
     return tuple(
-        dict.fromkeys(q.factor for name, q in choice.quantities.items() if trainable.intersection(asked[name]))
+        dict.fromkeys(q.factor for name, q in selection.quantities.items() if trainable.intersection(asked[name]))
     )
 
 
@@ -155,7 +158,7 @@ def _eigenbases(blocks: Mapping[Key, Kronecker], bases: Bases, second: Curvature
         assert isinstance(diagonal, Diagonal)
         U_A, U_G = (U.to(diagonal.values) for U in bases.vectors[key])
         values = diagonal.values.view(len(U_A), U_G.shape[-1], U_A.shape[-1])
-        found[key] = Eigenbasis(block.shape, U_A, U_G, values, inputs_first=block.inputs_first, **block.labels)
+        found[key] = Eigenbasis(block.shape, U_A, U_G, values, in_out=block.in_out, **block.labels)
     return found
 
 
@@ -164,11 +167,11 @@ def _corrected(first: Curvature, compiled: CompiledModel, blocks: Mapping[Key, E
 
     def corrected(e: Entry) -> Entry:
         value = blocks[e.quantity, e.value.parameters] if isinstance(e.value, Kronecker) else e.value
-        return replace(e, value=value, **facts_of(compiled.choice.quantities[e.quantity]))
+        return replace(e, value=value, **facts_of(compiled.selection.quantities[e.quantity]))
 
     quantities = {
         name: Entries(map(corrected, entries.entries.values()))
-        if isinstance(compiled.choice.quantities[name], EKFAC)
+        if isinstance(compiled.selection.quantities[name], EKFAC)
         else entries
         for name, entries in first.quantities.items()
     }

@@ -19,38 +19,38 @@ from fxcurv.core.identity import Hashed, Same, attributes_of, frozen
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, Output, as_call
 from fxcurv.frontend.isolation import TRACING
-from fxcurv.quantities.selection import Choice
+from fxcurv.quantities.selection import Selection
 
-__all__ = ["PROGRAMS_KEPT", "kept", "question", "signature"]
+__all__ = ["CACHE_SIZE", "cached", "request_key", "signature"]
 
 
-PROGRAMS_KEPT = 16
+CACHE_SIZE = 16
 """How many programs of one model are kept: a model that counts its calls in an attribute is new at every call."""
 
 
-_KEPT: weakref.WeakKeyDictionary[nn.Module, dict[Hashed, Any]] = weakref.WeakKeyDictionary()
+_CACHES: weakref.WeakKeyDictionary[nn.Module, dict[Hashed, Any]] = weakref.WeakKeyDictionary()
 
 
 T = TypeVar("T")
 
 
-def kept(model: nn.Module, key: object, make: Callable[[], T]) -> T:
+def cached(model: nn.Module, key: object, make: Callable[[], T]) -> T:
     """What is known of this very model under a key, made if it is new; forgotten with the model.
 
     It is made by one thread at a time: torch cannot trace in several.
     """
     with TRACING:
-        known, key = _KEPT.setdefault(model, {}), Hashed((Same(model), key))
+        known, key = _CACHES.setdefault(model, {}), Hashed((Same(model), key))
         value = known[key] = known.pop(key) if key in known else make()  # the latest used is the last
-        while len(known) > PROGRAMS_KEPT:
+        while len(known) > CACHE_SIZE:
             del known[next(iter(known))]
         return value
 
 
-def question(choice: Choice, output: Output, *options: object) -> object:
+def request_key(selection: Selection, output: Output, *options: object) -> object:
     """What is asked of a model."""
-    asked = (tuple(choice.quantities.items()), tuple(choice.patterns.items()), quantities.DENSE_LIMIT)
-    return asked, frozen(choice.among), frozen(output), options
+    asked = (tuple(selection.quantities.items()), tuple(selection.patterns.items()), quantities.DENSE_LIMIT)
+    return asked, frozen(selection.among), frozen(output), options
 
 
 def signature(model: nn.Module, inputs: Inputs) -> object:

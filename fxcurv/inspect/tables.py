@@ -8,7 +8,7 @@ from tabulate import tabulate
 from torch import fx
 
 from fxcurv.core.shapes import show_shape
-from fxcurv.ir.backward_ops import Keep, Pull, PullInputs
+from fxcurv.ir.backward_ops import Pull, PullInputs, SaveForBackward
 from fxcurv.ir.nodes import module_of, title_of
 from fxcurv.ir.rules import RULES
 
@@ -49,5 +49,5 @@ def _of_module(node: fx.Node, column: str) -> str:
     op = module_of(node)
     if column == "module":
         return title_of(op)
-    rule = op.rule if isinstance(op, Keep | Pull | PullInputs) else RULES.get(type(op))
+    rule = op.rule if isinstance(op, SaveForBackward | Pull | PullInputs) else RULES.get(type(op))
     return rule.kind if rule is not None else ""

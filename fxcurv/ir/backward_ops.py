@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv.contractions.entries import widened, with_ones
-from fxcurv.contractions.statistic import Statistic, Sum
+from fxcurv.contractions.statistic import Statistic, StatisticValue
 from fxcurv.core.shapes import Samples
 from fxcurv.ir import ops
 from fxcurv.ir.declare import autograd_pull_each, pull_together
@@ -22,19 +22,19 @@ from fxcurv.linalg.cost import Cost
 __all__ = [
     "Accumulate",
     "Apart",
+    "Gather",
+    "GetItem",
     "InputPositions",
     "Joined",
-    "Keep",
     "OutputPositions",
     "ParameterPositions",
-    "Part",
     "Pull",
     "PullInputs",
     "PullScaled",
     "PullToParameter",
     "Rotate",
+    "SaveForBackward",
     "Scaled",
-    "Selected",
     "Unbroadcast",
 ]
 
@@ -53,22 +53,22 @@ class _OfOp(nn.Module):
         return f"{type(self).__name__}({type(self.op).__name__})"
 
 
-class Keep(_OfOp):
+class SaveForBackward(_OfOp):
     """What the pullback through `op` needs to know about this run: (y, *xs) -> tensors and shapes."""
 
     def forward(self, y: Tensor, *xs: Tensor) -> Any:
-        return self.rule.keep(self.op, xs, y)
+        return self.rule.save(self.op, xs, y)
 
 
-class Selected(nn.Module):
+class Gather(nn.Module):
     """y = x[indices], by what the selection kept: the indices count the entries of the last `axes` axes of x."""
 
     def __init__(self, axes: int) -> None:
         super().__init__()
         self.axes = axes
 
-    def forward(self, x: Tensor, kept: tuple[Tensor, Any]) -> Tensor:
-        indices = kept[0]
+    def forward(self, x: Tensor, saved: tuple[Tensor, Any]) -> Tensor:
+        indices = saved[0]
         return x.flatten(-self.axes).gather(-1, indices.flatten(-self.axes)).view(indices.shape)
 
     def extra_repr(self) -> str:
@@ -82,10 +82,10 @@ class Pull(_OfOp):
         super().__init__(op)
         self.k, self.per_sample = k, per_sample
 
-    def forward(self, S: Tensor, kept: Any) -> Tensor:
+    def forward(self, S: Tensor, saved: Any) -> Tensor:
         if not self.per_sample:
-            return self.rule.pull(self.op, S, kept, self.k)
-        return self.rule.pull(self.op, S.flatten(0, 1), kept, self.k).unflatten(0, S.shape[:2])
+            return self.rule.pull(self.op, S, saved, self.k)
+        return self.rule.pull(self.op, S.flatten(0, 1), saved, self.k).unflatten(0, S.shape[:2])
 
     def extra_repr(self) -> str:
         return f"k={self.k}, per_sample={self.per_sample}"
@@ -97,21 +97,21 @@ class PullInputs(_OfOp):
     By autograd, one column after the other, or all `together`.
     """
 
-    def __init__(self, op: nn.Module, ks: Sequence[int], per_sample: bool = False, together: bool = False) -> None:
+    def __init__(self, op: nn.Module, ks: Sequence[int], per_sample: bool = False, vectorized: bool = False) -> None:
         super().__init__(op)
-        self.ks, self.per_sample, self.together = tuple(ks), per_sample, together
+        self.ks, self.per_sample, self.vectorized = tuple(ks), per_sample, vectorized
 
     def forward(self, S: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
-        pull = pull_together if self.together else autograd_pull_each
+        pull = pull_together if self.vectorized else autograd_pull_each
         if not self.per_sample:
             return pull(self.op, S, xs, self.ks)
         return [pulled.unflatten(0, S.shape[:2]) for pulled in pull(self.op, S.flatten(0, 1), xs, self.ks)]
 
     def extra_repr(self) -> str:
-        return f"ks={self.ks}, per_sample={self.per_sample}, together={self.together}"
+        return f"ks={self.ks}, per_sample={self.per_sample}, vectorized={self.vectorized}"
 
 
-class Part(nn.Module):
+class GetItem(nn.Module):
     """One of several results."""
 
     def __init__(self, index: int) -> None:
@@ -132,11 +132,11 @@ class PullScaled(_OfOp):
         super().__init__(op)
         self.scale = scale
 
-    def forward(self, S: Tensor, kept: Any) -> Tensor:
+    def forward(self, S: Tensor, saved: Any) -> Tensor:
         weight: Any = self.op.weight
         scale = self.scale.slope().view(-1, *(1,) * (weight.ndim - 1))
-        assert self.rule.use is not None
-        return self.rule.use.pull(self.op, weight * scale, S, kept)
+        assert self.rule.usage is not None
+        return self.rule.usage.pull(self.op, weight * scale, S, saved)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale.extra_repr()}"
@@ -155,7 +155,7 @@ class Scaled(Statistic):
     def cost(self, *args: Any) -> Cost:
         return self.statistic.cost(*args)
 
-    def sum_of(self, returned: Tensor) -> Sum:
+    def sum_of(self, returned: Tensor) -> StatisticValue:
         return self.statistic.sum_of(returned)
 
     @property
@@ -171,23 +171,23 @@ class PullToParameter(_OfOp):
     autograd, one after the other or all `together`.
     """
 
-    def __init__(self, op: nn.Module, k: int, places: Sequence[Samples | None], together: bool = False) -> None:
+    def __init__(self, op: nn.Module, k: int, places: Sequence[Samples | None], vectorized: bool = False) -> None:
         super().__init__(op)
-        self.k, self.places, self.together = k, tuple(places), together
+        self.k, self.places, self.vectorized = k, tuple(places), vectorized
 
-    def forward(self, S: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    def forward(self, S: Tensor, saved: Sequence[Tensor]) -> Tensor:
         *places, last = self.places
         assert last is not None
         S = last.apart(S, lead=1)  # [v, n, …]
-        xs = [x if place is None else place.apart(x) for x, place in zip(kept, places, strict=True)]
-        if self.together:
+        xs = [x if place is None else place.apart(x) for x, place in zip(saved, places, strict=True)]
+        if self.vectorized:
             axes = [None if place is None else 0 for place in places]
             return torch.func.vmap(lambda S, *xs: pull_together(self.op, S, xs, [self.k])[0], (1, *axes), 1)(S, *xs)
         own = [[x if place is None else x[n] for x, place in zip(xs, places, strict=True)] for n in range(S.shape[1])]
         return torch.stack([autograd_pull_each(self.op, S[:, n], x, [self.k])[0] for n, x in enumerate(own)], 1)
 
     def extra_repr(self) -> str:
-        return f"k={self.k}, places=({', '.join(map(str, self.places))}), together={self.together}"
+        return f"k={self.k}, places=({', '.join(map(str, self.places))}), vectorized={self.vectorized}"
 
 
 class Unbroadcast(nn.Module):
@@ -254,8 +254,8 @@ class InputPositions(_OfOp):
         self.place = place
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.rule.use is not None
-        x = self.rule.use.x(self.op, widened(x).movedim(self.place.axis, 0))
+        assert self.rule.usage is not None
+        x = self.rule.usage.x(self.op, widened(x).movedim(self.place.axis, 0))
         return self.place.regrouped(x)
 
     def extra_repr(self) -> str:
@@ -277,8 +277,8 @@ class OutputPositions(_OfOp):
         self.place = place
 
     def forward(self, S: Tensor) -> Tensor:
-        assert self.rule.use is not None
-        S = self.rule.use.S(self.op, widened(S).movedim(self.place.axis + 1, 1))
+        assert self.rule.usage is not None
+        S = self.rule.usage.S(self.op, widened(S).movedim(self.place.axis + 1, 1))
         return self.place.regrouped(S, lead=1)
 
     def extra_repr(self) -> str:

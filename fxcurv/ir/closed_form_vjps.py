@@ -30,12 +30,12 @@ Pullback = Callable[[Tensor, Named, Sequence[str]], list[Tensor] | None]
 """(S[v, *y.shape], arguments by name, the wanted) -> S[v, *argument.shape] of each, or None where it does not apply."""
 
 
-FORMS: dict[str, Pullback] = {}
+CLOSED_FORMS: dict[str, Pullback] = {}
 
 
 def closed_form(op: calls.Opaque, S: Tensor, xs: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor] | None:
     """S[v, *y.shape] -> S[v, *x_k.shape] for every k, or None where no form is known."""
-    form = FORMS.get(str(getattr(op.function, "overloadpacket", "")).removeprefix("aten."))
+    form = CLOSED_FORMS.get(str(getattr(op.function, "overloadpacket", "")).removeprefix("aten."))
     if form is None or op.part is not None or op.sized:
         return None
     named, inputs = _named(op, xs)
@@ -55,7 +55,7 @@ def _form(*packets: str) -> Callable[[Pullback], Pullback]:
     """Declare the closed form of the ATen operators `packets`."""
 
     def declare(form: Pullback) -> Pullback:
-        FORMS.update(dict.fromkeys(packets, form))
+        CLOSED_FORMS.update(dict.fromkeys(packets, form))
         return form
 
     return declare

@@ -20,29 +20,29 @@ from fxcurv.linalg.allocation import multiplied, new_empty
 
 __all__ = [
     "RULES",
-    "Kind",
     "Rule",
+    "RuleKind",
     "Shape",
-    "Use",
+    "WeightUsage",
     "affine",
     "autograd_pull",
     "autograd_pull_each",
     "bilinear",
     "elementwise",
     "fused",
+    "gather",
     "linear",
     "masked",
+    "non_differentiable",
     "opaque",
     "pull_together",
-    "selection",
-    "stop",
 ]
 
 
-Kind = Literal["elementwise", "linear", "bilinear", "selection", "affine", "opaque", "parameter", "stop"]
+RuleKind = Literal["elementwise", "linear", "bilinear", "gather", "affine", "opaque", "parameter", "non_differentiable"]
 
 
-Layout = Literal["outputs_first", "inputs_first", "per_channel"]
+Layout = Literal["out_in", "in_out", "per_channel"]
 
 
 Shape = Sequence[int]
@@ -52,7 +52,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Use:
+class WeightUsage:
     """How an affine op uses its parameters: as positions `x[n,s,g,i]` of its input and `S[v,n,s,g,o]` of its output.
 
     `pull(op, weight, S, shape)` is its pullback by a weight of that shape.
@@ -63,7 +63,7 @@ class Use:
     pull: Callable[[Any, Tensor, Tensor, Shape], Tensor]
     batch_first: bool = True
     """Whether the samples must lie along axis 0 of the input; otherwise any axis but the last will do."""
-    weight: Layout = "outputs_first"
+    weight: Layout = "out_in"
     """How the weight lies: as W[g·o,i], as `W[i,o]`, or as a scale for every channel g, of whatever shape."""
 
 
@@ -71,11 +71,11 @@ class Use:
 class Rule:
     """`keep(op, xs, y)` is what the forward graph saves, `pull(op, S, kept, k)` the cotangent of input k."""
 
-    kind: Kind
-    keep: Callable[[Any, tuple[Tensor, ...], Tensor], Any]
+    kind: RuleKind
+    save: Callable[[Any, tuple[Tensor, ...], Tensor], Any]
     pull: Callable[[Any, Tensor, Any, int], Tensor]
-    use: Use | None = None
-    bends: bool = False
+    usage: WeightUsage | None = None
+    nonlinear: bool = False
     """Whether y has a second derivative, where it has a first."""
     axes: int = 0
     """The last axes of x whose entries a selection's indices count."""
@@ -96,7 +96,7 @@ def declare(op: type[nn.Module], rule: Rule) -> None:
 def elementwise(op: type[M], derivative: Callable[[M, Tensor, Tensor], Tensor] | None = None) -> None:
     """y = f(x) entry by entry, with f'(x) given as a function of (op, x, y), or taken from autograd."""
     slope: Callable[[M, Tensor, Tensor], Tensor] = derivative or _autograd_derivative
-    declare(op, Rule("elementwise", lambda op, xs, y: slope(op, xs[0], y), _times, bends=True))
+    declare(op, Rule("elementwise", lambda op, xs, y: slope(op, xs[0], y), _times, nonlinear=True))
 
 
 def masked(op: type[M], mask: Callable[[M, Tensor, Tensor], Tensor]) -> None:
@@ -109,14 +109,14 @@ def _times(op: nn.Module, S: Tensor, slope: Tensor, k: int) -> Tensor:
     return multiplied(S, slope.view(torch.uint8) if slope.dtype == torch.bool else slope)
 
 
-def fused(op: type[M], backward: Callable[[M, Tensor, Tensor], Tensor], bends: bool = True) -> None:
+def fused(op: type[M], backward: Callable[[M, Tensor, Tensor], Tensor], nonlinear: bool = True) -> None:
     """y = f(x) entry by entry, with S, x -> S · f'(x) as one kernel: of one column, or of ones, for many."""
 
     def pull(op: M, S: Tensor, x: Tensor, k: int) -> Tensor:
         x = x.to(S.dtype)
         return backward(op, S[0], x).unsqueeze(0) if len(S) == 1 else S * backward(op, torch.ones_like(x), x)
 
-    declare(op, Rule("elementwise", lambda op, xs, y: xs[0], pull, bends=bends))
+    declare(op, Rule("elementwise", lambda op, xs, y: xs[0], pull, nonlinear=nonlinear))
 
 
 def linear(op: type[M], transpose: Callable[[M, Tensor, tuple[Shape, ...], int], Tensor] | None = None) -> None:
@@ -126,19 +126,19 @@ def linear(op: type[M], transpose: Callable[[M, Tensor, tuple[Shape, ...], int],
 
 def bilinear(op: type[M], pull: Callable[[M, Tensor, tuple[Tensor, ...], int], Tensor]) -> None:
     """y = B(a, b), linear in each input."""
-    declare(op, Rule("bilinear", lambda op, xs, y: xs, pull, bends=True))
+    declare(op, Rule("bilinear", lambda op, xs, y: xs, pull, nonlinear=True))
 
 
-def selection(op: type[M], indices: Callable[[M, Tensor], Tensor], axes: int) -> None:
+def gather(op: type[M], indices: Callable[[M, Tensor], Tensor], axes: int) -> None:
     """y = x[indices], where the indices count the entries of the last `axes` axes of x."""
 
-    def keep(op: M, xs: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor, Shape]:
+    def save(op: M, xs: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor, Shape]:
         return indices(op, xs[0]), xs[0].shape
 
-    def pull(op: M, S: Tensor, kept: tuple[Tensor, Shape], k: int) -> Tensor:
-        return _scatter(S, *kept, axes)
+    def pull(op: M, S: Tensor, saved: tuple[Tensor, Shape], k: int) -> Tensor:
+        return _scatter(S, *saved, axes)
 
-    declare(op, Rule("selection", keep, pull, axes=axes))
+    declare(op, Rule("gather", save, pull, axes=axes))
 
 
 def affine(
@@ -147,7 +147,7 @@ def affine(
     x: Callable[[M, Tensor], Tensor],
     S: Callable[[M, Tensor], Tensor],
     batch_first: bool = True,
-    weight: Layout = "outputs_first",
+    weight: Layout = "out_in",
 ) -> None:
     """y = W x + b: the pullback of S to x, and the positions `x[n,s,g,i]`, `S[v,n,s,g,o]` at which W and b are used."""
     declare(
@@ -156,7 +156,7 @@ def affine(
             "affine",
             lambda op, xs, y: xs[0].shape,
             lambda op, S, shape, k: pull(op, op.weight, S, shape),
-            Use(x, S, pull, batch_first, weight),
+            WeightUsage(x, S, pull, batch_first, weight),
         ),
     )
 
@@ -164,13 +164,16 @@ def affine(
 def opaque(op: type[nn.Module]) -> None:
     """Any differentiable op without parameters; passes/contract.py vectorizes the columns where that is right."""
     declare(
-        op, Rule("opaque", lambda op, xs, y: xs, lambda op, S, xs, k: autograd_pull_each(op, S, xs, [k])[0], bends=True)
+        op,
+        Rule(
+            "opaque", lambda op, xs, y: xs, lambda op, S, xs, k: autograd_pull_each(op, S, xs, [k])[0], nonlinear=True
+        ),
     )
 
 
-def stop(op: type[nn.Module]) -> None:
+def non_differentiable(op: type[nn.Module]) -> None:
     """y does not depend differentiably on x."""
-    declare(op, Rule("stop", lambda op, xs, y: None, lambda op, S, kept, k: torch.zeros_like(S)))
+    declare(op, Rule("non_differentiable", lambda op, xs, y: None, lambda op, S, saved, k: torch.zeros_like(S)))
 
 
 # What autograd knows ----------------------------------------------------------------------------------------------

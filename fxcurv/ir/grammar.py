@@ -43,7 +43,7 @@ def _located(node: fx.Node) -> str | None:
 
 def _augmentation(node: fx.Node) -> str | None:
     op = module_of(node)
-    if isinstance(op, pullback.Keep | pullback.InputPositions | pullback.Selected) or (
+    if isinstance(op, pullback.SaveForBackward | pullback.InputPositions | pullback.Gather) or (
         isinstance(op, Statistic) and op.reads == "x"
     ):
         return None
@@ -52,7 +52,7 @@ def _augmentation(node: fx.Node) -> str | None:
 
 def _backward(node: fx.Node) -> str | None:
     op = module_of(node)
-    kinds = (pullback.Pull, pullback.PullInputs, pullback.Part, pullback.PullScaled, pullback.PullToParameter)
+    kinds = (pullback.Pull, pullback.PullInputs, pullback.GetItem, pullback.PullScaled, pullback.PullToParameter)
     kinds += (pullback.Unbroadcast, pullback.Apart, pullback.Accumulate, pullback.Joined)
     kinds += (pullback.InputPositions, pullback.OutputPositions, pullback.ParameterPositions, pullback.Rotate)
     if isinstance(op, kinds) or (isinstance(op, Statistic) and op.reads != "x"):

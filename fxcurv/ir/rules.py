@@ -39,11 +39,11 @@ from fxcurv.ir.declare import (
     declare,
     elementwise,
     fused,
+    gather,
     linear,
     masked,
+    non_differentiable,
     opaque,
-    selection,
-    stop,
     vjp_of,
 )
 from fxcurv.linalg.matmul import times
@@ -78,7 +78,7 @@ def _place(S: Tensor, shape: Shape, index: tuple[slice | int, ...]) -> Tensor:
     return x
 
 
-def _spread(op: ops.Sum | ops.Mean, S: Tensor, shape: Shape) -> Tensor:
+def _standard_error(op: ops.Sum | ops.Mean, S: Tensor, shape: Shape) -> Tensor:
     """S[v, *y.shape] repeated along the reduced axes: the transpose of a sum."""
     axes = sorted(d % len(shape) for d in op.dims)
     for axis in () if op.keepdim else axes:
@@ -147,7 +147,7 @@ affine(
     x=lambda op, x: positions(x, lead=1),
     S=lambda op, S: positions(S, lead=2),
     batch_first=False,
-    weight="inputs_first",
+    weight="in_out",
 )
 
 
@@ -212,7 +212,7 @@ elementwise(nn.SiLU, lambda op, x, y: torch.sigmoid(x) * (1 - y) + y)
 fused(nn.GELU, lambda op, S, x: aten.gelu_backward(S, x, approximate=op.approximate))
 
 
-fused(nn.LeakyReLU, lambda op, S, x: aten.leaky_relu_backward(S, x, op.negative_slope, False), bends=False)
+fused(nn.LeakyReLU, lambda op, S, x: aten.leaky_relu_backward(S, x, op.negative_slope, False), nonlinear=False)
 
 
 fused(nn.Mish, lambda op, S, x: aten.mish_backward(S, x))
@@ -282,10 +282,10 @@ linear(ops.Pad, _pad_transpose)
 
 
 # reductions and pooling
-linear(ops.Sum, lambda op, S, shapes, k: _spread(op, S, shapes[0]))
+linear(ops.Sum, lambda op, S, shapes, k: _standard_error(op, S, shapes[0]))
 
 
-linear(ops.Mean, lambda op, S, shapes, k: _spread(op, S, shapes[0]) * (S[0].numel() / math.prod(shapes[0])))
+linear(ops.Mean, lambda op, S, shapes, k: _standard_error(op, S, shapes[0]) * (S[0].numel() / math.prod(shapes[0])))
 
 
 linear(nn.AvgPool1d, _pool_transpose)
@@ -313,13 +313,13 @@ def _pool_indices(pool: Callable[..., Any]) -> Callable[[Any, Tensor], Tensor]:
     return indices
 
 
-selection(nn.MaxPool1d, _pool_indices(torch.ops.aten.max_pool1d_with_indices), axes=1)
+gather(nn.MaxPool1d, _pool_indices(torch.ops.aten.max_pool1d_with_indices), axes=1)
 
 
-selection(nn.MaxPool2d, _pool_indices(torch.ops.aten.max_pool2d_with_indices), axes=2)
+gather(nn.MaxPool2d, _pool_indices(torch.ops.aten.max_pool2d_with_indices), axes=2)
 
 
-selection(nn.MaxPool3d, _pool_indices(torch.ops.aten.max_pool3d_with_indices), axes=3)
+gather(nn.MaxPool3d, _pool_indices(torch.ops.aten.max_pool3d_with_indices), axes=3)
 
 
 # the rest
@@ -332,19 +332,19 @@ declare(ops.Cast, Rule("linear", lambda op, xs, y: xs[0].dtype, lambda op, S, dt
 linear(ops.Repeat, lambda op, S, shapes, k: S)  # undone as a broadcast
 
 
-declare(ops.Parameter, Rule("parameter", lambda op, xs, y: None, lambda op, S, kept, k: S))
+declare(ops.Parameter, Rule("parameter", lambda op, xs, y: None, lambda op, S, saved, k: S))
 
 
-stop(ops.Detach)
+non_differentiable(ops.Detach)
 
 
-stop(ops.Constant)
+non_differentiable(ops.Constant)
 
 
-stop(ops.Blank)
+non_differentiable(ops.Blank)
 
 
-stop(calls.Discrete)
+non_differentiable(calls.Discrete)
 
 
 for identity in (nn.Identity, nn.Dropout):  # removed by passes/fold.py

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fxcurv.core.errors import FxcurvError, InputError, LossError, SpecError, a_value
 from fxcurv.core.fingerprint import digest
 from fxcurv.losses.terms import LossTerms
-from fxcurv.quantities.factors import Again, Exact, Factor, Stratified, most_columns
+from fxcurv.quantities.factors import Exact, Factor, SecondPass, Stratified, most_columns
 
 __all__ = ["KINDS", "Check", "Loss", "as_loss", "loss_terms", "on_type_of", "shapes_of", "value_and_gradient"]
 
@@ -133,7 +133,7 @@ class Loss(ABC):
                 return outputs - outputs // shape[1] if self.has_classes else outputs
             case Stratified(top, k):
                 return top + k if top < shape[1] else self.columns(Exact(), shape)
-            case Again(again):
+            case SecondPass(again):
                 return self.columns(again, shape)
             case _:
                 return most_columns(factor, outputs)

@@ -28,7 +28,7 @@ from fxcurv.core.errors import InputError, QuantityError, UnsupportedError
 from fxcurv.core.fingerprint import digest
 from fxcurv.core.generators import fresh_generator
 from fxcurv.core.torch_compat import pytree
-from fxcurv.frontend.cache import kept, signature
+from fxcurv.frontend.cache import cached, signature
 from fxcurv.frontend.copying import check_repeatable, structural_copy
 from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
 from fxcurv.frontend.isolation import without_autocast
@@ -177,7 +177,7 @@ class _Source:
 
         parameters, key = list(self.parameters.values()), ("carries", self.output, signature(self.model, inputs))
         found = carried(self.model, parameters, _columns(matrix, parameters), run) if self.carries else None
-        self.carries = found is not None and kept(self.model, key, lambda: agrees(found[1]))
+        self.carries = found is not None and cached(self.model, key, lambda: agrees(found[1]))
         return found if self.carries else None
 
     def _batches(self) -> Iterator[Pair]:
@@ -195,7 +195,7 @@ class _Source:
         with _session():
             inputs = next(iter(self._batches()))[0]
             key = "repeatable", self.output, signature(self.model, inputs)
-            kept(self.model, key, lambda: self._check_repeatable(inputs))
+            cached(self.model, key, lambda: self._check_repeatable(inputs))
 
     def _check_repeatable(self, inputs: Inputs) -> None:
         with torch.no_grad():

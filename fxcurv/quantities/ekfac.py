@@ -17,12 +17,12 @@ from fxcurv.blocks.diagonal import Diagonal
 from fxcurv.blocks.eigenbasis import Eigenbasis
 from fxcurv.blocks.lazy_gram import formed, moment_of
 from fxcurv.contractions.definitions import InputCovariance, RotatedDiagonal
-from fxcurv.contractions.statistic import Statistic, Sum
+from fxcurv.contractions.statistic import Statistic, StatisticValue
 from fxcurv.linalg.factorizations import decomposed
 from fxcurv.quantities.factors import Factor
 from fxcurv.quantities.kfac import KFAC
 from fxcurv.quantities.plan import Job
-from fxcurv.quantities.protocol import Sums, Used
+from fxcurv.quantities.protocol import ParameterUsage, Sums
 from fxcurv.results.entry import Combine, Structure
 
 __all__ = ["EKFAC", "Bases", "Eigenvalues", "bases", "diagonalized", "eigenvectors", "rotated"]
@@ -43,19 +43,19 @@ class EKFAC(KFAC):
     combine: ClassVar[Combine] = "refuse"
     family: str = field(default="ekfac", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
-        return {**super().statistics(used), **self._second(used)}
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
+        return {**super().statistics(usage), **self._second(usage)}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Block:
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Block:
         if "eigenvalues" not in sums:
-            return super().finish(used, sums, samples)
+            return super().finish(usage, sums, samples)
         U_A, U_G, values = (formed(sums[name]) for name in ("A", "G", "eigenvalues"))
         values = values.view(len(U_A), U_G.shape[-1], U_A.shape[-1])
-        return Eigenbasis(self._shape(used), U_A, U_G, values, inputs_first=used.inputs_first)
+        return Eigenbasis(self._shape(usage), U_A, U_G, values, in_out=usage.in_out)
 
-    def _second(self, used: Used) -> dict[str, Statistic]:
+    def _second(self, usage: ParameterUsage) -> dict[str, Statistic]:
         """What the second pass sums."""
-        A = KFAC.statistics(self, used).get("A")
+        A = KFAC.statistics(self, usage).get("A")
         return {"eigenvalues": RotatedDiagonal(A.ones)} if isinstance(A, InputCovariance) else {}
 
 
@@ -66,12 +66,12 @@ class Eigenvalues(EKFAC):
     structure: ClassVar[Structure] = "block"
     combine: ClassVar[Combine] = "add"
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
-        return self._second(used)
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
+        return self._second(usage)
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Block:
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Block:
         values = formed(sums["eigenvalues"])
-        return Diagonal(self._shape(used), values.reshape(self._shape(used)))
+        return Diagonal(self._shape(usage), values.reshape(self._shape(usage)))
 
 
 # The second pass ----------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ class Eigenvalues(EKFAC):
 def rotated(jobs: Iterable[Job]) -> Iterator[tuple[Job, str, RotatedDiagonal]]:
     """The jobs with a sum that is taken in the eigenbases of others, in a second pass; and that sum."""
     for job in jobs:
-        for name, statistic in job.quantity.statistics(job.used).items():
+        for name, statistic in job.quantity.statistics(job.usage).items():
             if isinstance(statistic, RotatedDiagonal):
                 yield job, name, statistic
 
@@ -91,7 +91,7 @@ def bases(jobs: Iterable[Job], job: Job) -> tuple[str, str]:
     return f"eigenvectors_{number}_A", f"eigenvectors_{number}_G"
 
 
-def eigenvectors(value: Sum, what: str = "the factor") -> Tensor:
+def eigenvectors(value: StatisticValue, what: str = "the factor") -> Tensor:
     """Those of a factor `[g,d,d]`, in columns; `what` names it in errors."""
     return decomposed(torch.linalg.eigh, moment_of(value).dense(), what)[1]
 
@@ -107,7 +107,9 @@ class Bases:
     factors: tuple[Factor, ...]
 
 
-def diagonalized(jobs: Iterable[Job], factor: Factor, sums: dict[str, Sum], given: Bases | None) -> dict[str, Tensor]:
+def diagonalized(
+    jobs: Iterable[Job], factor: Factor, sums: dict[str, StatisticValue], given: Bases | None
+) -> dict[str, Tensor]:
     """Eigenvectors `[g,d,d]` as inputs of the second pass: those given, else of the sums A and G, in whose places."""
     jobs, found = [job for job in jobs if job.quantity.factor == factor], dict[str, Tensor]()
     for job, _, _ in rotated(jobs):
@@ -116,6 +118,6 @@ def diagonalized(jobs: Iterable[Job], factor: Factor, sums: dict[str, Sum], give
                 found[name] = given.vectors[job.name, job.parameters][k]
                 continue
             found[name] = sums[job.sums[kind]] = eigenvectors(
-                sums[job.sums[kind]], f"the factor {kind} of {job.used.name!r}"
+                sums[job.sums[kind]], f"the factor {kind} of {job.usage.name!r}"
             )
     return found

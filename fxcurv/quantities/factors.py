@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fxcurv.core.errors import QuantityError
 
 __all__ = [
-    "Again",
     "Empirical",
     "Exact",
     "Factor",
@@ -15,6 +14,7 @@ __all__ = [
     "LossGradient",
     "Rademacher",
     "Sampled",
+    "SecondPass",
     "Stratified",
     "most_columns",
 ]
@@ -109,7 +109,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Again:
+class SecondPass:
     """The columns of a factor once more, in a second pass: for sums in the eigenbases of sums of the first."""
 
     factor: Factor
@@ -127,7 +127,7 @@ def _at_least(least: int, factor: object, **counts: object) -> None:
             )
 
 
-Factor = Exact | Sampled | Stratified | Rademacher | Empirical | LossGradient | Identity | Again
+Factor = Exact | Sampled | Stratified | Rademacher | Empirical | LossGradient | Identity | SecondPass
 
 
 def most_columns(factor: Factor, outputs: int) -> int:
@@ -135,7 +135,7 @@ def most_columns(factor: Factor, outputs: int) -> int:
     match factor:
         case Exact() | Identity():
             return outputs
-        case Again(again):
+        case SecondPass(again):
             return most_columns(again, outputs)
         case Sampled(k) | Rademacher(k):
             return k

@@ -10,13 +10,13 @@ from torch import Tensor
 from fxcurv import quantities
 from fxcurv.blocks.base import Block
 from fxcurv.blocks.dense import Dense
-from fxcurv.blocks.lazy_gram import SecondMoment, formed
+from fxcurv.blocks.lazy_gram import LazyGram, formed
 from fxcurv.contractions.definitions import Columns, DiagonalPerSample, Gram
-from fxcurv.contractions.definitions import Diagonal as DiagonalOf
+from fxcurv.contractions.definitions import SumOfSquares as DiagonalOf
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.quantities.factors import Exact, Factor, Identity
-from fxcurv.quantities.inner_products import kept, kept_of, products
-from fxcurv.quantities.protocol import EXACT, OfEach, Sums, Used, WithOptions, columns_of, tensor_of
+from fxcurv.quantities.inner_products import products, stored_columns, stored_of
+from fxcurv.quantities.protocol import EXACT, OfEach, ParameterUsage, Sums, WithOptions, columns_of, tensor_of
 from fxcurv.results.entry import Combine, Structure
 
 __all__ = ["BatchDiagGGN", "DiagGGN", "GGNBlock", "GGNGram", "Jacobian", "SqrtGGN"]
@@ -31,16 +31,16 @@ class DiagGGN(WithOptions):
     factor: Factor = Exact()
     family: str = field(default="diag_ggn", init=False, repr=False)
 
-    def owner(self, used: Used) -> str:
-        return used.name
+    def owner(self, usage: ParameterUsage) -> str:
+        return usage.name
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
         return {"diagonal": DiagonalOf()}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        return used.laid(formed(sums["diagonal"]))
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor:
+        return usage.to_layout(formed(sums["diagonal"]))
 
-    def approximation(self, used: Used) -> str | None:
+    def approximation(self, usage: ParameterUsage) -> str | None:
         return None
 
 
@@ -54,11 +54,11 @@ class BatchDiagGGN(OfEach):
     factor: Factor = EXACT
     family: str = field(default="batch_diag_ggn", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
         return {"diagonal": DiagonalPerSample()}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        return used.laid(tensor_of(sums, "diagonal"), samples)
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor:
+        return usage.to_layout(tensor_of(sums, "diagonal"), samples)
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class SqrtGGN(OfEach):
     factor: Factor = EXACT
     family: str = field(default="sqrt_ggn", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
         return {"entries": Columns()}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        return columns_of(sums, used)
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor:
+        return columns_of(sums, usage)
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ class GGNBlock(OfEach):
     factor: Factor = EXACT
     family: str = field(default="ggn_block", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
-        return {"matrix": Gram()} if used.numel <= quantities.DENSE_LIMIT else {"entries": Columns()}
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
+        return {"matrix": Gram()} if usage.numel <= quantities.DENSE_LIMIT else {"entries": Columns()}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Block:
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Block:
         if "matrix" in sums:
-            return Dense(used.shape, used.laid_matrix(sums["matrix"]))
-        return Dense(used.shape, SecondMoment((columns_of(sums, used).flatten(2)[:, :, None, None, :],)))
+            return Dense(usage.shape, usage.matrix_to_layout(sums["matrix"]))
+        return Dense(usage.shape, LazyGram((columns_of(sums, usage).flatten(2)[:, :, None, None, :],)))
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class GGNGram(OfEach):
     factor: Factor = EXACT
     family: str = field(default="ggn_gram", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
-        return kept(used)
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
+        return stored_columns(usage)
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        columns = kept_of(sums)
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor:
+        columns = stored_of(sums)
         return products(columns, columns).flatten(2).flatten(0, 1)
 
 
@@ -121,8 +121,8 @@ class Jacobian(OfEach):
     factor: Factor = field(default=Identity(), init=False)
     family: str = field(default="jacobian", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
         return {"entries": Columns()}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        return columns_of(sums, used).transpose(0, 1).contiguous()
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor:
+        return columns_of(sums, usage).transpose(0, 1).contiguous()

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fxcurv.blocks.lazy_gram import formed
 from fxcurv.contractions.definitions import Columns, Gradient, SquaredNorms
-from fxcurv.contractions.definitions import Diagonal as DiagonalOf
+from fxcurv.contractions.definitions import SumOfSquares as DiagonalOf
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.quantities.factors import Factor, LossGradient
-from fxcurv.quantities.inner_products import kept, kept_of, products
-from fxcurv.quantities.protocol import OfEach, Sums, Used, WithOptions, columns_of, tensor_of
+from fxcurv.quantities.inner_products import products, stored_columns, stored_of
+from fxcurv.quantities.protocol import OfEach, ParameterUsage, Sums, WithOptions, columns_of, tensor_of
 from fxcurv.results.entry import Combine, Structure
 
 __all__ = ["BatchDot", "BatchGrad", "BatchL2", "Grad", "SumGradSquared", "Variance"]
@@ -28,16 +28,16 @@ class Grad(WithOptions):
     factor: Factor = field(default=LossGradient(), init=False)
     family: str = field(default="grad", init=False, repr=False)
 
-    def owner(self, used: Used) -> str:
-        return used.name
+    def owner(self, usage: ParameterUsage) -> str:
+        return usage.name
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
         return {"gradient": Gradient()}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        return used.laid(formed(sums["gradient"]))
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor:
+        return usage.to_layout(formed(sums["gradient"]))
 
-    def approximation(self, used: Used) -> str | None:
+    def approximation(self, usage: ParameterUsage) -> str | None:
         return None
 
 
@@ -51,11 +51,11 @@ class BatchGrad(OfEach):
     factor: Factor = field(default=LossGradient(), init=False)
     family: str = field(default="batch_grad", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
-        return {"entries": Columns(used.inputs_first)}
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
+        return {"entries": Columns(usage.in_out)}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        return columns_of(sums, used)[0]
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor:
+        return columns_of(sums, usage)[0]
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class BatchL2(OfEach):
     factor: Factor = field(default=LossGradient(), init=False)
     family: str = field(default="batch_l2", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
         return {"norms": SquaredNorms()}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor:
         return tensor_of(sums, "norms")
 
 
@@ -79,11 +79,11 @@ class BatchDot(OfEach):
     factor: Factor = field(default=LossGradient(), init=False)
     family: str = field(default="batch_dot", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
-        return kept(used)
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
+        return stored_columns(usage)
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        columns = kept_of(sums)
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor:
+        columns = stored_of(sums)
         return products(columns, columns)[0, :, 0]
 
 
@@ -94,11 +94,11 @@ class SumGradSquared(OfEach):
     factor: Factor = field(default=LossGradient(), init=False)
     family: str = field(default="sum_grad_squared", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
         return {"diagonal": DiagonalOf()}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        return used.laid(tensor_of(sums, "diagonal"))
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor:
+        return usage.to_layout(tensor_of(sums, "diagonal"))
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ class Variance(OfEach):
     factor: Factor = field(default=LossGradient(), init=False)
     family: str = field(default="variance", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
         return {"gradient": Gradient(), "diagonal": DiagonalOf()}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor:
         squares, mean = tensor_of(sums, "diagonal") / samples, tensor_of(sums, "gradient") / samples
-        return used.laid((squares - mean.view_as(squares).square()).clamp_(min=0))
+        return usage.to_layout((squares - mean.view_as(squares).square()).clamp_(min=0))

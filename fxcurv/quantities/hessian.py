@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fxcurv.contractions.definitions import Diagonal as DiagonalOf
 from fxcurv.contractions.definitions import DiagonalPerSample, HessianDiagonal
+from fxcurv.contractions.definitions import SumOfSquares as DiagonalOf
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.quantities.factors import Exact, Factor
-from fxcurv.quantities.protocol import OfEach, Sums, Used, tensor_of
+from fxcurv.quantities.protocol import OfEach, ParameterUsage, Sums, tensor_of
 from fxcurv.results.entry import Combine, Structure
 
 __all__ = ["DiagHessian"]
@@ -45,12 +45,12 @@ class DiagHessian(OfEach):
     def family(self) -> str:
         return "batch_diag_hessian" if self.per_sample else "diag_hessian"
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
-        if used.bends:
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
+        if usage.nonlinear:
             return {"hessian": HessianDiagonal(self.per_sample)}
         return {"hessian": DiagonalPerSample() if self.per_sample else DiagonalOf()}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor:
         lead = (samples,) if self.per_sample else ()
         diagonal = tensor_of(sums, "hessian")
-        return diagonal.reshape(*lead, *used.shape) if used.bends else used.laid(diagonal, *lead)
+        return diagonal.reshape(*lead, *usage.shape) if usage.nonlinear else usage.to_layout(diagonal, *lead)

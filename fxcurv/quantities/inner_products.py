@@ -15,11 +15,20 @@ from torch import Tensor
 
 from fxcurv.contractions.definitions import Columns, Inputs, Outputs
 from fxcurv.contractions.entries import CHUNK, per_sample
-from fxcurv.contractions.statistic import Statistic, Sum
+from fxcurv.contractions.statistic import Statistic, StatisticValue
 from fxcurv.linalg.matmul import times_transpose
-from fxcurv.quantities.protocol import Used
+from fxcurv.quantities.protocol import ParameterUsage
 
-__all__ = ["ROOM", "Kept", "Strategy", "kept", "kept_like", "kept_of", "products", "room_needed"]
+__all__ = [
+    "ROOM",
+    "StoredColumns",
+    "Strategy",
+    "products",
+    "room_needed",
+    "stored_columns",
+    "stored_like",
+    "stored_of",
+]
 
 
 Strategy = Literal["jacobian", "structured"]
@@ -30,7 +39,7 @@ ROOM = 1 << 28
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class StoredColumns:
     """One parameter's columns, as their positions `S[v,n,s,g,o]` and `x[n,s,g,i]`; without x entries S[v,n,1,1,p]."""
 
     S: Tensor
@@ -41,45 +50,45 @@ class Kept:
         """Entries of one column."""
         return self.S.shape[3:].numel() * (1 if self.x is None else self.x.shape[-1])
 
-    def part(self, samples: slice) -> Kept:
+    def part(self, samples: slice) -> StoredColumns:
         """Those of some samples."""
-        return Kept(self.S[:, samples], None if self.x is None else self.x[samples])
+        return StoredColumns(self.S[:, samples], None if self.x is None else self.x[samples])
 
     def entries(self) -> Tensor:
         """J[v,n,g·o·i]."""
         return self.S.flatten(2) if self.x is None else per_sample([self.x], [self.S]).flatten(2)
 
 
-def kept(used: Used, strategy: Strategy | None = None) -> dict[str, Statistic]:
+def stored_columns(usage: ParameterUsage, strategy: Strategy | None = None) -> dict[str, Statistic]:
     """What to keep of a parameter's columns: positions, if these are fewer numbers than entries (or by `strategy`)."""
-    return {"x": Inputs(), "S": Outputs()} if _as_positions(used, strategy) else {"entries": Columns()}
+    return {"x": Inputs(), "S": Outputs()} if _as_positions(usage, strategy) else {"entries": Columns()}
 
 
-def _as_positions(used: Used, strategy: Strategy | None) -> bool:
-    positions = used.positions * (used.inputs + used.outputs)
-    fewer = positions < used.inputs * used.outputs if strategy is None else strategy == "structured"
-    return used.matrix and fewer
+def _as_positions(usage: ParameterUsage, strategy: Strategy | None) -> bool:
+    positions = usage.positions * (usage.inputs + usage.outputs)
+    fewer = positions < usage.inputs * usage.outputs if strategy is None else strategy == "structured"
+    return usage.matrix and fewer
 
 
-def kept_of(sums: Mapping[str, Sum]) -> Kept:
+def stored_of(sums: Mapping[str, StatisticValue]) -> StoredColumns:
     """The columns, from the sums of `kept`."""
     tensors = {name: t for name, t in sums.items() if isinstance(t, Tensor)}
     if "entries" in tensors:
-        return Kept(tensors["entries"].flatten(2)[:, :, None, None, :])
-    return Kept(tensors["S"], tensors["x"])
+        return StoredColumns(tensors["entries"].flatten(2)[:, :, None, None, :])
+    return StoredColumns(tensors["S"], tensors["x"])
 
 
-def kept_like(used: Used, strategy: Strategy | None, columns: int, samples: int) -> Kept:
+def stored_like(usage: ParameterUsage, strategy: Strategy | None, columns: int, samples: int) -> StoredColumns:
     """The shapes of what `kept` keeps of so many columns and samples."""
-    if not _as_positions(used, strategy):
-        return Kept(torch.empty(columns, samples, 1, 1, used.numel, device="meta"))
-    lead = samples, used.positions, used.groups
-    x = torch.empty(*lead, used.inputs, device="meta")
-    return Kept(torch.empty(columns, *lead, used.outputs, device="meta"), x)
+    if not _as_positions(usage, strategy):
+        return StoredColumns(torch.empty(columns, samples, 1, 1, usage.numel, device="meta"))
+    lead = samples, usage.positions, usage.groups
+    x = torch.empty(*lead, usage.inputs, device="meta")
+    return StoredColumns(torch.empty(columns, *lead, usage.outputs, device="meta"), x)
 
 
 def products(
-    left: Kept, right: Kept, alike: bool = False, strategy: Strategy | None = None, room: int = ROOM
+    left: StoredColumns, right: StoredColumns, alike: bool = False, strategy: Strategy | None = None, room: int = ROOM
 ) -> Tensor:
     """K[v,n,w,m] = ⟨J_vn, J'_wm⟩, or with `alike` of equal columns v = w only: [v,n,m].
 
@@ -90,7 +99,7 @@ def products(
     return _by_entries(left, right, alike, room)
 
 
-def room_needed(left: Kept, right: Kept, alike: bool, strategy: Strategy | None, room: int) -> int:
+def room_needed(left: StoredColumns, right: StoredColumns, alike: bool, strategy: Strategy | None, room: int) -> int:
     """How many numbers `products` forms besides its result, from the shapes of its arguments."""
     (v, n, s), (w, m, t) = left.S.shape[:3], right.S.shape[:3]
     if _structured(left, right, alike, strategy):
@@ -102,7 +111,7 @@ def room_needed(left: Kept, right: Kept, alike: bool, strategy: Strategy | None,
     return _formed(left, rows) + (0 if left is right and rows == n else _formed(right, others)) + block
 
 
-def _structured(left: Kept, right: Kept, alike: bool, strategy: Strategy | None) -> bool:
+def _structured(left: StoredColumns, right: StoredColumns, alike: bool, strategy: Strategy | None) -> bool:
     """Whether products of positions are taken: they are there, and it is asked for or takes fewer operations."""
     if left.x is None or right.x is None or strategy == "jacobian":
         return False
@@ -115,7 +124,7 @@ def _structured(left: Kept, right: Kept, alike: bool, strategy: Strategy | None)
 # By entries -------------------------------------------------------------------------------------------------------
 
 
-def _formed(columns: Kept, samples: int) -> int:
+def _formed(columns: StoredColumns, samples: int) -> int:
     """Numbers that are there at most while the entries of so many samples are laid out as a matrix."""
     if columns.x is None:
         return 0
@@ -124,7 +133,7 @@ def _formed(columns: Kept, samples: int) -> int:
     return samples * (entries if s == 1 else (1 if groups == 1 else 2) * entries + columns.S[:, 0].numel())
 
 
-def _samples_at_once(left: Kept, right: Kept, room: int) -> tuple[int, int]:
+def _samples_at_once(left: StoredColumns, right: StoredColumns, room: int) -> tuple[int, int]:
     """Of how many samples on each side entries are formed: of many on the left, for each of which the right's are."""
     n, m, one, other = left.S.shape[1], right.S.shape[1], _formed(left, 1), _formed(right, 1)
     if _formed(left, n) + _formed(right, m) <= room:
@@ -133,7 +142,7 @@ def _samples_at_once(left: Kept, right: Kept, room: int) -> tuple[int, int]:
     return rows, max(1, min(m, (room - rows * one) // other if other else m))
 
 
-def _by_entries(left: Kept, right: Kept, alike: bool, room: int) -> Tensor:
+def _by_entries(left: StoredColumns, right: StoredColumns, alike: bool, room: int) -> Tensor:
     """The products, in blocks of samples where entries that are yet to be formed are too many."""
     (v, n), (w, m) = left.S.shape[:2], right.S.shape[:2]
     rows, others = _samples_at_once(left, right, room)
@@ -171,14 +180,14 @@ def _matrix(J: Tensor) -> tuple[Tensor, bool]:
 # By positions -----------------------------------------------------------------------------------------------------
 
 
-def _pairs_at_once(left: Kept, right: Kept, alike: bool, room: int) -> tuple[int, int]:
+def _pairs_at_once(left: StoredColumns, right: StoredColumns, alike: bool, room: int) -> tuple[int, int]:
     """Of how many samples on each side pairs of positions are formed."""
     s, (w, m, t) = left.S.shape[2], right.S.shape[:3]
     pairs = room // max(1, 2 * s * t * (1 if alike else w))
     return max(1, pairs // m), max(1, min(m, pairs))
 
 
-def _by_positions(left: Kept, right: Kept, alike: bool, room: int) -> Tensor:
+def _by_positions(left: StoredColumns, right: StoredColumns, alike: bool, room: int) -> Tensor:
     """The products, in blocks of samples where all pairs of positions at once are too many."""
     assert left.x is not None
     assert right.x is not None

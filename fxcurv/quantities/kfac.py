@@ -13,11 +13,11 @@ from fxcurv.blocks.dense import Dense
 from fxcurv.blocks.diagonal import Diagonal
 from fxcurv.blocks.kronecker import Kronecker
 from fxcurv.blocks.lazy_gram import formed
-from fxcurv.contractions.definitions import Diagonal as DiagonalOf
 from fxcurv.contractions.definitions import Gram, InputCovariance, OutputCovariance
+from fxcurv.contractions.definitions import SumOfSquares as DiagonalOf
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.quantities.factors import Factor, Sampled
-from fxcurv.quantities.protocol import Sums, Used, WithOptions
+from fxcurv.quantities.protocol import ParameterUsage, Sums, WithOptions
 from fxcurv.results.entry import Combine, Structure
 
 __all__ = ["KFAC"]
@@ -40,35 +40,35 @@ class KFAC(WithOptions):
     joint: bool = False
     family: str = field(default="kfac", init=False, repr=False)
 
-    def owner(self, used: Used) -> str:
-        joined = self.joint and used.partner is not None and not used.matrix
-        return str(used.partner) if joined else used.name
+    def owner(self, usage: ParameterUsage) -> str:
+        joined = self.joint and usage.partner is not None and not usage.matrix
+        return str(usage.partner) if joined else usage.name
 
-    def _joined(self, used: Used) -> bool:
-        return self.joint and used.matrix and used.partner is not None
+    def _joined(self, usage: ParameterUsage) -> bool:
+        return self.joint and usage.matrix and usage.partner is not None
 
-    def _form(self, used: Used) -> Literal["kronecker", "dense", "diagonal"]:
-        return "kronecker" if used.matrix else "dense" if used.numel <= quantities.DENSE_LIMIT else "diagonal"
+    def _form(self, usage: ParameterUsage) -> Literal["kronecker", "dense", "diagonal"]:
+        return "kronecker" if usage.matrix else "dense" if usage.numel <= quantities.DENSE_LIMIT else "diagonal"
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
         pooled = self.approx == "reduce"
-        if self._form(used) == "kronecker":
-            return {"A": InputCovariance(pooled, ones=self._joined(used)), "G": OutputCovariance(pooled)}
-        return {"matrix": Gram()} if self._form(used) == "dense" else {"diagonal": DiagonalOf()}
+        if self._form(usage) == "kronecker":
+            return {"A": InputCovariance(pooled, ones=self._joined(usage)), "G": OutputCovariance(pooled)}
+        return {"matrix": Gram()} if self._form(usage) == "dense" else {"diagonal": DiagonalOf()}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Block:
-        if self._form(used) == "dense":
-            return Dense(used.shape, used.laid_matrix(sums["matrix"]))
-        if self._form(used) == "diagonal":
-            return Diagonal(used.shape, used.laid(formed(sums["diagonal"])))
-        positions = used.positions**2 if self.approx == "reduce" else used.positions
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Block:
+        if self._form(usage) == "dense":
+            return Dense(usage.shape, usage.matrix_to_layout(sums["matrix"]))
+        if self._form(usage) == "diagonal":
+            return Diagonal(usage.shape, usage.to_layout(formed(sums["diagonal"])))
+        positions = usage.positions**2 if self.approx == "reduce" else usage.positions
         A = sums["A"].div_(samples * positions) if isinstance(sums["A"], Tensor) else sums["A"] / (samples * positions)
-        averaged = samples * (1 if self.approx == "reduce" else used.positions)
-        return Kronecker(self._shape(used), A, sums["G"], averaged=averaged, inputs_first=used.inputs_first)
+        averaged = samples * (1 if self.approx == "reduce" else usage.positions)
+        return Kronecker(self._shape(usage), A, sums["G"], averaged=averaged, in_out=usage.in_out)
 
-    def _shape(self, used: Used) -> tuple[int, ...]:
+    def _shape(self, usage: ParameterUsage) -> tuple[int, ...]:
         """The block's: that of the parameter, or of a weight with its bias."""
-        return used.joint_shape if self._joined(used) else used.shape
+        return usage.joint_shape if self._joined(usage) else usage.shape
 
-    def approximation(self, used: Used) -> str | None:
-        return "diagonal" if self._form(used) == "diagonal" else None
+    def approximation(self, usage: ParameterUsage) -> str | None:
+        return "diagonal" if self._form(usage) == "diagonal" else None

@@ -9,12 +9,12 @@ import torch
 
 from fxcurv.blocks.base import Block
 from fxcurv.blocks.diagonal import Diagonal
-from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.contractions.definitions import Gradient, Recursive
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.quantities.factors import Factor, LossGradient
 from fxcurv.quantities.kfac import KFAC
-from fxcurv.quantities.protocol import EXACT, Sums, Used, tensor_of
+from fxcurv.quantities.protocol import EXACT, ParameterUsage, Sums, tensor_of
 from fxcurv.results.entry import Combine, Structure
 
 __all__ = ["FOOF", "KFRA"]
@@ -36,18 +36,18 @@ class FOOF(KFAC):
     factor: Factor = field(default=LossGradient(), init=False)
     family: str = field(default="foof", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
-        found = super().statistics(used)
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
+        found = super().statistics(usage)
         return {"A": found["A"]} if "A" in found else {"gradient": Gradient()}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Block:
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Block:
         if "A" not in sums:
-            return Diagonal(used.shape, torch.ones_like(tensor_of(sums, "gradient")).reshape(used.shape))
+            return Diagonal(usage.shape, torch.ones_like(tensor_of(sums, "gradient")).reshape(usage.shape))
         A = sums["A"]
-        identity = torch.eye(used.outputs).to(A.kept[0] if isinstance(A, SecondMoment) else A)
-        return super().finish(used, {"A": A, "G": identity.expand(A.shape[0], -1, -1)}, samples)
+        identity = torch.eye(usage.outputs).to(A.vectors[0] if isinstance(A, LazyGram) else A)
+        return super().finish(usage, {"A": A, "G": identity.expand(A.shape[0], -1, -1)}, samples)
 
-    def approximation(self, used: Used) -> str | None:
+    def approximation(self, usage: ParameterUsage) -> str | None:
         return None
 
 
@@ -67,8 +67,8 @@ class KFRA(KFAC):
     approx: Literal["expand", "reduce"] = field(default="expand", init=False, repr=False)
     family: str = field(default="kfra", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
-        found = super().statistics(used)
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
+        found = super().statistics(usage)
         if "A" in found:
             return {"A": found["A"], "G": Recursive("kronecker")}
         return {"matrix": Recursive("dense")} if "matrix" in found else {"diagonal": Recursive("diagonal")}

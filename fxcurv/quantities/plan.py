@@ -9,7 +9,7 @@ from torch import nn
 
 from fxcurv.core.errors import FxcurvError
 from fxcurv.core.fingerprint import Fingerprint
-from fxcurv.quantities.protocol import Quantity, Used, owners
+from fxcurv.quantities.protocol import ParameterUsage, Quantity, owners
 
 __all__ = ["Job", "Plan", "jobs_for"]
 
@@ -23,7 +23,7 @@ class Job:
 
     name: str
     quantity: Quantity
-    used: Used
+    usage: ParameterUsage
     parameters: tuple[str, ...]
     sums: Mapping[str, str]
     fallback: bool = False
@@ -31,14 +31,14 @@ class Job:
     @property
     def status(self) -> str:
         """`exact` or `fallback`, or where something else than the definition is reported `approx(<name>)`, …"""
-        approximation = self.quantity.approximation(self.used)
+        approximation = self.quantity.approximation(self.usage)
         if approximation:
             return f"{'fallback' if self.fallback else 'approx'}({approximation})"
         return "fallback" if self.fallback else "exact"
 
 
 def jobs_for(
-    quantities: Mapping[str, Quantity], used: Mapping[str, Mapping[str, Used]], fallback: bool = False
+    quantities: Mapping[str, Quantity], usage: Mapping[str, Mapping[str, ParameterUsage]], fallback: bool = False
 ) -> tuple[Job, ...]:
     """One job for each result; `used[quantity]` describes the parameters of which the quantity is asked."""
     return tuple(
@@ -50,14 +50,14 @@ def jobs_for(
             _sums(name, quantities[name], described[owner]),
             fallback,
         )
-        for name, described in used.items()
+        for name, described in usage.items()
         for owner, parameters in owners(quantities[name], described).items()
     )
 
 
-def _sums(name: str, quantity: Quantity, used: Used) -> dict[str, str]:
+def _sums(name: str, quantity: Quantity, usage: ParameterUsage) -> dict[str, str]:
     """The statistics that a quantity needs of a parameter, and the names of their sums."""
-    return {statistic: f"{name}.{used.name}.{statistic}" for statistic in quantity.statistics(used)}
+    return {statistic: f"{name}.{usage.name}.{statistic}" for statistic in quantity.statistics(usage)}
 
 
 @dataclass(frozen=True)

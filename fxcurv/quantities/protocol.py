@@ -10,20 +10,20 @@ from typing import Any, ClassVar, Literal, Protocol, TypedDict, get_args, get_or
 from torch import Tensor
 
 from fxcurv.blocks.base import Block
-from fxcurv.blocks.lazy_gram import SecondMoment
-from fxcurv.contractions.statistic import Statistic, Sum
+from fxcurv.blocks.lazy_gram import LazyGram
+from fxcurv.contractions.statistic import Statistic, StatisticValue
 from fxcurv.core.errors import QuantityError
 from fxcurv.quantities.factors import Exact, Factor
 from fxcurv.results.entry import Combine, Structure
 
-__all__ = ["EXACT", "OfEach", "Quantity", "Sums", "Used", "WithOptions", "owners"]
+__all__ = ["EXACT", "OfEach", "ParameterUsage", "Quantity", "Sums", "WithOptions", "owners"]
 
 
 # What a quantity is told about a parameter ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Used:
+class ParameterUsage:
     """A parameter as its uses see it, over `positions` in all: `W[g,o,i]`, or a vector (a bias, a scale).
 
     `partner` is the wanted bias that exactly the uses of this matrix add, and for that bias the matrix. With
@@ -39,8 +39,8 @@ class Used:
     positions: int
     matrix: bool
     partner: str | None = None
-    inputs_first: bool = False
-    bends: bool = True
+    in_out: bool = False
+    nonlinear: bool = True
 
     @property
     def numel(self) -> int:
@@ -50,29 +50,29 @@ class Used:
     def joint_shape(self) -> tuple[int, int]:
         """The shape of this matrix with a bias beside it: `[W | b]`, or W with b below."""
         o, i = self.groups * self.outputs, self.inputs + 1
-        return (i, o) if self.inputs_first else (o, i)
+        return (i, o) if self.in_out else (o, i)
 
-    def laid(self, entries: Tensor, *lead: int) -> Tensor:
+    def to_layout(self, entries: Tensor, *lead: int) -> Tensor:
         """Entries `[*lead, g, o, i]` as the parameter lies: `[*lead, *shape]`."""
-        if self.inputs_first:
+        if self.in_out:
             entries = entries.reshape(*lead, self.outputs, self.inputs).mT.contiguous()
         return entries.reshape((*lead, *self.shape))
 
-    def flat(self, laid: Tensor) -> Tensor:
+    def flat(self, to_layout: Tensor) -> Tensor:
         """The entries `[g·o·i]` of what lies as the parameter."""
-        return (laid.mT if self.inputs_first else laid).reshape(-1)
+        return (to_layout.mT if self.in_out else to_layout).reshape(-1)
 
-    def laid_matrix(self, matrix: Sum) -> Sum:
+    def matrix_to_layout(self, matrix: StatisticValue) -> StatisticValue:
         """A matrix over the entries `[g·o·i]` as one over those of the parameter, flattened."""
-        if not self.inputs_first:
+        if not self.in_out:
             return matrix
-        if isinstance(matrix, SecondMoment):
-            return replace(matrix, kept=tuple(self.laid(t, *t.shape[:-1]).flatten(-2) for t in matrix.kept))
+        if isinstance(matrix, LazyGram):
+            return replace(matrix, vectors=tuple(self.to_layout(t, *t.shape[:-1]).flatten(-2) for t in matrix.vectors))
         sides = (self.outputs, self.inputs)
         return matrix.view(*sides, *sides).permute(1, 0, 3, 2).reshape(self.numel, self.numel)
 
 
-Sums = Mapping[str, Sum]
+Sums = Mapping[str, StatisticValue]
 
 
 class Quantity(Protocol):
@@ -90,19 +90,19 @@ class Quantity(Protocol):
         """The name under which a result is found."""
         ...
 
-    def owner(self, used: Used) -> str:
+    def owner(self, usage: ParameterUsage) -> str:
         """The parameter whose entry holds this one's result: itself, or the weight that it is joined to."""
         ...
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
         """The sums needed for a parameter."""
         ...
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor | Block:
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor | Block:
         """The result, from the sums over all samples and columns, whose memory it may take over."""
         ...
 
-    def approximation(self, used: Used) -> str | None:
+    def approximation(self, usage: ParameterUsage) -> str | None:
         """The name of what is reported instead of the quantity's definition, if anything."""
         ...
 
@@ -133,10 +133,10 @@ def definition_of(quantity: Quantity) -> str:
     return f"{type(given).__name__}({', '.join(f'{name}={getattr(given, name)!r}' for name in options)})"
 
 
-def owners(quantity: Quantity, used: Mapping[str, Used]) -> dict[str, tuple[str, ...]]:
+def owners(quantity: Quantity, usage: Mapping[str, ParameterUsage]) -> dict[str, tuple[str, ...]]:
     """The parameters whose entry holds a result of the quantity -> those whose result it is."""
     owned: dict[str, tuple[str, ...]] = {}
-    for parameter in used.values():
+    for parameter in usage.values():
         owner = quantity.owner(parameter)
         owned[owner] = (*owned.get(owner, ()), parameter.name)
     return owned
@@ -161,7 +161,7 @@ class WithOptions:
                     code="FXC409",
                 )
             choices = (False, True) if kind is bool else get_args(kind) if get_origin(kind) is Literal else None
-            if choices and not any(type(value) is type(choice) and value == choice for choice in choices):
+            if choices and not any(type(value) is type(selection) and value == selection for selection in choices):
                 raise QuantityError(
                     f"{type(self).__name__}({option.name}={value!r})",
                     remedy=f"choose {' or '.join(map(repr, choices))}",
@@ -173,10 +173,10 @@ class WithOptions:
 class OfEach(WithOptions):
     """A quantity of each parameter by itself, always equal to its definition."""
 
-    def owner(self, used: Used) -> str:
-        return used.name
+    def owner(self, usage: ParameterUsage) -> str:
+        return usage.name
 
-    def approximation(self, used: Used) -> str | None:
+    def approximation(self, usage: ParameterUsage) -> str | None:
         return None
 
 
@@ -186,10 +186,10 @@ def tensor_of(sums: Sums, name: str) -> Tensor:
     return t
 
 
-def columns_of(sums: Sums, used: Used) -> Tensor:
+def columns_of(sums: Sums, usage: ParameterUsage) -> Tensor:
     """`[V, N, *θ]`."""
     entries = tensor_of(sums, "entries")
-    return used.laid(entries, *entries.shape[:2])
+    return usage.to_layout(entries, *entries.shape[:2])
 
 
 EXACT = Exact()

@@ -14,7 +14,7 @@ from fxcurv.core.errors import QuantityError
 from fxcurv.quantities.protocol import Quantity
 from fxcurv.quantities.registry import named
 
-__all__ = ["Asked", "Choice", "Pattern", "chosen"]
+__all__ = ["Asked", "Pattern", "Selection", "chosen"]
 
 
 Pattern = str | type[nn.Module]
@@ -29,14 +29,14 @@ Asked = OfOne | Iterable[OfOne] | Mapping[Pattern, OfOne | Iterable[OfOne] | Non
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """Quantities by name, and by pattern the names of those that are asked for; of several patterns the last counts."""
 
     quantities: Mapping[str, Quantity]
     patterns: Mapping[Pattern, tuple[str, ...]]
     among: Collection[str] | None = None
 
-    def only(self, parameters: Collection[str]) -> Choice:
+    def only(self, parameters: Collection[str]) -> Selection:
         """The same choice for no other parameters than these."""
         return replace(self, among=parameters)
 
@@ -63,11 +63,11 @@ class Choice:
         return {q: tuple(name for name, names in counted.items() if q in names) for q in self.quantities}
 
 
-def chosen(quantities: Asked) -> Choice:
+def chosen(quantities: Asked) -> Selection:
     """The choice that the argument `quantities` stands for."""
     if not isinstance(quantities, Mapping):
         names = named(quantities)
-        return Choice(names, {"*": tuple(names)})
+        return Selection(names, {"*": tuple(names)})
     given = cast("Mapping[Pattern, OfOne | Iterable[OfOne] | None]", quantities)
     for pattern in given:
         if not isinstance(pattern, str | type):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -75,7 +75,7 @@ def chosen(quantities: Asked) -> Choice:
             raise QuantityError(f"{pattern!r} is no pattern of parameters", remedy=remedy, code="FXC409")
     by_pattern = {pattern: _listed(asked) for pattern, asked in given.items()}
     names = named([item for items in by_pattern.values() for item in items])
-    return Choice(names, {p: tuple(_name(item, names) for item in items) for p, items in by_pattern.items()})
+    return Selection(names, {p: tuple(_name(item, names) for item in items) for p, items in by_pattern.items()})
 
 
 def _listed(asked: OfOne | Iterable[OfOne] | None) -> list[OfOne]:

@@ -80,10 +80,10 @@ class Laplace:
         J is `[N, C, P]`: give batches of a size for which that fits. Noise of a regression's targets comes on top.
         """
         J = jacobians(self.compiled, self.mean, inputs).to(self.curvature.dtype)
-        spread = self.covariance.mm(J.flatten(0, 1).T).T.view_as(J)
+        standard_error = self.covariance.mm(J.flatten(0, 1).T).T.view_as(J)
         with torch.no_grad():
             f = outputs(self.compiled, self.mean, inputs).flatten(1)
-        return f.to(J.dtype), torch.einsum("ncp,ndp->ncd", spread, J)
+        return f.to(J.dtype), torch.einsum("ncp,ndp->ncd", standard_error, J)
 
     def predict(
         self,

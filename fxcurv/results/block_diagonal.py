@@ -15,11 +15,11 @@ from fxcurv.core.errors import QuantityError
 from fxcurv.linalg.operator import LinearOperator, Space, Vector
 from fxcurv.results.entry import Entries, Entry
 
-__all__ = ["BlockDiagonal", "Part"]
+__all__ = ["BlockDiagonal", "PlacedBlock"]
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class PlacedBlock:
     """A block, and the entries of the flat vector that it acts on: a slice, or `[numel]` indices of a joint block."""
 
     block: Block
@@ -33,7 +33,7 @@ class BlockDiagonal(LinearOperator):
     asked, are no part of the vectors. `domain.shapes` says which are.
     """
 
-    def __init__(self, space: Space, parts: Sequence[Part]) -> None:
+    def __init__(self, space: Space, parts: Sequence[PlacedBlock]) -> None:
         self.domain = self.codomain = space
         self.parts = tuple(parts)
         self.dtype, self.device = parts[0].block.dtype, parts[0].block.device
@@ -53,14 +53,14 @@ class BlockDiagonal(LinearOperator):
         for block in present[1:]:
             dtype = torch.promote_types(dtype, block.dtype)
         space = Space({name: entry.shape for name, entry in taken.items()})
-        parts: list[Part] = []
+        parts: list[PlacedBlock] = []
         for name, block in blocks.items():
             if block is None:
                 zeros = torch.zeros(taken[name].shape, dtype=dtype, device=present[0].device)
-                parts.append(Part(Diagonal(zeros.shape, zeros, parameters=(name,)), space.slices[name]))
+                parts.append(PlacedBlock(Diagonal(zeros.shape, zeros, parameters=(name,)), space.slices[name]))
             elif block.parameters[0] == name:
                 block = block if block.dtype == dtype else block.to(dtype=dtype)
-                parts.append(Part(block, _entries_of(block, space)))
+                parts.append(PlacedBlock(block, _entries_of(block, space)))
         return cls(space, parts)
 
     # Vectors ----------------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class BlockDiagonal(LinearOperator):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BlockDiagonal:
         """The operator elsewhere, or in another floating-point type."""
         moved = [
-            Part(part.block.to(device, dtype), part.at if isinstance(part.at, slice) else part.at.to(device))
+            PlacedBlock(part.block.to(device, dtype), part.at if isinstance(part.at, slice) else part.at.to(device))
             for part in self.parts
         ]
         return BlockDiagonal(self.domain, moved)
@@ -166,7 +166,7 @@ class BlockDiagonal(LinearOperator):
             return total
         pairs = list(zip(self.parts, other.parts, strict=True))
         sums = [a.block.plus(b.block) if a.block.shape == b.block.shape else None for a, b in pairs]
-        parts = [Part(block, a.at) for block, (a, _) in zip(sums, pairs, strict=True) if block is not None]
+        parts = [PlacedBlock(block, a.at) for block, (a, _) in zip(sums, pairs, strict=True) if block is not None]
         return BlockDiagonal(self.domain, parts) if len(parts) == len(pairs) else total
 
     @property
@@ -175,7 +175,7 @@ class BlockDiagonal(LinearOperator):
         return self
 
     def _mapped(self, f: Callable[[Block], Block]) -> BlockDiagonal:
-        return BlockDiagonal(self.domain, [Part(f(part.block), part.at) for part in self.parts])
+        return BlockDiagonal(self.domain, [PlacedBlock(f(part.block), part.at) for part in self.parts])
 
 
 def _block(entry: Entry) -> Block | None:

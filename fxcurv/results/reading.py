@@ -15,7 +15,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from fxcurv.blocks.base import KINDS, Block
-from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.convolution.patches import Patches
 from fxcurv.core.errors import FxcurvError
 from fxcurv.core.fingerprint import Fingerprint
@@ -187,19 +187,19 @@ class _Reader:
             raise node.wrong(f"names {name!r}, which is not there")
         return self.tensors[name]
 
-    def _held(self, node: Json) -> Tensor | SecondMoment:
+    def _held(self, node: Json) -> Tensor | LazyGram:
         if isinstance(node.value, str):
             return self._tensor(node)
         scale, geometry = node["scale"].of(float), node["patches"]
-        kept = tuple(self._tensor(part) for part in node["kept"].each())
+        vectors = tuple(self._tensor(part) for part in node["vectors"].each())
         patches = None if geometry.value is None else _patches(geometry)
         rank = {3, 4, 5, 6} if patches is None else {2 + len(patches.kernel)}
-        if not kept or not 0 <= scale < math.inf or {t.ndim for t in kept} - rank:
+        if not vectors or not 0 <= scale < math.inf or {t.ndim for t in vectors} - rank:
             raise node.wrong("holds no vectors")
-        moment = SecondMoment(kept, patches, scale)
-        fits = len({t.shape[1 if patches else -2 :] for t in kept}) == 1
+        moment = LazyGram(vectors, patches, scale)
+        fits = len({t.shape[1 if patches else -2 :] for t in vectors}) == 1
         if fits and patches is not None:
-            fits = kept[0].shape[1] % patches.groups == 0 and min(patches.outputs(kept[0])) >= 1
+            fits = vectors[0].shape[1] % patches.groups == 0 and min(patches.outputs(vectors[0])) >= 1
         if not fits or not 0 < moment.count < moment.side:
             raise node.wrong("holds vectors that do not fit each other")
         return moment

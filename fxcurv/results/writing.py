@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.blocks.base import KINDS, Block
-from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.core.errors import FxcurvError
 from fxcurv.core.fingerprint import Fingerprint, digest
 from fxcurv.core.version import __version__
@@ -186,17 +186,17 @@ class _Writer:
             },
         }
 
-    def _held(self, key: str, held: Tensor | SecondMoment) -> object:
+    def _held(self, key: str, held: Tensor | LazyGram) -> object:
         """The name of a tensor, or the parts of a moment."""
         if isinstance(held, Tensor):
             self.tensors[key] = held
             return key
-        keys = [f"{key}.{k}" for k in range(len(held.kept))]
-        self.tensors |= dict(zip(keys, held.kept, strict=True))
-        return {"kept": keys, "scale": held.scale, "patches": held.patches and asdict(held.patches)}
+        keys = [f"{key}.{k}" for k in range(len(held.vectors))]
+        self.tensors |= dict(zip(keys, held.vectors, strict=True))
+        return {"vectors": keys, "scale": held.scale, "patches": held.patches and asdict(held.patches)}
 
 
-def _ungrouped(block: Block, held: Tensor | SecondMoment) -> Tensor | SecondMoment:
+def _ungrouped(block: Block, held: Tensor | LazyGram) -> Tensor | LazyGram:
     """A factor of a single group as it is read, `[d,d]`."""
     if isinstance(held, Tensor) and block.symmetric and held.ndim == 3 and len(held) == 1:
         return held[0]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fxcurv.contractions.definitions import RotatedDiagonal
 from fxcurv.contractions.entries import per_sample
-from fxcurv.contractions.statistic import Statistic, Sum, combined
+from fxcurv.contractions.statistic import Statistic, StatisticValue, combined
 from fxcurv.core.errors import UnsupportedError
 from fxcurv.core.generators import fresh_generator
 from fxcurv.core.rounding import close
@@ -29,12 +29,12 @@ from fxcurv.losses.base import Loss
 from fxcurv.quantities.ekfac import bases, diagonalized, rotated
 from fxcurv.quantities.factors import Exact, Factor
 from fxcurv.quantities.plan import Job, Plan, jobs_for
-from fxcurv.quantities.protocol import Used
-from fxcurv.quantities.selection import Choice
+from fxcurv.quantities.protocol import ParameterUsage
+from fxcurv.quantities.selection import Selection
 from fxcurv.results.curvature import Curvature
 from fxcurv.runtime.kfra import recursive
 from fxcurv.runtime.recorder import Pulled, RecordedPass, recorded, same_tensors
-from fxcurv.runtime.run import Batch, assembled
+from fxcurv.runtime.run import Minibatch, assembled
 from fxcurv.runtime.second_derivatives import entries_apart, twice
 
 __all__ = ["by_autograd"]
@@ -43,8 +43,8 @@ __all__ = ["by_autograd"]
 def by_autograd(
     model: nn.Module,
     loss: Loss,
-    choice: Choice,
-    batch: Batch,
+    selection: Selection,
+    batch: Minibatch,
     output: Output = None,
 ) -> Curvature:
     """The chosen quantities at a batch; every value has the status `fallback`.
@@ -59,20 +59,20 @@ def by_autograd(
         terms = loss.terms(whole, batch.target)
         generator = batch.generator or fresh_generator(whole.device)
         wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        used = _used(wanted, passes)
-        described = {q: _among({p: used[p] for p in names if p in used}) for q, names in choice.of(model).items()}
-        jobs = jobs_for(choice.quantities, described, fallback=True)
+        usage = _used(wanted, passes)
+        described = {q: _among({p: usage[p] for p in names if p in usage}) for q, names in selection.of(model).items()}
+        jobs = jobs_for(selection.quantities, described, fallback=True)
         for job, _, _ in recursive(jobs):
             raise UnsupportedError(
-                f"{job.name} of {job.used.name!r} is a recursion over the nodes of a graph, and autograd has none",
+                f"{job.name} of {job.usage.name!r} is a recursion over the nodes of a graph, and autograd has none",
                 remedy="ask for kflr, or leave the parameter out",
                 code="FXC322",
             )
-        sums: dict[str, Sum] = {}
+        sums: dict[str, StatisticValue] = {}
         for one in passes:
             _over_samples(sums, _input_sums(jobs, one))
         quiet = None if batch.progress else True
-        factors = dict.fromkeys(quantity.factor for quantity in choice.quantities.values())
+        factors = dict.fromkeys(quantity.factor for quantity in selection.quantities.values())
         for factor in factors if batch.bases is None else batch.bases.factors:
             mine = [job for job in jobs if job.quantity.factor == factor]
             if _idle(factor, mine):
@@ -88,10 +88,12 @@ def by_autograd(
                 for one, pulled in _samples(passes, S[0].to(whole.dtype), wanted):
                     _over_samples(sums, _rotated(mine, one, pulled, eigenvectors))
         for job, name, statistic in twice(jobs):
-            each = [_second(loss, whole, batch.target, (one, wanted[job.used.name])) for one in passes]
+            each = [_second(loss, whole, batch.target, (one, wanted[job.usage.name])) for one in passes]
             stacked = torch.cat(each)
             sums[job.sums[name]] = stacked if statistic.per_sample else stacked.sum(0)
-    return assembled(Plan.of(model, choice.quantities, choice.of(model), jobs, {}), sums, terms, whole, loss.reduction)
+    return assembled(
+        Plan.of(model, selection.quantities, selection.of(model), jobs, {}), sums, terms, whole, loss.reduction
+    )
 
 
 def _idle(factor: Factor, jobs: Sequence[Job]) -> bool:
@@ -100,11 +102,11 @@ def _idle(factor: Factor, jobs: Sequence[Job]) -> bool:
 
 
 def _over_columns(
-    sums: dict[str, Sum], jobs: Sequence[Job], columns: Iterable[Iterator[tuple[RecordedPass, Pulled]]]
+    sums: dict[str, StatisticValue], jobs: Sequence[Job], columns: Iterable[Iterator[tuple[RecordedPass, Pulled]]]
 ) -> None:
     """Put the parts of columns, each pulled back sample by sample, to what is there."""
     for column in columns:
-        found: dict[str, Sum] = {}
+        found: dict[str, StatisticValue] = {}
         for _, pulled in column:
             _over_samples(found, _summands(jobs, pulled))
         for key, statistic in _statistics(jobs):
@@ -112,7 +114,7 @@ def _over_columns(
                 combined(sums, key, found[key], statistic.columns)
 
 
-def _over_samples(sums: dict[str, Sum], parts: Iterable[tuple[str, Statistic, Tensor]]) -> None:
+def _over_samples(sums: dict[str, StatisticValue], parts: Iterable[tuple[str, Statistic, Tensor]]) -> None:
     """Put the parts of one more sample to those of the samples before."""
     for key, statistic, part in parts:
         combined(sums, key, part, statistic.samples)
@@ -121,13 +123,13 @@ def _over_samples(sums: dict[str, Sum], parts: Iterable[tuple[str, Statistic, Te
 def _statistics(jobs: Sequence[Job]) -> Iterator[tuple[str, Statistic]]:
     """The statistics of jobs, by the names of their sums."""
     for job in jobs:
-        for name, statistic in job.quantity.statistics(job.used).items():
+        for name, statistic in job.quantity.statistics(job.usage).items():
             yield job.sums[name], statistic
 
 
-def _among(used: Mapping[str, Used]) -> dict[str, Used]:
+def _among(usage: Mapping[str, ParameterUsage]) -> dict[str, ParameterUsage]:
     """The descriptions, without partners of which the quantity is not asked."""
-    return {name: u if u.partner in used else replace(u, partner=None) for name, u in used.items()}
+    return {name: u if u.partner in usage else replace(u, partner=None) for name, u in usage.items()}
 
 
 # Sums of one column of one pass -------------------------------------------------------------------------------------
@@ -158,19 +160,19 @@ def _rotated(
     """The summands of the second pass."""
     for job, name, statistic in rotated(jobs):
         U_A, U_G = (eigenvectors[basis] for basis in bases(jobs, job))
-        xs = [Rotate(statistic.ones)(x, U_A) for x in one.inputs(job.used.name)]
-        Ss = [Rotate()(S, U_G) for S in pulled.positions(job.used.name)]
+        xs = [Rotate(statistic.ones)(x, U_A) for x in one.inputs(job.usage.name)]
+        Ss = [Rotate()(S, U_G) for S in pulled.positions(job.usage.name)]
         yield job.sums[name], statistic, statistic(xs, Ss)
 
 
 def _summands(jobs: Sequence[Job], pulled: Pulled) -> Iterator[tuple[str, Statistic, Tensor]]:
     """The summands of every statistic that reads S, by the names of the sums."""
     for job in jobs:
-        for statistic, module in job.quantity.statistics(job.used).items():
-            if module.reads == "S" and job.used.matrix:
-                yield job.sums[statistic], module, module(pulled.positions(job.used.name))
+        for statistic, module in job.quantity.statistics(job.usage).items():
+            if module.reads == "S" and job.usage.matrix:
+                yield job.sums[statistic], module, module(pulled.positions(job.usage.name))
             elif module.reads in ("S", "xS") and not isinstance(module, RotatedDiagonal):
-                entries = job.used.flat(pulled.gradients[job.used.name]).view(1, 1, 1, 1, -1)  # [v,n,s,g,o]
+                entries = job.usage.flat(pulled.gradients[job.usage.name]).view(1, 1, 1, 1, -1)  # [v,n,s,g,o]
                 summand = module([entries]) if module.reads == "S" else module([None], [entries])
                 yield job.sums[statistic], module, summand
 
@@ -178,34 +180,36 @@ def _summands(jobs: Sequence[Job], pulled: Pulled) -> Iterator[tuple[str, Statis
 def _input_sums(jobs: Sequence[Job], one: RecordedPass) -> Iterator[tuple[str, Statistic, Tensor]]:
     """The summands of every statistic of inputs."""
     for job in jobs:
-        for statistic, module in job.quantity.statistics(job.used).items():
+        for statistic, module in job.quantity.statistics(job.usage).items():
             if module.reads == "x":
-                yield job.sums[statistic], module, module(one.inputs(job.used.name))
+                yield job.sums[statistic], module, module(one.inputs(job.usage.name))
 
 
 # How parameters are used --------------------------------------------------------------------------------------------
 
 
-def _used(wanted: Mapping[str, Tensor], passes: Sequence[RecordedPass]) -> dict[str, Used]:
+def _used(wanted: Mapping[str, Tensor], passes: Sequence[RecordedPass]) -> dict[str, ParameterUsage]:
     """The parameters that reach the output, as their uses see them."""
     generator = torch.Generator().manual_seed(0)
     random = [torch.randn(p.output.shape, generator=generator).to(p.output) for p in passes]
     pulled = [one.pulled(S, wanted) for one, S in zip(passes, random, strict=True)]
     reached = [name for name in wanted if any(p.reached[name] for p in pulled)]
     matrices = {name: _matrix(name, wanted[name], passes, pulled) for name in reached}
-    partners = {name: _partner(name, reached, passes, pulled) for name, used in matrices.items() if used is not None}
+    partners = {name: _partner(name, reached, passes, pulled) for name, usage in matrices.items() if usage is not None}
     weights = {bias: name for name, bias in partners.items()}
     return {
-        name: replace(used, partner=partners[name])
-        if (used := matrices[name]) is not None
-        else Used(name, tuple(wanted[name].shape), 1, wanted[name].numel(), 1, 1, False, weights.get(name))
+        name: replace(usage, partner=partners[name])
+        if (usage := matrices[name]) is not None
+        else ParameterUsage(name, tuple(wanted[name].shape), 1, wanted[name].numel(), 1, 1, False, weights.get(name))
         for name in reached
     }
 
 
-def _matrix(name: str, weight: Tensor, passes: Sequence[RecordedPass], pulled: Sequence[Pulled]) -> Used | None:
+def _matrix(
+    name: str, weight: Tensor, passes: Sequence[RecordedPass], pulled: Sequence[Pulled]
+) -> ParameterUsage | None:
     """The description of a weight that is used by linear layers and convolutions alone, each sample by itself."""
-    inputs_first, *more = {call.inputs_first for one in passes for call in one.calls_of(name)} or (False,)
+    in_out, *more = {call.in_out for one in passes for call in one.calls_of(name)} or (False,)
     if more or not all(one.single and one.calls_of(name) for one in passes):
         return None
     inputs = [one.inputs(name) for one in passes]
@@ -216,12 +220,12 @@ def _matrix(name: str, weight: Tensor, passes: Sequence[RecordedPass], pulled: S
         return None
     (groups, size), s = inputs[0][0].shape[2:], sum(x.shape[1] for x in inputs[0])
     outputs = weight.numel() // (groups * size)
-    used = Used(name, tuple(weight.shape), groups, outputs, size, s, True, inputs_first=inputs_first)
+    usage = ParameterUsage(name, tuple(weight.shape), groups, outputs, size, s, True, in_out=in_out)
     alike = (
-        close(used.laid(per_sample(xs, p.positions(name))[0, 0]), p.gradients[name])
+        close(usage.to_layout(per_sample(xs, p.positions(name))[0, 0]), p.gradients[name])
         for xs, p in zip(inputs, pulled, strict=True)
     )
-    return used if all(alike) else None
+    return usage if all(alike) else None
 
 
 def _partner(

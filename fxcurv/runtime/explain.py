@@ -104,13 +104,13 @@ def explained(program: Program, inputs: Inputs, loss: Loss, chunks: Chunks) -> E
         graph, *backwards = program.graphs
         forward = _Counted(graph)
         arguments = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in given]
-        output, kept, _ = forward.run(*arguments)
+        output, saved, _ = forward.run(*arguments)
         steps += _steps("forward", forward, rates)
         for factor, gm in zip(program.backwards, backwards, strict=True):
             backward = _Counted(gm)
             S = output.new_empty(loss.columns(factor, output.shape), *output.shape)
             read = program.given(factor).items()
-            backward.run(S, *(output.new_empty(bases) if bases else kept[name] for name, bases in read))
+            backward.run(S, *(output.new_empty(bases) if bases else saved[name] for name, bases in read))
             steps += _steps(f"backward[{factor}]", backward, rates)
     peak = forecast(program, inputs, chunks.samples, chunks.columns).peak
     return Explanation(tuple(steps), peak, len(given[0]))

@@ -116,8 +116,8 @@ class _ByAutograd(nn.Module):
         self.calls = (pull,)
         self.key, self.several = _named(pull), isinstance(pull, PullInputs)
 
-    def forward(self, S: Tensor, kept: Sequence[Tensor]) -> Tensor | list[Tensor]:
-        pulled = torch.ops.fxcurv.pull(self.key, S, list(kept))
+    def forward(self, S: Tensor, saved: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        pulled = torch.ops.fxcurv.pull(self.key, S, list(saved))
         return pulled if self.several else pulled[0]
 
 
@@ -144,20 +144,20 @@ _EAGER = dispatch_keys()
 
 
 @torch.library.custom_op("fxcurv::pull", mutates_args=())
-def _pull(key: str, S: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
+def _pull(key: str, S: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
     with with_dispatch_keys(_EAGER):
-        pulled = _MODULES[key](S, kept)
+        pulled = _MODULES[key](S, saved)
         several = [pulled] if isinstance(pulled, Tensor) else pulled
         return [t.clone(memory_format=torch.contiguous_format) for t in several]  # never S itself
 
 
 @_pull.register_fake
-def _(key: str, S: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
+def _(key: str, S: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
     """Columns at inputs, of each sample where they are the same for all."""
     pull: Any = _MODULES[key]
     if isinstance(pull, PullInputs):
         lead = S.shape[: 2 if pull.per_sample else 1]
-        return [kept[k].new_empty(*lead, *kept[k].shape) for k in pull.ks]
+        return [saved[k].new_empty(*lead, *saved[k].shape) for k in pull.ks]
     place = pull.places[-1]
     assert place is not None
-    return [kept[pull.k].new_empty(*place.apart(S, lead=1).shape[:2], *kept[pull.k].shape)]
+    return [saved[pull.k].new_empty(*place.apart(S, lead=1).shape[:2], *saved[pull.k].shape)]

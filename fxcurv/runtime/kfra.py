@@ -29,7 +29,7 @@ __all__ = ["recursive", "recursive_sums"]
 
 def recursive(jobs: Sequence[Job]) -> list[tuple[Job, str, Recursive]]:
     """The jobs with a sum that the recursion gives, and that sum."""
-    found = ((job, name, s) for job in jobs for name, s in job.quantity.statistics(job.used).items())
+    found = ((job, name, s) for job in jobs for name, s in job.quantity.statistics(job.usage).items())
     return [(job, name, s) for job, name, s in found if isinstance(s, Recursive)]
 
 
@@ -40,7 +40,7 @@ def recursive_sums(program: Program, inputs: Sequence[Tensor], terms: LossTerms)
         return {}
     with torch.enable_grad():
         walk = _Recursion(program.canonical, inputs, terms)
-        return {job.sums[name]: walk.sum_of(job.used.name, statistic.kind) for job, name, statistic in wanted}
+        return {job.sums[name]: walk.sum_of(job.usage.name, statistic.kind) for job, name, statistic in wanted}
 
 
 class _Recursion:

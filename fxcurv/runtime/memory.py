@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.contractions.convolutions import ColumnsBySample, DiagonalByConvolution
-from fxcurv.contractions.definitions import Diagonal
+from fxcurv.contractions.definitions import SumOfSquares
 from fxcurv.contractions.diagonals import DiagonalByPairs, DiagonalBySample, DiagonalFused
 from fxcurv.core.errors import FxcurvError, QuantityError
 from fxcurv.core.shapes import resolve
@@ -146,8 +146,8 @@ def _grown(program: Program, parts: Mapping[str, Tensor], chunks: tuple[int, int
         if statistic.samples is not None:
             size *= chunks[0] * (1 if statistic.columns is None else chunks[1])
         value = statistic.sum_of(part)
-        if isinstance(value, SecondMoment) and times > 1:
-            formed, kept = math.prod(value.shape) * part.element_size(), sum(t.nbytes for t in value.kept)
+        if isinstance(value, LazyGram) and times > 1:
+            formed, kept = math.prod(value.shape) * part.element_size(), sum(t.nbytes for t in value.vectors)
             grown = value.count * times < value.side
             held, beside = held + (kept * times if grown else formed), max(beside, 0 if grown else 3 * formed)
         else:
@@ -239,7 +239,7 @@ class _Run(fx.Interpreter):
             entries = statistic.empty(*args)
             self.live.charge(statistic.cost(*args).temporary)
             return entries
-        looping = isinstance(statistic, Diagonal | DiagonalBySample | DiagonalByPairs | DiagonalFused)
+        looping = isinstance(statistic, SumOfSquares | DiagonalBySample | DiagonalByPairs | DiagonalFused)
         if not looping or isinstance(statistic, DiagonalByConvolution):  # the latter runs in few large chunks
             return super().call_module(target, args, kwargs)
         self.live.charge(module.cost(*args).temporary)

@@ -24,7 +24,7 @@ class Program:
 
     `forward(*inputs)` returns the output, what the pullback keeps, and sums over inputs; `backwards[factor](S, **kept)`
     returns sums over a chunk of columns; `plan` says what is made of them. Both are those of the `stages`, as a backend
-    runs them. A factor that is taken `Again` has a backward graph of its own, which is given eigenvectors besides.
+    runs them. A factor that is taken `SecondPass` has a backward graph of its own, which is given eigenvectors besides.
     """
 
     stages: Mapping[str, fx.GraphModule]
@@ -59,7 +59,7 @@ class Program:
         _, *rest = self.stages[f"backward[{factor}]"].graph.find_nodes(op="placeholder")
         return {str(node.target): node.meta.get("eigenvectors") for node in rest}
 
-    def kept(self, factor: Factor) -> list[str]:
+    def saved(self, factor: Factor) -> list[str]:
         """What the backward graph of a factor reads of what the forward graph keeps."""
         return [name for name, eigenvectors in self.given(factor).items() if eigenvectors is None]
 

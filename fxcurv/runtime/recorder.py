@@ -20,7 +20,7 @@ from fxcurv.core.torch_compat import base_of, pytree
 from fxcurv.frontend.copying import check_repeatable, structural_copy
 from fxcurv.frontend.inputs import Inputs, Output, as_call, batch_size, selector
 from fxcurv.ir import ops
-from fxcurv.ir.declare import Use
+from fxcurv.ir.declare import WeightUsage
 from fxcurv.ir.rules import positions, rule_of
 
 __all__: list[str] = []
@@ -63,15 +63,15 @@ class RecordedCall:
     """Whether what the layer sees is differentiable in the model's inputs."""
 
     @property
-    def _use(self) -> Use:
-        use = rule_of(self.op).use
-        assert use is not None
-        return use
+    def _use(self) -> WeightUsage:
+        usage = rule_of(self.op).usage
+        assert usage is not None
+        return usage
 
     @property
-    def inputs_first(self) -> bool:
+    def in_out(self) -> bool:
         """Whether the weight lies as `W[i,o]`."""
-        return self._use.weight == "inputs_first"
+        return self._use.weight == "in_out"
 
     def input_positions(self) -> Tensor:
         """x[1,s,g,i]: what the layer sees, all rows of it positions of one sample."""

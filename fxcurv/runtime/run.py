@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from fxcurv.blocks.base import Block
-from fxcurv.contractions.statistic import Sum, combined
+from fxcurv.contractions.statistic import StatisticValue, combined
 from fxcurv.core.generators import fresh_generator
 from fxcurv.core.shapes import resolve
 from fxcurv.core.torch_compat import holds, pytree
@@ -25,7 +25,7 @@ from fxcurv.ir.nodes import module_of, output_of
 from fxcurv.losses.base import Loss
 from fxcurv.losses.terms import LossTerms
 from fxcurv.quantities.ekfac import Bases, diagonalized
-from fxcurv.quantities.factors import Again, Factor
+from fxcurv.quantities.factors import Factor, SecondPass
 from fxcurv.quantities.plan import Plan
 from fxcurv.quantities.protocol import Quantity, facts_of
 from fxcurv.results.curvature import Curvature
@@ -35,7 +35,7 @@ from fxcurv.runtime.memory import Chunks
 from fxcurv.runtime.program import Program
 from fxcurv.runtime.second_derivatives import hessian_diagonals
 
-__all__ = ["COLUMN_BYTES", "Batch", "Gathered", "assembled", "bind", "default_columns", "pull_back", "run"]
+__all__ = ["COLUMN_BYTES", "Gathered", "Minibatch", "assembled", "bind", "default_columns", "pull_back", "run"]
 
 
 COLUMN_BYTES = 1 << 29
@@ -43,7 +43,7 @@ COLUMN_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
-class Batch:
+class Minibatch:
     """What a program is run on; `generator` draws sampled columns, `progress` shows a bar on a terminal.
 
     With `bases`, there is a second pass only, in these.
@@ -56,7 +56,7 @@ class Batch:
     bases: Bases | None = None
 
 
-def run(program: Program, model: nn.Module, loss: Loss, batch: Batch, chunks: Chunks) -> Curvature:
+def run(program: Program, model: nn.Module, loss: Loss, batch: Minibatch, chunks: Chunks) -> Curvature:
     """The curvature of `loss` at a batch, with `chunks` of its samples and of columns at once.
 
     However it is cut, the terms of the loss and the columns drawn are those of the whole batch.
@@ -72,10 +72,10 @@ def run(program: Program, model: nn.Module, loss: Loss, batch: Batch, chunks: Ch
         batch = dataclasses.replace(batch, generator=batch.generator or fresh_generator(output.device))
         walk = _Walk(program, inputs, terms, chunks, batch)
         if batch.bases is None:
-            walk.through([f for f in program.backwards if not isinstance(f, Again)], first)
+            walk.through([f for f in program.backwards if not isinstance(f, SecondPass)], first)
         else:
             walk.past(batch.bases.factors)
-        walk.again([f for f in program.backwards if isinstance(f, Again)], first)
+        walk.again([f for f in program.backwards if isinstance(f, SecondPass)], first)
         parameters = dict(model.named_parameters())
         second = hessian_diagonals(program, parameters, inputs, partial(loss.value, target=batch.target))
         second |= recursive_sums(program, inputs, terms)
@@ -91,8 +91,8 @@ class Gathered:
 
     def __init__(self, program: Program) -> None:
         self.statistics = program.statistics
-        self.whole: dict[str, Sum] = {}
-        self.part: dict[str, Sum] = {}
+        self.whole: dict[str, StatisticValue] = {}
+        self.part: dict[str, StatisticValue] = {}
 
     def add(self, parts: dict[str, Tensor]) -> None:
         """Put what a graph returned to the sums of earlier chunks, and let go of it piece by piece."""
@@ -116,7 +116,7 @@ class _Walk:
     inputs: Sequence[Tensor]
     terms: LossTerms
     chunks: Chunks
-    batch: Batch
+    batch: Minibatch
     draws: dict[Factor, Tensor] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -125,12 +125,12 @@ class _Walk:
     def through(self, factors: Sequence[Factor], first: Any) -> None:
         """The sums over inputs, and those of these factors; `first` is what the forward graph returned, if uncut."""
         for part in self._parts():
-            _, kept, found = first or self.program.forward(*_cut(self.inputs, part))
+            _, saved, found = first or self.program.forward(*_cut(self.inputs, part))
             self.sums.add(found)
             for factor in factors:
-                self._pull_back(factor, factor, kept, part)
+                self._pull_back(factor, factor, saved, part)
             self.sums.close()
-            del kept, found
+            del saved, found
 
     def past(self, factors: Sequence[Factor]) -> None:
         """Draw what `through` draws, and take nothing back."""
@@ -139,7 +139,7 @@ class _Walk:
             self.draws[factor] = self.batch.generator.get_state()
             self.terms.skip(factor, self.batch.generator)
 
-    def again(self, factors: Sequence[Again], first: Any) -> None:
+    def again(self, factors: Sequence[SecondPass], first: Any) -> None:
         """The sums of these factors in the eigenbases of what there is, or those given, from the same columns."""
         if not factors:
             return
@@ -148,18 +148,18 @@ class _Walk:
         jobs, bases = self.program.plan.jobs, self.batch.bases
         given = {f: diagonalized(jobs, f.factor, self.sums.whole, bases) for f in factors}
         for part in self._parts():
-            _, kept, _ = first or self.program.forward(*_cut(self.inputs, part))
+            _, saved, _ = first or self.program.forward(*_cut(self.inputs, part))
             for factor in factors:
-                self._pull_back(factor, factor.factor, {**kept, **given[factor]}, part)
+                self._pull_back(factor, factor.factor, {**saved, **given[factor]}, part)
             self.sums.close()
-            del kept
+            del saved
         self.batch.generator.set_state(state)
 
     def _parts(self) -> list[slice]:
         n = self.chunks.samples
         return [slice(a, a + n) for a in range(0, len(self.inputs[0]), n)]
 
-    def _pull_back(self, factor: Factor, drawn: Factor, kept: Mapping[str, Any], part: slice) -> None:
+    def _pull_back(self, factor: Factor, drawn: Factor, saved: Mapping[str, Any], part: slice) -> None:
         """The sums of one factor at some samples; they are taken out of the same draws for each part and pass."""
         generator, size, count = self.batch.generator, self.chunks.columns[factor], self.terms.count(drawn)
         assert generator is not None
@@ -167,15 +167,15 @@ class _Walk:
         quiet = None if self.batch.progress and count > size else True
         columns = self.terms.columns(drawn, size, generator, part)
         columns = tqdm(columns, str(factor), -(-count // size), disable=quiet)
-        pull_back(self.program, factor, kept, columns, self.sums)
+        pull_back(self.program, factor, saved, columns, self.sums)
 
 
 def pull_back(
-    program: Program, factor: Factor, kept: Mapping[str, Any], columns: Iterable[Tensor], sums: Gathered
+    program: Program, factor: Factor, saved: Mapping[str, Any], columns: Iterable[Tensor], sums: Gathered
 ) -> None:
     """Add the sums of one factor, over chunks of its columns."""
     backward = program.backwards[factor]
-    needed = {name: kept[name] for name in program.given(factor)}
+    needed = {name: saved[name] for name in program.given(factor)}
     dtype = output_of(program.canonical).meta["dtype"]
     for S in columns:
         sums.add(backward(S.to(dtype), **needed))
@@ -207,7 +207,9 @@ def _hold(op: nn.Module, slot: str, tensor: Tensor) -> None:
     setattr(op, slot, tensor if is_parameter else nn.Parameter(tensor, requires_grad=False))
 
 
-def assembled(plan: Plan, sums: Mapping[str, Sum], terms: LossTerms, output: Tensor, reduction: str) -> Curvature:
+def assembled(
+    plan: Plan, sums: Mapping[str, StatisticValue], terms: LossTerms, output: Tensor, reduction: str
+) -> Curvature:
     """Sums -> values, by quantity and parameter."""
     samples, values = len(output), dict[tuple[str, str], Tensor | Block]()
     owners = Counter(id(sums[key]) for job in plan.jobs for key in job.sums.values())
@@ -216,7 +218,7 @@ def assembled(plan: Plan, sums: Mapping[str, Sum], terms: LossTerms, output: Ten
             name: sums[key] if owners[id(sums[key])] == 1 else sums[key].clone()  # results share no memory
             for name, key in job.sums.items()
         }
-        value = job.quantity.finish(job.used, own, samples)
+        value = job.quantity.finish(job.usage, own, samples)
         if isinstance(value, Block):
             value = dataclasses.replace(value, parameters=job.parameters, status=job.status, reduction=reduction)
         values |= {(job.name, parameter): value for parameter in job.parameters}

@@ -30,14 +30,14 @@ __all__ = ["entries_apart", "hessian_diagonals", "twice"]
 LossOfOutput = Callable[[Tensor], Tensor]
 
 
-Use = tuple[fx.Node, str]
+_Slot = tuple[fx.Node, str]
 """A node that holds a parameter, and in which slot."""
 
 
 def twice(jobs: Sequence[Job]) -> Iterator[tuple[Job, str, HessianDiagonal]]:
     """The jobs with a sum that differentiates the loss twice, and that sum."""
     for job in jobs:
-        for name, statistic in job.quantity.statistics(job.used).items():
+        for name, statistic in job.quantity.statistics(job.usage).items():
             if isinstance(statistic, HessianDiagonal):
                 yield job, name, statistic
 
@@ -52,7 +52,7 @@ def hessian_diagonals(
     wanted = list(twice(program.plan.jobs))
     if not wanted:
         return {}
-    names = {job.used.name for job, _, _ in wanted}
+    names = {job.usage.name for job, _, _ in wanted}
     uses = _single_uses(program.canonical, names)
     found: dict[str, Tensor] = {}
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -60,10 +60,10 @@ def hessian_diagonals(
         value = loss(watched.run(*inputs))
         each = {name: _of_use(value, watched, use) for name, use in uses.items()}
         for job, statistic, module in wanted:
-            name, key = job.used.name, job.sums[statistic]
+            name, key = job.usage.name, job.sums[statistic]
             if name in each:
-                laid = job.used.laid(each[name], len(each[name]))
-                found[key] = laid.clone() if module.per_sample else laid.sum(0)
+                to_layout = job.usage.to_layout(each[name], len(each[name]))
+                found[key] = to_layout.clone() if module.per_sample else to_layout.sum(0)
             elif module.per_sample:
                 found[key] = _each_sample(program.canonical, parameters[name], inputs, loss)
             else:
@@ -71,9 +71,9 @@ def hessian_diagonals(
     return found
 
 
-def _single_uses(canonical: fx.GraphModule, names: set[str]) -> dict[str, Use]:
+def _single_uses(canonical: fx.GraphModule, names: set[str]) -> dict[str, _Slot]:
     """The parameters among these that one affine layer uses, once."""
-    uses: dict[str, list[Use]] = {}
+    uses: dict[str, list[_Slot]] = {}
     for node in canonical.graph.nodes:
         for slot, source in node.meta.get("slots", {}).items():
             for name in names.intersection(source.names):
@@ -100,7 +100,7 @@ class _Watched(fx.Interpreter):
         return y + z
 
 
-def _of_use(value: Tensor, watched: _Watched, use: Use) -> Tensor:
+def _of_use(value: Tensor, watched: _Watched, use: _Slot) -> Tensor:
     """The diagonal for each sample, [n,g,o,i], of a parameter that one layer uses."""
     node, slot = use
     x, z = watched.seen[node]

@@ -26,19 +26,19 @@ from fxcurv.frontend.isolation import without_autocast
 from fxcurv.losses.base import as_loss
 from fxcurv.losses.terms import unit_columns
 from fxcurv.quantities.factors import Factor, Identity
-from fxcurv.quantities.inner_products import Kept, Strategy, kept, kept_of, products
-from fxcurv.quantities.protocol import OfEach, Sums, Used
+from fxcurv.quantities.inner_products import StoredColumns, Strategy, products, stored_columns, stored_of
+from fxcurv.quantities.protocol import OfEach, ParameterUsage, Sums
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime.memory import bytes_of
 from fxcurv.runtime.options import Options
 from fxcurv.runtime.program import Program
 from fxcurv.runtime.run import Gathered, bind, default_columns, pull_back
-from fxcurv.tangent_kernel.tiling import Batch, Request, Tile, Tiles, tiles_for
+from fxcurv.tangent_kernel.tiling import KernelInput, Request, Tile, Tiles, tiles_for
 
 __all__ = ["NTK", "ntk"]
 
 
-Kind = Literal["full", "trace", "diagonal"]
+KernelKind = Literal["full", "trace", "diagonal"]
 
 
 How = Literal["jacobian", "structured", "ntvp"]
@@ -48,7 +48,7 @@ def ntk(
     model: nn.Module,
     x1: Inputs,
     x2: Inputs | None = None,
-    kind: Kind = "full",
+    kind: KernelKind = "full",
     strategy: How | None = None,
     *,
     memory_budget: int | str | None = None,
@@ -92,7 +92,7 @@ class NTK:
         self.compiled = Compiled(model, as_loss("mse"), chosen(_OutputColumns(self.forced)), Options(output))
         self._known: WeakKeyDictionary[Program, WeakKeyDictionary[Program, dict[object, Tiles]]] = WeakKeyDictionary()
 
-    def __call__(self, x1: Inputs, x2: Inputs | None = None, kind: Kind = "full") -> Tensor:
+    def __call__(self, x1: Inputs, x2: Inputs | None = None, kind: KernelKind = "full") -> Tensor:
         """The kernel, as in `ntk`."""
         found = self._sums(x1, x2, kind, apart=False)
         if not found:
@@ -101,22 +101,22 @@ class NTK:
             )
         return found[""]
 
-    def of_each(self, x1: Inputs, x2: Inputs | None = None, kind: Kind = "full") -> dict[str, Tensor]:
+    def of_each(self, x1: Inputs, x2: Inputs | None = None, kind: KernelKind = "full") -> dict[str, Tensor]:
         """Each parameter's summand of the kernel."""
         return self._sums(x1, x2, kind, apart=True)
 
-    def _sums(self, x1: Inputs, x2: Inputs | None, kind: Kind, apart: bool) -> dict[str, Tensor]:
+    def _sums(self, x1: Inputs, x2: Inputs | None, kind: KernelKind, apart: bool) -> dict[str, Tensor]:
         """The kernel of each parameter by its name, or not `apart` that of all of them under no name."""
-        if kind not in get_args(Kind):
-            _refuse("kind", kind, get_args(Kind))
+        if kind not in get_args(KernelKind):
+            _refuse("kind", kind, get_args(KernelKind))
         found: dict[str, Tensor] = {}
         if self.strategy == "ntvp":
             for name, K in self._by_products(x1, x2).items():
                 block = _reduced(K, kind)
                 _add(found, name if apart else "", block, block.shape, (...,))
             return found
-        left = Batch(self.compiled.prepare(x1), x1)
-        right = None if x2 is None else Batch(self.compiled.prepare(x2), x2)
+        left = KernelInput(self.compiled.prepare(x1), x1)
+        right = None if x2 is None else KernelInput(self.compiled.prepare(x2), x2)
         request = Request(kind != "full", kind == "trace", len(left.program.plan.jobs) if apart else 1, self.forced)
         other, tiles = right or left, self._tiles(left, right, request)
         shape = torch.Size((left.samples, other.samples, left.outputs, other.outputs))
@@ -130,7 +130,7 @@ class NTK:
                 _add(found, key, mirrored, shape[: block.ndim], places[: block.ndim])
         return found
 
-    def _tiles(self, left: Batch, right: Batch | None, request: Request) -> Tiles:
+    def _tiles(self, left: KernelInput, right: KernelInput | None, request: Request) -> Tiles:
         """How the batches are cut, remembered for their sizes."""
         other = right or left
         key = (left.samples, right and right.samples, request)
@@ -140,7 +140,7 @@ class NTK:
         return known[key]
 
     def _products(
-        self, left: Batch, right: Batch | None, request: Request, tiles: Tiles
+        self, left: KernelInput, right: KernelInput | None, request: Request, tiles: Tiles
     ) -> Iterator[tuple[str, Tile, Tile, Tensor]]:
         """Every parameter's products of every two tiles, of one batch with itself of every pair."""
         ours = tiles.of(left)
@@ -155,7 +155,7 @@ class NTK:
                 del R
             del L
 
-    def _columns(self, batch: Batch, tile: Tile) -> dict[str, Kept]:
+    def _columns(self, batch: KernelInput, tile: Tile) -> dict[str, StoredColumns]:
         """The Jacobians of each parameter at a tile, as what is kept of them."""
         program, (start, stop) = batch.program, (tile.columns.start, tile.columns.stop)
         with torch.no_grad(), without_autocast():
@@ -171,7 +171,7 @@ class NTK:
             gathered.close()
         sums = gathered.whole
         return {
-            job.used.name: kept_of({name: sums[key] for name, key in job.sums.items()}) for job in program.plan.jobs
+            job.usage.name: stored_of({name: sums[key] for name, key in job.sums.items()}) for job in program.plan.jobs
         }
 
     # Products with vectors --------------------------------------------------------------------------------------------
@@ -232,15 +232,15 @@ class _OutputColumns(OfEach):
     factor: Factor = field(default=Identity(), init=False)
     family: str = field(default="ntk", init=False, repr=False)
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
-        return kept(used, self.strategy)
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
+        return stored_columns(usage, self.strategy)
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> Tensor:
-        columns = kept_of(sums)
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor:
+        columns = stored_of(sums)
         return products(columns, columns).flatten(2).flatten(0, 1)
 
 
-def _reduced(K: Tensor, kind: Kind) -> Tensor:
+def _reduced(K: Tensor, kind: KernelKind) -> Tensor:
     """The kernel of some kind, from the full one."""
     if kind == "full":
         return K

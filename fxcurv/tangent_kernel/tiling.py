@@ -19,16 +19,16 @@ from fxcurv.core.shapes import resolve
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, batch_size
 from fxcurv.ir.nodes import output_of
-from fxcurv.quantities.inner_products import ROOM, Strategy, kept_like, room_needed
+from fxcurv.quantities.inner_products import ROOM, Strategy, room_needed, stored_like
 from fxcurv.runtime.memory import MARGIN, Forecast, forecast, largest, show_bytes
 from fxcurv.runtime.program import Program
 from fxcurv.runtime.run import default_columns
 
-__all__ = ["Batch", "Peak", "Request", "Tile", "Tiles", "tiles_for"]
+__all__ = ["KernelInput", "Peak", "Request", "Tile", "Tiles", "tiles_for"]
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class KernelInput:
     """A batch, and the program whose columns are those of the model's outputs there."""
 
     program: Program
@@ -85,7 +85,7 @@ class Tiles:
     columns: int
     room: int = ROOM
 
-    def of(self, batch: Batch) -> list[Tile]:
+    def of(self, batch: KernelInput) -> list[Tile]:
         """The tiles of a batch."""
         samples, columns = _cut(batch.samples, self.samples), _cut(batch.outputs, self.columns)
         return [Tile(*pair) for pair in itertools.product(samples, columns)]
@@ -95,7 +95,7 @@ def _cut(whole: int, at_once: int) -> list[slice]:
     return [slice(start, min(start + at_once, whole)) for start in range(0, whole, at_once)]
 
 
-def tiles_for(left: Batch, right: Batch | None, request: Request, budget: int | None) -> Tiles:
+def tiles_for(left: KernelInput, right: KernelInput | None, request: Request, budget: int | None) -> Tiles:
     """The largest tiles with which the kernel stays within `budget` bytes: all columns of some samples, or of one some.
 
     `right` is None for the kernel of a batch with itself. Without a budget nothing is cut. Raises FxcurvError (FXC503)
@@ -127,12 +127,12 @@ def tiles_for(left: Batch, right: Batch | None, request: Request, budget: int | 
     return roomy if Peak.of(left, right, request, roomy).highest <= allowed else Tiles(n, v, spare)
 
 
-def _size(batch: Batch) -> int:
+def _size(batch: KernelInput) -> int:
     """Bytes of a number."""
     return max(4, output_of(batch.program.canonical).meta["dtype"].itemsize)
 
 
-def _kernel(left: Batch, right: Batch, request: Request) -> int:
+def _kernel(left: KernelInput, right: KernelInput, request: Request) -> int:
     """Entries of the result."""
     each = (1 if request.traced else left.outputs) if request.alike else left.outputs * right.outputs
     return request.count * left.samples * right.samples * each
@@ -151,7 +151,7 @@ class Peak:
         return max(self.pulling, self.beside + self.forming)
 
     @classmethod
-    def of(cls, left: Batch, right: Batch | None, request: Request, tiles: Tiles) -> Peak:
+    def of(cls, left: KernelInput, right: KernelInput | None, request: Request, tiles: Tiles) -> Peak:
         """Those of the kernel of two batches, or of one with itself, cut so."""
         other, size = right or left, _size(left)
         one = right is None and tiles.samples >= left.samples and tiles.columns >= left.outputs
@@ -160,8 +160,8 @@ class Peak:
         result, block = size * _kernel(left, other, request), size * n * m * v * (1 if request.alike else w)
         forming = 0
         for job in left.program.plan.jobs:
-            L = kept_like(job.used, request.strategy, v, n)
-            R = L if one else kept_like(job.used, request.strategy, w, m)
+            L = stored_like(job.usage, request.strategy, v, n)
+            R = L if one else stored_like(job.usage, request.strategy, w, m)
             forming = max(forming, room_needed(L, R, request.alike, request.strategy, tiles.room))
         pulling = max(ours.peak, 0 if one else ours.results + theirs.peak)
         held = ours.results + (0 if one else theirs.results)

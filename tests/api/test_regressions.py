@@ -16,7 +16,7 @@ import fxcurv
 from fxcurv.losses.base import as_loss
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime.autograd import by_autograd
-from fxcurv.runtime.run import Batch
+from fxcurv.runtime.run import Minibatch
 
 EXACT = fxcurv.KFAC(fxcurv.Exact())
 
@@ -318,7 +318,7 @@ def test_one_sample_whose_cotangent_is_permuted(norm: Callable[[int], nn.Module]
     quantities = ["grad", "diag_ggn"]
     one = fxcurv.compile(model, quantities=quantities)(x, y)
     two = fxcurv.compile(model, quantities=quantities)(x.expand(2, -1, -1, -1).contiguous(), y.expand(2))
-    eager = by_autograd(model, as_loss(nn.CrossEntropyLoss()), chosen(quantities), Batch(x, y))
+    eager = by_autograd(model, as_loss(nn.CrossEntropyLoss()), chosen(quantities), Minibatch(x, y))
     for quantity, entries in two.items():
         for name, twice in entries.items():
             assert_close(one[quantity][name], twice, f"{quantity} {name}")

@@ -146,7 +146,7 @@ def test_every_weight_of_gpt2_has_kronecker_factors(name: str) -> None:
     for layer in CONV1D:
         block = blocks[f"{layer}.weight"]
         assert isinstance(block, fxcurv.Kronecker)
-        assert block.inputs_first
+        assert block.in_out
         assert blocks.status[f"{layer}.weight"] == "exact"
 
 

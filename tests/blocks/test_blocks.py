@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fxcurv
 from fxcurv.blocks.base import Damping
-from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.convolution.patches import Patches
 from fxcurv.linalg.factorizations import cholesky
 
@@ -29,12 +29,12 @@ def psd(*shape: int) -> Tensor:
     return root @ root.mT
 
 
-def kept(*shape: int) -> SecondMoment:
+def kept(*shape: int) -> LazyGram:
     """Of vectors `[n, s, g, d]`."""
-    return SecondMoment((draw(*shape), draw(*shape)), scale=0.3)
+    return LazyGram((draw(*shape), draw(*shape)), scale=0.3)
 
 
-PATCHES = SecondMoment((draw(1, 4, 2, 2),), Patches((3, 3), (1, 1), (1, 1), (1, 1), 2), 0.5)  # 4 patches of 18 entries
+PATCHES = LazyGram((draw(1, 4, 2, 2),), Patches((3, 3), (1, 1), (1, 1), (1, 1), 2), 0.5)  # 4 patches of 18 entries
 
 BLOCKS: dict[str, fxcurv.Block] = {
     "diagonal": fxcurv.Diagonal((2, 3), torch.rand(2, 3, dtype=torch.float64, generator=G)),
@@ -48,8 +48,8 @@ BLOCKS: dict[str, fxcurv.Block] = {
 }
 BLOCKS["eigenbasis"] = BLOCKS["grouped"].inverse(0.1)
 BLOCKS["eigenbasis_kept"] = BLOCKS["kronecker_one_kept"].inverse(0.1)
-BLOCKS["swapped"] = fxcurv.Kronecker((3, 4), psd(3), psd(4), inputs_first=True, parameters=("w",))
-BLOCKS["swapped_kept"] = fxcurv.Kronecker((6, 5), kept(1, 2, 1, 6), psd(5), inputs_first=True, parameters=("w",))
+BLOCKS["swapped"] = fxcurv.Kronecker((3, 4), psd(3), psd(4), in_out=True, parameters=("w",))
+BLOCKS["swapped_kept"] = fxcurv.Kronecker((6, 5), kept(1, 2, 1, 6), psd(5), in_out=True, parameters=("w",))
 BLOCKS["eigenbasis_swapped"] = BLOCKS["swapped"].inverse(0.1)
 BLOCKS["eigenbasis_swapped_kept"] = BLOCKS["swapped_kept"].inverse(0.1)
 REGULAR = [name for name in BLOCKS if "kept" not in name or "eigenbasis" in name]
@@ -101,7 +101,7 @@ def test_inputs_first_acts_on_the_transpose(name: str) -> None:
     """A ⊗ G of W[i,o] is what G ⊗ A is of Wᵀ."""
     block = BLOCKS[name]
     assert isinstance(block, fxcurv.Kronecker)
-    other = replace(block, shape=block.shape[::-1], inputs_first=False)
+    other = replace(block, shape=block.shape[::-1], in_out=False)
     close(block.dense(), torch.kron(block.A, block.G))
     close(other.dense(), torch.kron(block.G, block.A))
     W = draw(*block.shape)
@@ -117,7 +117,7 @@ def test_inputs_first_acts_on_the_transpose(name: str) -> None:
         close(ours.mv(W), theirs.mv(W.T.contiguous()).T)
         close(ours.solve(W, 0.2), theirs.solve(W.T.contiguous(), 0.2).T)
         close(ours.diag(), theirs.diag().T)
-    assert block.plus(replace(block, inputs_first=False)) is None
+    assert block.plus(replace(block, in_out=False)) is None
 
 
 # Damped -----------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_kept_factors_stay_kept() -> None:
     block.frobenius_norm()
     assert "A" not in vars(block)
     assert "G" not in vars(block)
-    assert isinstance((2 * block).to(dtype=torch.float32).output_moment, SecondMoment)
+    assert isinstance((2 * block).to(dtype=torch.float32).output_moment, LazyGram)
 
 
 # Errors -----------------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def test_blocks_that_are_not_finite_say_so() -> None:
             block.eigvalsh()
         with pytest.raises(fxcurv.FxcurvError, match="the factor A of the block of 'w' is not positive definite"):
             block.inverse(0.1, "plain")
-        dense = fxcurv.Dense((3,), SecondMoment((entries[None, None, :2, :].mT[..., :1].mT,)), parameters=("b",))
+        dense = fxcurv.Dense((3,), LazyGram((entries[None, None, :2, :].mT[..., :1].mT,)), parameters=("b",))
         with pytest.raises(fxcurv.FxcurvError, match="the block of 'b' has no eigenvalues"):
             dense.eigvalsh()
 

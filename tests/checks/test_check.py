@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv.checks import Allowance, Demands
+from fxcurv.checks import Allowance, Policy
 from fxcurv.checks.anchors import Anchors, defined_at
 from fxcurv.core.errors import Frame
 from fxcurv.runtime.autograd import by_autograd
@@ -110,8 +110,8 @@ def test_an_approximation_passes_under_its_name(monkeypatch: pytest.MonkeyPatch)
     assert report.ok
     (bias,) = (row for row in report.findings if row.parameter == "fc.bias")
     assert (bias.code, bias.severity, bias.approximation) == ("FXC320", "warning", "diagonal")
-    assert not fxcurv.check(Partly(), X, demands=Demands(require="exact")).ok
-    assert not fxcurv.check(Partly(), X, demands=Demands(fail_on="warning")).ok
+    assert not fxcurv.check(Partly(), X, policy=Policy(require="exact")).ok
+    assert not fxcurv.check(Partly(), X, policy=Policy(fail_on="warning")).ok
 
 
 def test_a_refusal_names_the_node_and_the_remedy() -> None:
@@ -285,16 +285,16 @@ def test_a_library_s_line_is_kept_and_the_finding_anchored_at_the_class() -> Non
 
 def test_enough_coverage_turns_failures_into_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxcurv.quantities.DENSE_LIMIT", 1)
-    strict = fxcurv.check(Partly(), X, "kfac", demands=Demands(require="exact"))
+    strict = fxcurv.check(Partly(), X, "kfac", policy=Policy(require="exact"))
     assert strict.coverage("kfac") == pytest.approx(8 / 10)
     assert not strict.ok
-    assert fxcurv.check(Partly(), X, "kfac", demands=Demands(require="exact", min_coverage=0.8)).ok
-    assert not fxcurv.check(Partly(), X, "kfac", demands=Demands(require="exact", min_coverage=0.81)).ok
+    assert fxcurv.check(Partly(), X, "kfac", policy=Policy(require="exact", min_coverage=0.8)).ok
+    assert not fxcurv.check(Partly(), X, "kfac", policy=Policy(require="exact", min_coverage=0.81)).ok
 
 
 def test_findings_can_be_ignored_selected_allowed_and_known() -> None:
-    def rows(**demands: Any) -> list[str]:
-        report = fxcurv.check(Mixing(), X, "kfac", demands=Demands(**demands))
+    def rows(**policy: Any) -> list[str]:
+        report = fxcurv.check(Mixing(), X, "kfac", policy=Policy(**policy))
         assert report.ok is all(row.suppressed or row.severity != "error" for row in report.rows)
         return [row.suppressed for row in report.rows]
 
@@ -380,7 +380,7 @@ class HalfMixing(nn.Module):
     [("skip", "unsupported", "exact"), ("error", "unsupported", "unsupported"), ("fallback", "fallback", "exact")],
 )
 def test_parameters_are_refused_one_by_one(on_unsupported: OnUnsupported, body: str, head: str) -> None:
-    report = fxcurv.check(HalfMixing(), X, "grad", on_unsupported=on_unsupported, demands=Demands(require="any"))
+    report = fxcurv.check(HalfMixing(), X, "grad", on_unsupported=on_unsupported, policy=Policy(require="any"))
     assert {row.parameter: row.status for row in report.rows} == {
         "body.weight": body,
         "body.bias": body,

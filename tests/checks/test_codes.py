@@ -15,7 +15,7 @@ from bad_inputs import CASES, Case
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv.checks.codes import CODES, Kind, Severity, as_json, explain
+from fxcurv.checks.codes import CODES, Category, Severity, as_json, explain
 from fxcurv.cli.main import main
 from fxcurv.core import errors
 from fxcurv.core.errors import FxcurvError
@@ -55,7 +55,7 @@ def test_the_table_is_sorted_complete_and_in_words_of_its_own() -> None:
     assert list(CODES) == sorted(CODES)
     for code, row in CODES.items():
         assert re.fullmatch(r"FXC[0-59]\d\d", code)
-        assert row.kind in get_args(Kind)
+        assert row.kind in get_args(Category)
         assert row.severity in get_args(Severity)
         assert row.title[0].islower() or row.title.split()[0] in ("BatchNorm",)
         assert row.explanation.endswith(".")
@@ -175,7 +175,7 @@ def test_a_target_has_its_code(target: str, code: str) -> None:
     assert caught.value.code == code
 
 
-# fxcurv explain, fxcurv rules -------------------------------------------------------------------------------------
+# fxcurv explain, fxcurv codes -------------------------------------------------------------------------------------
 
 
 def test_explain_says_what_a_code_means(capsys: pytest.CaptureFixture[str]) -> None:

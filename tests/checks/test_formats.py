@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fxcurv
 from fxcurv import checks
-from fxcurv.checks import Allowance, Demands, Report
+from fxcurv.checks import Allowance, Policy, Report
 from fxcurv.checks.codes import CODES
 from fxcurv.checks.formats import FORMATS
 
@@ -30,7 +30,7 @@ def in_halves(*layers: nn.Module) -> nn.Sequential:
     return model
 
 
-class Found(nn.Module):
+class Outcome(nn.Module):
     """A frozen parameter, exact ones, one whose samples mix, and one that is not used."""
 
     def __init__(self, centred: bool) -> None:
@@ -55,9 +55,9 @@ def reports() -> list[Report]:
     """One that fails, one that passes, and one whose finding is allowed."""
     allow = (Allowance("FXC401", "50 % | centred: on purpose"),)
     return [
-        fxcurv.check(Found(centred=True), X, target="nets.py:first"),
-        fxcurv.check(Found(centred=False), X, "kfac", target="nets.py:second"),
-        fxcurv.check(Found(centred=True), X, "kfac", target="nets.py:third", demands=Demands(allow=allow)),
+        fxcurv.check(Outcome(centred=True), X, target="nets.py:first"),
+        fxcurv.check(Outcome(centred=False), X, "kfac", target="nets.py:second"),
+        fxcurv.check(Outcome(centred=True), X, "kfac", target="nets.py:third", policy=Policy(allow=allow)),
     ]
 
 
@@ -163,7 +163,7 @@ def test_github_shows_each_reason_once_at_its_line(reports: list[Report]) -> Non
 
 
 def test_github_properties_are_escaped() -> None:
-    report = fxcurv.check(Found(centred=True), X, "grad", target="a,b:c%d\ne")
+    report = fxcurv.check(Outcome(centred=True), X, "grad", target="a,b:c%d\ne")
     said = FORMATS["github"]([report]).splitlines()[0].partition("::")[2].partition("::")[2]
     assert said.startswith("a,b:c%25d%0Ae: body.0.weight: ")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxcurv.checks.levels import Question
-from fxcurv.checks.policy import Demands
+from fxcurv.checks.levels import Request
+from fxcurv.checks.policy import Policy
 from fxcurv.checks.pool import Task, perform_all
 from fxcurv.checks.report import Report
 from fxcurv.cli.main import main
@@ -218,8 +218,8 @@ def test_reports_go_into_files(folder: Path, capsys: Capture) -> None:
 
 
 def tasks(folder: Path, *names: str) -> list[Task]:
-    question = Question(chosen("grad"), as_loss("cross_entropy"), demands=Demands(require="exact"))
-    return [Task(name, question, folder) for name in names]
+    request = Request(chosen("grad"), as_loss("cross_entropy"), policy=Policy(require="exact"))
+    return [Task(name, request, folder) for name in names]
 
 
 def test_targets_in_processes_of_their_own(folder: Path) -> None:

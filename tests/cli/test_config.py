@@ -64,8 +64,8 @@ def test_a_target_comes_before_the_project_and_behind_the_command_line(project: 
     assert load({"level": "shape"}, {}, project).of(large).level == "shape"
     assert load({}, {"FXCURV_LEVEL": "shape"}, project).of(large).level == "shape"
     everywhere = Allowance("FXC320", "large")
-    assert read.of(small).demands.allow == (everywhere, Allowance("FXC401", "centred", "head.*"))
-    assert read.of(large).demands.allow == (everywhere,)
+    assert read.of(small).policy.allow == (everywhere, Allowance("FXC401", "centred", "head.*"))
+    assert read.of(large).policy.allow == (everywhere,)
 
 
 def test_the_root_is_that_of_the_repository(project: Path, tmp_path: Path) -> None:

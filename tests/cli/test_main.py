@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv.checks.levels import Question, Subject, examine
+from fxcurv.checks.levels import CheckTarget, Request, examine
 from fxcurv.cli.main import main
 from fxcurv.models import data
 from fxcurv.models.targets import Target, resolve
@@ -315,11 +315,11 @@ def test_check_of_several_targets_as_json(nets: str, capsys: Capture) -> None:
 def test_check_takes_the_loss_and_the_shape(nets: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     losses: list[nn.Module] = []
 
-    def examined(subject: Subject, question: Question) -> fxcurv.Report:
-        losses.append(question.loss.module)
-        assert isinstance(subject.inputs, Tensor)
-        assert subject.inputs.shape == (2, 7, 4)
-        return examine(subject, question)
+    def examined(target: CheckTarget, request: Request) -> fxcurv.Report:
+        losses.append(request.loss.module)
+        assert isinstance(target.inputs, Tensor)
+        assert target.inputs.shape == (2, 7, 4)
+        return examine(target, request)
 
     monkeypatch.setattr("fxcurv.checks.pool.examine", examined)
     code, out, _ = run(capsys, "check", f"{nets}:shapeless", "--input", "7x4", "--loss", "mse")

@@ -13,21 +13,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxcurv
 import passes
-from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.contractions import convolutions, covariances, diagonals, entries
 from fxcurv.contractions.definitions import (
     Columns,
-    Diagonal,
     DiagonalPerSample,
     Gradient,
     Gram,
     InputCovariance,
     OutputCovariance,
     SquaredNorms,
+    SumOfSquares,
 )
-from fxcurv.contractions.statistic import Statistic, Sum
+from fxcurv.contractions.statistic import Statistic, StatisticValue
 from fxcurv.convolution import lag_correlation as meetings
-from fxcurv.convolution.lag_correlation import Meetings, along
+from fxcurv.convolution.lag_correlation import LagCorrelations, axis_overlaps
 from fxcurv.convolution.patches import Patches
 from fxcurv.convolution.row_products import RowProducts
 from fxcurv.convolution.second_moment import WAYS, cheapest
@@ -41,7 +41,7 @@ from fxcurv.losses.base import as_loss
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime.memory import Chunks
 from fxcurv.runtime.program import Program
-from fxcurv.runtime.run import Batch, run
+from fxcurv.runtime.run import Minibatch, run
 
 CONVS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 N, V = 3, 2
@@ -51,8 +51,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def close(value: Sum, expected: Tensor, tolerance: float = 1e-11) -> None:
-    dense = value.dense() if isinstance(value, SecondMoment) else value
+def close(value: StatisticValue, expected: Tensor, tolerance: float = 1e-11) -> None:
+    dense = value.dense() if isinstance(value, LazyGram) else value
     torch.testing.assert_close(dense, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -96,7 +96,7 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     raw = draw(V, *op(z).shape)
     S = OutputPositions(op, Samples(0))(raw)
     close(convolutions.GradientOfConvolution(op)([z], [raw]), Gradient()([x], [S]))
-    diagonal = Diagonal()([x], [S])
+    diagonal = SumOfSquares()([x], [S])
     close(diagonals.DiagonalBySample()([x], [S]), diagonal)
     if x.shape[1] <= 50:
         close(diagonals.DiagonalByPairs()([x], [S]), diagonal)
@@ -114,21 +114,21 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
 @pytest.mark.parametrize("positions", [1, 5])
 def test_forms_of_positions(groups: int, positions: int) -> None:
     x, S = draw(N, positions, groups, 40), draw(V, N, positions, groups, 50)
-    pairs: dict[str, tuple[Sum, Tensor]] = {
+    pairs: dict[str, tuple[StatisticValue, Tensor]] = {
         "inputs": (_sum(covariances.KeptInputs(None), [x]), InputCovariance()([x])),
         "inputs and ones": (_sum(covariances.KeptInputs(None, ones=True), [x]), InputCovariance(ones=True)([x])),
         "outputs": (_sum(covariances.KeptOutputs(), [S]), OutputCovariance()([S])),
         "pooled outputs": (_sum(covariances.KeptOutputs(pooled=True), [S]), OutputCovariance(pooled=True)([S])),
         "entries": (_sum(covariances.KeptEntries(), [x], [S]), Gram()([x], [S]).unsqueeze(0)),
         "outer products": (Columns()([x], [S]), torch.einsum("vnsgo,nsgi->vngoi", S, x)),
-        "by sample": (diagonals.DiagonalBySample()([x], [S]), Diagonal()([x], [S])),
+        "by sample": (diagonals.DiagonalBySample()([x], [S]), SumOfSquares()([x], [S])),
         "norms by pairs": (diagonals.SquaredNormsByPairs()([x], [S]), SquaredNorms()([x], [S])),
-        "by pairs": (diagonals.DiagonalByPairs()([x], [S]), Diagonal()([x], [S])),
+        "by pairs": (diagonals.DiagonalByPairs()([x], [S]), SumOfSquares()([x], [S])),
         "by pairs per sample": (diagonals.DiagonalPerSampleByPairs()([x], [S]), DiagonalPerSample()([x], [S])),
     }
     if positions == 1:
-        pairs["single"] = diagonals.DiagonalOfSinglePositions()([x], [S]), Diagonal()([x], [S])
-        pairs["single bias"] = diagonals.DiagonalOfSinglePositions()([None], [S]), Diagonal()([None], [S])
+        pairs["single"] = diagonals.DiagonalOfSinglePositions()([x], [S]), SumOfSquares()([x], [S])
+        pairs["single bias"] = diagonals.DiagonalOfSinglePositions()([None], [S]), SumOfSquares()([None], [S])
         per_sample = diagonals.DiagonalPerSampleOfSinglePositions()
         pairs["single per sample"] = per_sample([x], [S]), DiagonalPerSample()([x], [S])
         pairs["single bias per sample"] = per_sample([None], [S]), DiagonalPerSample()([None], [S])
@@ -143,27 +143,27 @@ def test_squares_are_summed_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(module, "CHUNK", chunk)
     x, S = draw(N, 5, 2, 40), draw(V, N, 5, 2, 50)
     squares = torch.einsum("vnsgo,nsgi->vngoi", S, x).square()
-    close(Diagonal()([x], [S]), squares.sum((0, 1)))
+    close(SumOfSquares()([x], [S]), squares.sum((0, 1)))
     close(SquaredNorms()([x], [S]), squares.sum((0, 2, 3, 4)))
     for statistic in (DiagonalPerSample(), diagonals.DiagonalPerSampleByPairs()):
         close(statistic([x], [S]), squares.sum(0))
 
 
-def _sum(statistic: Statistic, *args: list[Tensor]) -> Sum:
+def _sum(statistic: Statistic, *args: list[Tensor]) -> StatisticValue:
     return statistic.sum_of(statistic(*args))
 
 
 def test_samples_one_by_one_keep_cross_terms_of_several_uses() -> None:
     xs, Ss = [draw(N, 3, 2, 4), draw(N, 2, 2, 4)], [draw(V, N, 3, 2, 5), draw(V, N, 2, 2, 5)]
-    close(diagonals.DiagonalBySample()(xs, Ss), Diagonal()(xs, Ss))
+    close(diagonals.DiagonalBySample()(xs, Ss), SumOfSquares()(xs, Ss))
     close(diagonals.SquaredNormsByPairs()(xs, Ss), SquaredNorms()(xs, Ss))
 
 
 # Kept moments -----------------------------------------------------------------------------------------------------
 
 
-def moment(*shape: int) -> SecondMoment:
-    return SecondMoment((draw(*shape),), scale=0.5)
+def moment(*shape: int) -> LazyGram:
+    return LazyGram((draw(*shape),), scale=0.5)
 
 
 def test_a_moment_does_what_its_matrix_does() -> None:
@@ -179,7 +179,7 @@ def test_a_moment_does_what_its_matrix_does() -> None:
 def test_moments_add_and_are_formed_when_that_is_smaller() -> None:
     a, b = moment(3, 1, 1, 9), moment(4, 1, 1, 9)
     both = a + b
-    assert isinstance(both, SecondMoment)
+    assert isinstance(both, LazyGram)
     close(both, a.dense() + b.dense())
     formed = both + b
     assert isinstance(formed, Tensor)
@@ -193,7 +193,7 @@ def test_a_result_owns_what_it_keeps() -> None:
     with torch.random.fork_rng(devices=[]):
         model, x = nn.Sequential(nn.Linear(30, 20)).eval(), draw(3, 30, dtype=torch.float32)
     block: Any = fxcurv.compile(model)(x, torch.tensor([0, 1, 2]))["kfac"]["0.weight"]
-    assert isinstance(block.input_moment, SecondMoment)
+    assert isinstance(block.input_moment, LazyGram)
     A = block.input_moment.dense()[0].clone()
     x.zero_()
     close(block.A, A)
@@ -205,7 +205,7 @@ def test_a_larger_batch_than_was_compiled_for_is_summed() -> None:
         model = nn.Sequential(nn.Linear(30, 20)).double().eval()
     compiled, x = fxcurv.compile(model, quantities=["kflr"], example_inputs=draw(3, 30)), draw(60, 30)
     small, large = (compiled(z, torch.zeros(len(z), dtype=torch.int64))["kflr"]["0.weight"] for z in (x[:3], x))
-    assert isinstance(small.input_moment, SecondMoment)
+    assert isinstance(small.input_moment, LazyGram)
     assert isinstance(large.input_moment, Tensor)
     close(large.A, x.mT @ x / 60)
     close(small.A, x[:3].mT @ x[:3] / 3)
@@ -255,8 +255,8 @@ def test_advice_leaves_memory_as_it_is() -> None:
 
 def test_a_moment_of_a_difference_is_scaled() -> None:
     kept = draw(4, 3, 2, 5)
-    close(SecondMoment((kept,), scale=-0.3), SecondMoment((kept,)).dense() * -0.3)
-    close(SecondMoment((kept,), scale=0.3), SecondMoment((kept,)).dense() * 0.3)
+    close(LazyGram((kept,), scale=-0.3), LazyGram((kept,)).dense() * -0.3)
+    close(LazyGram((kept,), scale=0.3), LazyGram((kept,)).dense() * 0.3)
 
 
 # Whole models -----------------------------------------------------------------------------------------------------
@@ -295,14 +295,17 @@ def results(forced: str | None) -> dict[str, Tensor]:
         torch.manual_seed(0)
         model = Net().double().eval()
     x, y = draw(3, 3, 6, 7), torch.tensor([0, 3, 1])
-    choice = chosen(QUANTITIES)
-    program = Program.of(passes.emit(model, passes.canonicalize(model, x), choice, x, forced))
+    selection = chosen(QUANTITIES)
+    program = Program.of(passes.emit(model, passes.canonicalize(model, x), selection, x, forced))
     names = {
-        node.meta["contraction"].form for gm in program.graphs for node in gm.graph.nodes if "contraction" in node.meta
+        node.meta["contraction"].variant
+        for gm in program.graphs
+        for node in gm.graph.nodes
+        if "contraction" in node.meta
     }
     assert forced is None or forced in names
     curvature = run(
-        program, model, as_loss("cross_entropy"), Batch(x, y), Chunks(3, dict.fromkeys(program.backwards, 2))
+        program, model, as_loss("cross_entropy"), Minibatch(x, y), Chunks(3, dict.fromkeys(program.backwards, 2))
     )
     return {
         f"{entry.quantity} {entry.parameter} {kind}": t
@@ -312,14 +315,14 @@ def results(forced: str | None) -> dict[str, Tensor]:
 
 
 DEFINITIONS: list[Callable[[], Statistic]] = [
-    *(Columns, Diagonal, DiagonalPerSample, Gradient, Gram, InputCovariance, OutputCovariance, SquaredNorms)
+    *(Columns, SumOfSquares, DiagonalPerSample, Gradient, Gram, InputCovariance, OutputCovariance, SquaredNorms)
 ]
 FORMS = [*(d.__name__ for d in DEFINITIONS), *diagonals.__all__]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_whichever_form_is_forced_results_agree(form: str) -> None:
-    expected, found = results(None), results(form)
+def test_whichever_form_is_forced_results_agree(variant: str) -> None:
+    expected, found = results(None), results(variant)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
@@ -349,7 +352,7 @@ def test_few_channels_are_convolved(channels: int, groups: int, side: int, cheap
     op = nn.Conv2d(channels, channels, 7, padding=3, groups=groups, dtype=dtype, device="meta")
     z, S = (torch.empty(*lead, 8, channels, side, side, dtype=dtype, device="meta") for lead in ((), (1,)))
     x = InputPositions(op, Samples(0))(z)
-    defined = Diagonal().cost([x], [OutputPositions(op, Samples(0))(S)]) + copying(x.numel(), x.element_size())
+    defined = SumOfSquares().cost([x], [OutputPositions(op, Samples(0))(S)]) + copying(x.numel(), x.element_size())
     by_convolution = convolutions.DiagonalByConvolution(op).cost([z], [S])
     assert (by_convolution.seconds(RATES[dtype]) < defined.seconds(RATES[dtype])) == cheaper
 
@@ -357,13 +360,13 @@ def test_few_channels_are_convolved(channels: int, groups: int, side: int, cheap
 def test_pairs_of_taps_share_what_they_meet() -> None:
     """Along an axis with a padded kernel of 3 at most 7 meetings of 9 differ, on the smallest maps fewer."""
     (axis, _), expected = Patches((3, 3), (1, 1), (1, 1), (1, 1), 1).axes, {1: 1, 2: 5, 3: 7, 9: 7}
-    assert {length: len(along(axis, length).different) for length in expected} == expected
+    assert {length: len(axis_overlaps(axis, length).different) for length in expected} == expected
 
 
 def test_meetings_follow_from_the_widest_at_their_displacement() -> None:
     """On wide maps a row of the border is multiplied where all rows but that were; on narrow ones nothing is gained."""
     (axis, _) = Patches((3, 3), (1, 1), (1, 1), (1, 1), 1).axes
-    wide, narrow = along(axis, 9), along(axis, 2)
+    wide, narrow = axis_overlaps(axis, 9), axis_overlaps(axis, 2)
     assert sorted(one.length for one in wide.multiplied) == [1, 1, 7, 7, 8, 8, 9]
     assert len(wide.follows) == 2
     assert set(narrow.multiplied) == narrow.different
@@ -379,7 +382,7 @@ def test_meetings_of_samples_in_parts_add_up(monkeypatch: pytest.MonkeyPatch) ->
     expected = Unfolding(patches, z).covariance()
     for part in (1, 2 * z[0].numel(), z.numel()):
         monkeypatch.setattr(meetings, "PART", part)
-        close(Meetings(patches, z).covariance(), expected)
+        close(LagCorrelations(patches, z).covariance(), expected)
 
 
 def test_products_per_channel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,10 +396,10 @@ def test_an_odd_form_is_cheaper_where_it_should_be() -> None:
     """The model of costs prefers meetings for most maps, patches of few channels with long strides, pairs if few."""
     patches, rates = Patches((3, 3), (1, 1), (1, 1), (1, 1), 1), Rates(1e11, 1e10, 5e-6)
     for shape, flops in (((8, 64, 56, 56), 0.4), ((16, 512, 2, 2), 0.06)):
-        met, unfolded = (way(patches, torch.empty(shape, device="meta")).cost() for way in (Meetings, Unfolding))
+        met, unfolded = (way(patches, torch.empty(shape, device="meta")).cost() for way in (LagCorrelations, Unfolding))
         assert met.flops < flops * unfolded.flops
         assert met.seconds(rates) < 0.6 * unfolded.seconds(rates)
     stem, image = Patches((7, 7), (2, 2), (3, 3), (1, 1), 1), torch.empty(16, 3, 64, 64, device="meta")
-    assert Meetings(stem, image).cost().seconds(rates) > 2 * Unfolding(stem, image).cost().seconds(rates)
+    assert LagCorrelations(stem, image).cost().seconds(rates) > 2 * Unfolding(stem, image).cost().seconds(rates)
     x, S = torch.empty(8, 4, 1, 4608, device="meta"), torch.empty(9, 8, 4, 1, 512, device="meta")
     assert diagonals.DiagonalByPairs().cost([x], [S]).flops < diagonals.DiagonalBySample().cost([x], [S]).flops

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxcurv.contractions.definitions import Diagonal, Gradient, Gram, InputCovariance, OutputCovariance
+from fxcurv.contractions.definitions import Gradient, Gram, InputCovariance, OutputCovariance, SumOfSquares
 from fxcurv.contractions.entries import per_sample
 
 V, N, G = 3, 2, 2
@@ -33,7 +33,7 @@ def test_kernels_equal_their_definitions(positions: int, layout: Callable[[Tenso
         "per_sample": (per_sample([x], [S]), J),
         "per_sample of one column": (per_sample([x], [S[:1]]), J[:1]),
         "gradient": (Gradient()([x], [S]), J.sum((0, 1))),
-        "diagonal": (Diagonal()([x], [S]), J.square().sum((0, 1))),
+        "diagonal": (SumOfSquares()([x], [S]), J.square().sum((0, 1))),
         "gram": (Gram()([x], [S]), flat.T @ flat),
         "A": (InputCovariance()([x]), torch.einsum("nsgi,nsgj->gij", x, x)),
         "G": (OutputCovariance()([S]), torch.einsum("vnsgo,vnsgp->gop", S, S)),
@@ -54,14 +54,14 @@ def test_ones_are_appended_for_the_bias() -> None:
 
 def test_uses_of_one_parameter_keep_their_cross_terms() -> None:
     xs, Ss = [draw(N, 3, G, 4), 2 * draw(N, 1, G, 4)], [draw(V, N, 3, G, 5), draw(V, N, 1, G, 5)]
-    together = Diagonal()([torch.cat(xs, 1)], [torch.cat(Ss, 2)])
-    torch.testing.assert_close(Diagonal()(xs, Ss), together)
-    apart = Diagonal()(xs[:1], Ss[:1]) + Diagonal()(xs[1:], Ss[1:])
+    together = SumOfSquares()([torch.cat(xs, 1)], [torch.cat(Ss, 2)])
+    torch.testing.assert_close(SumOfSquares()(xs, Ss), together)
+    apart = SumOfSquares()(xs[:1], Ss[:1]) + SumOfSquares()(xs[1:], Ss[1:])
     assert (apart - together).abs().max() > 0.1
 
 
 def test_a_bias_reads_ones() -> None:
     S = draw(V, N, 3, G, 5)
     ones = torch.ones(N, 3, G, 1, dtype=torch.float64)
-    for kernel in (Diagonal(), Gram(), Gradient()):
+    for kernel in (SumOfSquares(), Gram(), Gradient()):
         torch.testing.assert_close(kernel([None], [S]), kernel([ones], [S]))

@@ -54,9 +54,9 @@ def cases(device: str) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     for name, (v, n, s, g, o, i) in SIZES.items():
         yield name, draw(v, n, s, g, o).float().to(device), draw(n, s, g, i).float().to(device), 1e-5
     v, n, s, g, o, i = SIZES["odd"]
-    for layout, laid in LAYOUTS.items():
+    for layout, to_layout in LAYOUTS.items():
         for dtype, tolerance in tolerances.items():
-            S, x = (laid((100 * X).to(device, dtype)) for X in (draw(v, n, s, g, o), draw(n, s, g, i)))
+            S, x = (to_layout((100 * X).to(device, dtype)) for X in (draw(v, n, s, g, o), draw(n, s, g, i)))
             yield f"{layout}, {dtype}", S, x, tolerance
 
 

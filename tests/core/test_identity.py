@@ -94,16 +94,16 @@ class Power:
     def family(self) -> str:
         return f"power_{self.power}"
 
-    def owner(self, used: Any) -> str:
-        return used.name
+    def owner(self, usage: Any) -> str:
+        return usage.name
 
-    def statistics(self, used: Any) -> dict[str, Statistic]:
+    def statistics(self, usage: Any) -> dict[str, Statistic]:
         return {"sum": PowerSum(self.power)}
 
-    def finish(self, used: Any, sums: Any, samples: int) -> torch.Tensor:
+    def finish(self, usage: Any, sums: Any, samples: int) -> torch.Tensor:
         return sums["sum"]
 
-    def approximation(self, used: Any) -> str | None:
+    def approximation(self, usage: Any) -> str | None:
         return None
 
 

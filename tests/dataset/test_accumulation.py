@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxcurv
 from fxcurv.dataset.batches import split_batch
-from fxcurv.dataset.standard_error import Spread
+from fxcurv.dataset.standard_error import StandardError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,11 +113,11 @@ def test_it_stops_when_it_is_sure() -> None:
     compiled = fxcurv.compile(tokens(False), quantities=["diag_ggn", "grad"])
     x, y = reals(120, 3, 5) - 0.5, labels(120)
     batches = cut(x, y, (4,) * 30)
-    spreads = [Spread()]
+    spreads = [StandardError()]
     for batch in batches[:12]:
         spreads.append(spreads[-1].with_batch(compiled(*batch)))
     bound = spreads[12].rel_error()
-    stop = next(k for k, spread in enumerate(spreads) if k >= 3 and spread.rel_error() <= bound)
+    stop = next(k for k, standard_error in enumerate(spreads) if k >= 3 and standard_error.rel_error() <= bound)
     assert compiled.accumulate(batches, until_rel_error=bound, min_batches=3).samples == 4 * stop
     assert compiled.accumulate(batches, until_rel_error=1e9, min_batches=5).samples == 20
     with pytest.raises(fxcurv.QuantityError, match="gradients have none"):
@@ -129,8 +129,10 @@ def test_the_standard_error_is_that_of_a_weighted_mean() -> None:
     sums = ((float((w * t).sum()), float((w * w * t).sum()), float((w * w * t * t).sum())),)
     m = float((w * t).sum() / w.sum())
     error = math.sqrt(float((w**2 * (t - m) ** 2).sum()) * 20 / 19) / float(w.sum())
-    assert Spread(20, (float(w.sum()), float((w * w).sum())), sums).rel_error() == pytest.approx(error / m, rel=1e-9)
-    assert Spread().rel_error() == math.inf
+    assert StandardError(20, (float(w.sum()), float((w * w).sum())), sums).rel_error() == pytest.approx(
+        error / m, rel=1e-9
+    )
+    assert StandardError().rel_error() == math.inf
 
 
 @pytest.mark.parametrize(

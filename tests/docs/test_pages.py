@@ -30,7 +30,7 @@ from fxcurv.contractions.statistic import Statistic
 from fxcurv.ir import rules
 from fxcurv.ir.nodes import module_of
 from fxcurv.quantities.factors import Factor
-from fxcurv.quantities.protocol import Sums, Used
+from fxcurv.quantities.protocol import ParameterUsage, Sums
 from passes import pipeline
 
 MOST_LINES = 300
@@ -221,16 +221,16 @@ class GGNBlock:
     factor: Factor = field(default=fxcurv.Exact(), init=False)
     family: str = field(default="ggn_block", init=False)
 
-    def owner(self, used: Used) -> str:
-        return used.name
+    def owner(self, usage: ParameterUsage) -> str:
+        return usage.name
 
-    def statistics(self, used: Used) -> dict[str, Statistic]:
+    def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
         return {"matrix": Gram()}
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> fxcurv.Block:
-        return fxcurv.Dense(used.shape, sums["matrix"])
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> fxcurv.Block:
+        return fxcurv.Dense(usage.shape, sums["matrix"])
 
-    def approximation(self, used: Used) -> str | None:
+    def approximation(self, usage: ParameterUsage) -> str | None:
         return None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv.frontend.cache import PROGRAMS_KEPT
+from fxcurv.frontend.cache import CACHE_SIZE
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.tensor([0, 1, 0])
@@ -103,8 +103,8 @@ def test_few_programs_are_kept_of_a_model_that_counts() -> None:
     model = Switched().eval()
     compiled = fxcurv.compile(model, quantities="grad")
     programs = [weakref.ref(compiled.prepare(X).canonical)]
-    for count in range(PROGRAMS_KEPT):
+    for count in range(CACHE_SIZE):
         model.count = count  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
         programs.append(weakref.ref(compiled.prepare(X).canonical))
     gc.collect()
-    assert sum(ref() is not None for ref in programs) == PROGRAMS_KEPT
+    assert sum(ref() is not None for ref in programs) == CACHE_SIZE

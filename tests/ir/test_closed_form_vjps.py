@@ -14,7 +14,7 @@ import fxcurv
 from fxcurv.ir import closed_form_vjps as closed_forms
 from fxcurv.ir.backward_ops import PullInputs, PullToParameter
 from fxcurv.ir.calls import INPUT, Opaque
-from fxcurv.ir.closed_form_vjps import FORMS, closed_form
+from fxcurv.ir.closed_form_vjps import CLOSED_FORMS, closed_form
 from fxcurv.ir.declare import autograd_pull_each
 
 aten: Any = torch.ops.aten
@@ -108,7 +108,9 @@ def test_parts_of_columns_and_samples_make_no_difference(name: str, entries: int
 
 
 def test_every_form_has_a_case() -> None:
-    assert {str(function.overloadpacket).removeprefix("aten.") for function, _, _ in CASES.values()} == set(FORMS)
+    assert {str(function.overloadpacket).removeprefix("aten.") for function, _, _ in CASES.values()} == set(
+        CLOSED_FORMS
+    )
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "softmax", "attention, causal"])
@@ -149,4 +151,4 @@ def test_a_transformer_is_pulled_back_without_loops() -> None:
     pulls = [m for gm in compiled.program.backwards.values() for m in gm.modules()]
     opaque = [m for m in pulls if isinstance(m, PullInputs | PullToParameter) and isinstance(m.op, Opaque)]
     assert len(opaque) == 4  # of two normalizations, attention, and the table
-    assert all(m.together for m in opaque)
+    assert all(m.vectorized for m in opaque)

@@ -21,7 +21,7 @@ from fxcurv.ir.nodes import module_of
 from fxcurv.losses.base import as_loss
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime.autograd import by_autograd
-from fxcurv.runtime.run import Batch
+from fxcurv.runtime.run import Minibatch
 
 ROWS = tuple(row for row in samples.SAMPLES if row.name.startswith("right."))
 JOINT = fxcurv.KFAC(fxcurv.Exact(), joint=True)
@@ -86,7 +86,7 @@ def test_equals_autograd(row: Sample) -> None:
     quantities = ("kflr", "diag_ggn", "batch_grad", "ggn_block", "diag_hessian", JOINT)
     compiled, plain = (
         fxcurv.compile(model, loss, quantities)(x, y),
-        by_autograd(model, as_loss(loss), chosen(quantities), Batch(x, y)),
+        by_autograd(model, as_loss(loss), chosen(quantities), Minibatch(x, y)),
     )
     for ours, theirs in zip(compiled.entries, plain.entries, strict=True):
         assert ours.form() == theirs.form(), f"{ours.quantity} of {ours.parameter}"
@@ -160,7 +160,7 @@ def test_two_orders_of_factors_do_not_merge() -> None:
 
     x, y = torch.eye(3, dtype=torch.float64), torch.tensor([0, 2, 1])
     left, right = (fxcurv.compile(Square(right), quantities="kflr")(x, y) for right in (False, True))
-    assert fxcurv.merge(left, left)["kflr"]["weight"].inputs_first is False
-    assert fxcurv.merge(right, right)["kflr"]["weight"].inputs_first is True
+    assert fxcurv.merge(left, left)["kflr"]["weight"].in_out is False
+    assert fxcurv.merge(right, right)["kflr"]["weight"].in_out is True
     with pytest.raises(fxcurv.FxcurvError, match="'weight' has another form in each of the results"):
         fxcurv.merge(left, right)

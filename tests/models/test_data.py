@@ -32,7 +32,7 @@ def generator(seed: int) -> torch.Generator:
     [(1, 8, 8), (3, 5, 9), (2, 4, 4), (3, 2, 6, 6), (7, 5), (16,), (48,)],
     ids=["grey", "colour", "two channels", "video", "rows", "grey pixels", "colour pixels"],
 )
-def test_inputs_have_the_shape_that_is_asked_for(kind: data.Kind, shape: tuple[int, ...]) -> None:
+def test_inputs_have_the_shape_that_is_asked_for(kind: data.DataName, shape: tuple[int, ...]) -> None:
     batch = data.load(kind, 3, shape)
     assert batch.inputs.shape == (3, *shape)
     assert batch.inputs.dtype is torch.float32
@@ -43,7 +43,7 @@ def test_inputs_have_the_shape_that_is_asked_for(kind: data.Kind, shape: tuple[i
 
 
 @pytest.mark.parametrize("kind", ["random", "digits", pytest.param("photos", marks=photos_installed)])
-def test_the_seed_decides(kind: data.Kind) -> None:
+def test_the_seed_decides(kind: data.DataName) -> None:
     batch, shape = 12, (1, 6, 6)
     first = data.load(kind, batch, shape, seed=3)
     again = data.load(kind, batch, shape, seed=generator(3))
@@ -71,7 +71,7 @@ def test_the_seed_decides(kind: data.Kind) -> None:
 )
 def test_refusals(kind: str, batch: int, shape: tuple[int, ...], classes: int | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        data.load(cast("data.Kind", kind), batch, shape, classes)
+        data.load(cast("data.DataName", kind), batch, shape, classes)
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def parser(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Parser:
     return counting
 
 
-def grey_levels(batch: data.Batch) -> Tensor:
+def grey_levels(batch: data.Examples) -> Tensor:
     return (batch.inputs.double() * 0.3081 + 0.1307) * 255
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import fxcurv
 import passes
-from fxcurv.contractions.definitions import Diagonal
+from fxcurv.contractions.definitions import SumOfSquares
 from fxcurv.contractions.diagonals import DiagonalOfSinglePositions
 from fxcurv.frontend.capture import Captured, capture
 from fxcurv.ir.grammar import verify
@@ -144,20 +144,20 @@ def test_augment_walks_the_rules_in_reverse(model: nn.Module) -> None:
     (backward,) = augmented.backwards.values()
     assert text(verify(backward, "backward"), "name", "args", "shape", "module") == golden("""
         s () [V, N, 2]
-        kept_fc ()
-        kept_mean ()
-        kept_relu ()
-        kept_add ()
-        kept_bn ()
-        saved_x () [N, 2, 4, 4]
-        pull_fc (s, kept_fc) [V, N, 3] Pull(Linear)
-        pull_mean (pull_fc, kept_mean) [V, N, 3, 4, 4] Pull(Mean)
-        pull_relu (pull_mean, kept_relu) [V, N, 3, 4, 4] Pull(ReLU)
-        pull_add_0 (pull_relu, kept_add) [V, N, 3, 4, 4] Pull(Add)
-        pull_bn (pull_add_0, kept_bn) [V, N, 3, 4, 4] Pull(Affine)
+        saved_fc ()
+        saved_mean ()
+        saved_relu ()
+        saved_add ()
+        saved_bn ()
+        value_x () [N, 2, 4, 4]
+        pull_fc (s, saved_fc) [V, N, 3] Pull(Linear)
+        pull_mean (pull_fc, saved_mean) [V, N, 3, 4, 4] Pull(Mean)
+        pull_relu (pull_mean, saved_relu) [V, N, 3, 4, 4] Pull(ReLU)
+        pull_add_0 (pull_relu, saved_add) [V, N, 3, 4, 4] Pull(Add)
+        pull_bn (pull_add_0, saved_bn) [V, N, 3, 4, 4] Pull(Affine)
         s_conv (pull_bn,) [V, N, 16, 1, 3] OutputPositions(Conv2d)
-        x_conv (saved_x,) [N, 16, 1, 18] InputPositions(Conv2d)
-        diag_ggn_conv_weight_diagonal ([x_conv], [s_conv]) Diagonal
+        x_conv (value_x,) [N, 16, 1, 18] InputPositions(Conv2d)
+        diag_ggn_conv_weight_diagonal ([x_conv], [s_conv]) SumOfSquares
         output ({'diag_ggn.conv.weight.diagonal': diag_ggn_conv_weight_diagonal},)
     """)
 
@@ -223,7 +223,7 @@ def test_single_positions_equal_the_definition(bias: bool) -> None:
     g = torch.Generator().manual_seed(0)
     x = None if bias else torch.randn(4, 1, 2, 5, dtype=torch.float64, generator=g)
     S = torch.randn(3, 4, 1, 2, 6, dtype=torch.float64, generator=g)
-    torch.testing.assert_close(DiagonalOfSinglePositions()([x], [S]), Diagonal()([x], [S]), rtol=1e-12, atol=0)
+    torch.testing.assert_close(DiagonalOfSinglePositions()([x], [S]), SumOfSquares()([x], [S]), rtol=1e-12, atol=0)
 
 
 class Attention(nn.Module):

@@ -15,7 +15,7 @@ import fxcurv
 from fxcurv.losses.base import as_loss
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime.autograd import by_autograd
-from fxcurv.runtime.run import Batch
+from fxcurv.runtime.run import Minibatch
 
 NAMES = (
     *("linear.vector", "linear.tokens", "linear.rank4", "conv2d.everything", "conv2d.plain", "conv2d.groups"),
@@ -57,7 +57,7 @@ def test_by_autograd(row: Sample, joint: bool) -> None:
     model, loss, x, y = data(row)
     columns = reference.exact_columns(loss, reference.outputs(model, x), y)
     quantities = chosen([fxcurv.EKFAC(fxcurv.Exact(), joint=joint), "foof"])
-    result = by_autograd(model, as_loss(loss), quantities, Batch(x, y))
+    result = by_autograd(model, as_loss(loss), quantities, Minibatch(x, y))
     check(model, x, result["ekfac"], columns, approx="expand", joint=joint)
     check_foof(result["foof"], reference.kfac(model, x, columns))
 

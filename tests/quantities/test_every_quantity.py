@@ -24,7 +24,7 @@ from fxcurv.quantities.protocol import facts_of
 from fxcurv.quantities.selection import chosen
 from fxcurv.results.entry import Entry
 from fxcurv.runtime.autograd import by_autograd
-from fxcurv.runtime.run import Batch
+from fxcurv.runtime.run import Minibatch
 
 
 class Residual(nn.Module):
@@ -144,7 +144,7 @@ class Oracle:
                 return None
             case fxcurv.KFAC():
                 kronecker = self.factors(quantity.factor).items()
-                swapped = reference.inputs_first(self.model, self.x)
+                swapped = reference.in_out(self.model, self.x)
                 blocks = {p: reference.kronecker_block(*f, p in swapped) for p, f in kronecker}
                 return {**self.dense(quantity.factor), **blocks}
             case fxcurv.DiagHessian():
@@ -216,7 +216,7 @@ def test_inductor() -> None:
 def test_by_autograd(model: str) -> None:
     """The same by the fallback, which has no recursion over nodes."""
     oracle = oracle_of(model)
-    batch = Batch(oracle.x, TARGET, torch.Generator().manual_seed(0))
+    batch = Minibatch(oracle.x, TARGET, torch.Generator().manual_seed(0))
     names = [name for name in fxcurv.NAMES if name != "kfra"]
     result = by_autograd(oracle.model, as_loss(LOSS), chosen(names), batch)
     for name in names:

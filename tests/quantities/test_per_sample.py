@@ -20,7 +20,7 @@ from fxcurv.quantities.protocol import facts_of
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime.autograd import by_autograd
 from fxcurv.runtime.memory import Chunks
-from fxcurv.runtime.run import Batch, run
+from fxcurv.runtime.run import Minibatch, run
 
 NAMES = (
     *("linear.vector", "linear.tokens", "linear.rank4", "linear.transposed", "conv2d.everything", "conv2d.plain"),
@@ -82,7 +82,7 @@ def test_by_autograd(row: Sample) -> None:
     """The fallback keeps samples and columns apart in the same order."""
     model, loss = row.build(), row.loss()
     x, y = samples.inputs(row, 3), samples.targets(row, 3)
-    result = by_autograd(model, as_loss(loss), chosen(QUANTITIES), Batch(x, y))
+    result = by_autograd(model, as_loss(loss), chosen(QUANTITIES), Minibatch(x, y))
     check(model, loss, x, y, result)
     compiled = fxcurv.compile(model, loss, QUANTITIES)(x, y)
     for quantity in ("sqrt_ggn", "ggn_gram"):
@@ -100,7 +100,7 @@ def test_chunks_make_no_difference(parts: int, columns: int) -> None:
     whole = compiled(x, y, torch.Generator().manual_seed(0))
     program, generator = compiled.program, torch.Generator().manual_seed(0)
     chunks = Chunks(parts, dict.fromkeys(program.backwards, columns))
-    cut = run(program, model, as_loss(loss), Batch(x, y, generator), chunks)
+    cut = run(program, model, as_loss(loss), Minibatch(x, y, generator), chunks)
     for entry in whole.entries:
         ours, theirs = cut[entry.quantity][entry.parameter], entry.value
         if isinstance(theirs, fxcurv.Block):

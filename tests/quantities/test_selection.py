@@ -58,8 +58,8 @@ def test_tied_parameters_match_by_any_of_their_names() -> None:
     a, b = nn.Linear(3, 3, device="meta"), nn.Linear(3, 3, device="meta")
     b.weight = a.weight
     tied = nn.ModuleDict({"a": a, "b": b})
-    choice = chosen({"*": "grad", "b.weight": "kfac"})
-    assert choice.of(tied) == {"grad": ("a.bias", "b.bias"), "kfac": ("a.weight",)}
+    selection = chosen({"*": "grad", "b.weight": "kfac"})
+    assert selection.of(tied) == {"grad": ("a.bias", "b.bias"), "kfac": ("a.weight",)}
 
 
 def test_a_parameter_without_a_pattern_is_an_error(model: nn.Sequential) -> None:

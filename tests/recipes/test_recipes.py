@@ -21,7 +21,7 @@ from fxcurv.linalg.conjugate_gradients import conjugate_gradients
 from fxcurv.linalg.operator import Space
 from fxcurv.models import data
 from fxcurv.optim.preconditioned import _average
-from fxcurv.quantities.protocol import Sums, Used
+from fxcurv.quantities.protocol import ParameterUsage, Sums
 from fxcurv.recipes.samples import gradients, jacobians
 
 EXACT = fxcurv.KFAC(fxcurv.Exact(), joint=True)
@@ -308,8 +308,8 @@ def test_a_preconditioner_needs_one_quantity_and_a_batch() -> None:
 class InEigenbasis(fxcurv.KFAC):
     """The same blocks as KFAC, as `Eigenbasis`."""
 
-    def finish(self, used: Used, sums: Sums, samples: int) -> fxcurv.Block:
-        block = super().finish(used, sums, samples)
+    def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> fxcurv.Block:
+        block = super().finish(usage, sums, samples)
         return block.eigenbasis if isinstance(block, fxcurv.Kronecker | fxcurv.Dense) else block
 
 
@@ -361,10 +361,10 @@ def test_the_posterior_of_a_linear_model_is_exact(reduction: str) -> None:
     result = compiled(problem.x, problem.y)
     laplace = recipes.Laplace(compiled, result, tau, noise)
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    f, spread = laplace.marginals(x)
+    f, standard_error = laplace.marginals(x)
     J = torch.stack([torch.kron(torch.eye(2, dtype=torch.float64), row) for row in ones_added(x)])
     close(f, (J @ mean))
-    close(spread, J @ covariance @ J.mT)
+    close(standard_error, J @ covariance @ J.mT)
     close(laplace.predict(x), f)
     X = torch.kron(torch.eye(2, dtype=torch.float64), ones_added(problem.x))
     evidence = torch.distributions.MultivariateNormal(
@@ -373,7 +373,7 @@ def test_the_posterior_of_a_linear_model_is_exact(reduction: str) -> None:
     expected = evidence.log_prob(problem.y.T.flatten()).item()
     assert laplace.log_marginal_likelihood() == pytest.approx(expected, rel=1e-9)
     merged = fxcurv.merge(*(compiled(problem.x[at], problem.y[at]) for at in (slice(0, 7), slice(7, 20))))
-    close(recipes.Laplace(compiled, merged, tau, noise).marginals(x)[1], spread)
+    close(recipes.Laplace(compiled, merged, tau, noise).marginals(x)[1], standard_error)
 
 
 def test_draws_of_weights_have_the_covariance_of_the_posterior() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 import fxcurv
 from fxcurv.blocks.base import KINDS
-from fxcurv.blocks.lazy_gram import SecondMoment
+from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.core.fingerprint import Fingerprint
 
 pytest.importorskip("safetensors")
@@ -72,10 +72,10 @@ def test_a_block_that_is_shared_is_stored_once(result: fxcurv.Curvature, file: P
 
 def test_kept_factors_are_stored_as_their_vectors(result: fxcurv.Curvature, file: Path) -> None:
     block = result["kfac"]["wide.weight"]
-    assert isinstance(block.input_moment, SecondMoment)
+    assert isinstance(block.input_moment, LazyGram)
     tensors = load_file(file)
     assert "kfac/wide.weight/A" not in tensors
-    assert tensors["kfac/wide.weight/A.0"].numel() == block.input_moment.kept[0].numel() == 3 * 36
+    assert tensors["kfac/wide.weight/A.0"].numel() == block.input_moment.vectors[0].numel() == 3 * 36
     with torch.random.fork_rng(devices=[]):
         convolution = nn.Sequential(nn.Conv2d(8, 2, 3, groups=2), nn.Flatten(), nn.Linear(2, 3)).double().eval()
     patched = fxcurv.compile(convolution)
@@ -212,7 +212,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "sizes": (lambda m: m["tensors"]["output"].__setitem__(1, [10**9]), "is not what the file holds"),
     "one less": (lambda m: m["tensors"].pop("output"), "and the file differ: output"),
     "scale": (lambda m: moments(m)[0].update(scale=-1.0), "holds no vectors"),
-    "kept": (lambda m: moments(m)[0].update(kept=[]), "holds no vectors"),
+    "kept": (lambda m: moments(m)[0].update(vectors=[]), "holds no vectors"),
     "patches": (lambda m: moments(m)[0].update(patches={"kernel": [0]}), "lacks 'stride'"),
     "model": (lambda m: m["model"]["parameters"].popitem(), "a digest of other parameters"),
     "deep": (lambda m: m.update(values=[[]]), r"values\[0\] is no dict"),
@@ -287,7 +287,7 @@ def test_merging_keeps_factors_as_vectors() -> None:
     compiled = fxcurv.compile(net(), quantities="kflr")
     merged = fxcurv.merge(compiled(*batch(2)), compiled(*batch(3, seed=1)))
     block = merged["kflr"]["wide.weight"]
-    assert isinstance(block.input_moment, SecondMoment)
+    assert isinstance(block.input_moment, LazyGram)
     assert (block.input_moment.count, block.averaged) == (5, 5)
 
 

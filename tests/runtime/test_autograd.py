@@ -14,7 +14,7 @@ import fxcurv
 from fxcurv.losses.base import as_loss
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime.autograd import by_autograd
-from fxcurv.runtime.run import Batch
+from fxcurv.runtime.run import Minibatch
 
 QUANTITIES = ("grad", "kfac", "diag_ggn", fxcurv.KFAC(fxcurv.Empirical(), approx="reduce", joint=True))
 
@@ -42,7 +42,7 @@ def test_equals_the_compiled_graphs(sample: Sample) -> None:
     model, loss = sample.build(), sample.loss()
     x, y = samples.inputs(sample), samples.targets(sample)
     compiled = fxcurv.compile(model, loss, QUANTITIES)(x, y, generator())
-    assert_equal(by_autograd(model, as_loss(loss), chosen(QUANTITIES), Batch(x, y, generator())), compiled)
+    assert_equal(by_autograd(model, as_loss(loss), chosen(QUANTITIES), Minibatch(x, y, generator())), compiled)
 
 
 class Attends(nn.Module):
@@ -64,7 +64,7 @@ class Attends(nn.Module):
 def test_sees_layers_inside_of_attention_and_without_a_batch_axis() -> None:
     looped, whole = (samples.seeded(lambda loop=loop: Attends(loop), "attends") for loop in (True, False))
     x, y = torch.randn(2, 3, 4, generator=generator()).double(), torch.tensor([0, 2])
-    ours = by_autograd(looped, as_loss(nn.CrossEntropyLoss()), chosen(QUANTITIES), Batch(x, y, generator()))
+    ours = by_autograd(looped, as_loss(nn.CrossEntropyLoss()), chosen(QUANTITIES), Minibatch(x, y, generator()))
     assert isinstance(ours["kfac"]["attention.in_proj_weight"], fxcurv.Kronecker)
     assert_equal(ours, fxcurv.compile(whole, quantities=QUANTITIES)(x, y, generator()))
 
@@ -177,7 +177,7 @@ def test_skip_raises_where_nothing_is_left() -> None:
 def test_sampled_columns_are_those_of_the_compiled_model() -> None:
     model, x, y = setup(Centres)
     mixed = fxcurv.compile(model, quantities="diag_ggn_mc", on_unsupported="fallback")(x, y, generator())
-    whole = by_autograd(model, as_loss(nn.CrossEntropyLoss()), chosen("diag_ggn_mc"), Batch(x, y, generator()))
+    whole = by_autograd(model, as_loss(nn.CrossEntropyLoss()), chosen("diag_ggn_mc"), Minibatch(x, y, generator()))
     assert_equal(mixed, whole)
 
 
@@ -185,11 +185,11 @@ def test_a_model_that_changes_is_refused() -> None:
     model = samples.seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), "norm").train()
     before = {name: b.clone() for name, b in model.named_buffers()}
     with pytest.raises(fxcurv.InputError, match="updates its buffer"):
-        by_autograd(model, as_loss(nn.CrossEntropyLoss()), chosen("grad"), Batch(X, Y))
+        by_autograd(model, as_loss(nn.CrossEntropyLoss()), chosen("grad"), Minibatch(X, Y))
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
     noisy = samples.seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Linear(4, 3)), "noisy").train()
     with pytest.raises(fxcurv.InputError, match="from call to call"):
-        by_autograd(noisy, as_loss(nn.CrossEntropyLoss()), chosen("grad"), Batch(X, Y))
+        by_autograd(noisy, as_loss(nn.CrossEntropyLoss()), chosen("grad"), Minibatch(X, Y))
 
 
 def test_unknown_choice_is_refused() -> None:

@@ -65,7 +65,7 @@ def batch(name: str, n: int) -> tuple[Tensor, Tensor]:
 
 def equal(model: nn.Module, compiled: fxcurv.Compiled, x: Tensor, y: Tensor) -> None:
     """What the backend computes equals what the graphs compute as they stand."""
-    expected = fxcurv.compile(model, quantities=list(compiled.choice.quantities))(x, y)
+    expected = fxcurv.compile(model, quantities=list(compiled.selection.quantities))(x, y)
     for quantity, values in compiled(x, y).items():
         for name, value in values.items():
             other = expected[quantity][name]
@@ -93,7 +93,7 @@ def test_equal_to_eager_and_compiled_once_more_for_other_batch_sizes(
 ) -> None:
     model = made(name)
     compiled = fxcurv.compile(model, quantities=MODELS[name][2], backend="inductor")
-    graphs = 1 + len({quantity.factor for quantity in compiled.choice.quantities.values()})
+    graphs = 1 + len({quantity.factor for quantity in compiled.selection.quantities.values()})
     equal(model, compiled, *batch(name, 3))
     assert counter.frame_count == graphs, "one piece each"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fxcurv
 from fxcurv import DiagGGN, FxcurvError, QuantityError, Rademacher, Sampled, Stratified
 from fxcurv.cli.main import main
-from fxcurv.contractions.definitions import Diagonal
+from fxcurv.contractions.definitions import SumOfSquares
 from fxcurv.contractions.diagonals import DiagonalByPairs, DiagonalBySample
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.linalg.cost import Cost
@@ -30,7 +30,7 @@ from fxcurv.quantities.registry import NAMES
 from fxcurv.results.curvature import Curvature
 from fxcurv.runtime import memory
 from fxcurv.runtime.memory import Chunks, bytes_of, cut, forecast
-from fxcurv.runtime.run import Batch, run
+from fxcurv.runtime.run import Minibatch, run
 
 N = 5
 QUANTITIES = [NAMES["grad"], NAMES["kflr"], NAMES["kfac_empirical"], NAMES["diag_ggn"], fxcurv.KFAC(Sampled(3))]
@@ -77,7 +77,7 @@ def test_chunks_make_no_difference(name: str) -> None:
     whole = compiled(x, y, draws)
     for samples, columns in ((5, 1), (2, 100), (2, 1), (1, 2), (3, 4)):
         again, chunks = generator(), Chunks(samples, dict.fromkeys(compiled.program.backwards, columns))
-        assert_equal(run(compiled.program, model, as_loss(row.loss()), Batch(x, y, again), chunks), whole)
+        assert_equal(run(compiled.program, model, as_loss(row.loss()), Minibatch(x, y, again), chunks), whole)
         assert torch.equal(draws.get_state(), again.get_state())
 
 
@@ -139,7 +139,7 @@ def test_several_inputs_are_cut_alike() -> None:
     compiled = fxcurv.compile(model, quantities="diag_ggn")
     whole = compiled(given, y)
     assert_equal(
-        run(compiled.program, model, as_loss("cross_entropy"), Batch(given, y), Chunks(2, {Exact(): 3})), whole
+        run(compiled.program, model, as_loss("cross_entropy"), Minibatch(given, y), Chunks(2, {Exact(): 3})), whole
     )
 
 
@@ -225,7 +225,7 @@ def test_diagonals_are_charged_what_they_say_they_cost(monkeypatch: pytest.Monke
         seen.append(Ss[0].shape[:2])
         return Cost(temporary=1e9)
 
-    for kind in (Diagonal, DiagonalBySample, DiagonalByPairs):
+    for kind in (SumOfSquares, DiagonalBySample, DiagonalByPairs):
         monkeypatch.setattr(kind, "cost", cost)
     found = forecast(program, x, 4, 5)
     assert 1e9 < found.peak < 1e9 + plain.peak

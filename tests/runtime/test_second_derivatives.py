@@ -17,7 +17,7 @@ from fxcurv.losses.base import as_loss
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime import second_derivatives as hessian
 from fxcurv.runtime.autograd import by_autograd
-from fxcurv.runtime.run import Batch
+from fxcurv.runtime.run import Minibatch
 
 NAMES = (
     *("linear.vector", "linear.tokens", "linear.rank4", "linear.transposed", "conv2d.everything", "conv2d.plain"),
@@ -59,7 +59,7 @@ FALLBACK = tuple(row for row in ROWS if row.name in ("conv2d.groups", "param.tie
 @pytest.mark.parametrize("row", FALLBACK, ids=[row.name for row in FALLBACK])
 def test_by_autograd(row: Sample) -> None:
     model, loss, x, y = data(row)
-    check(by_autograd(model, as_loss(loss), chosen(QUANTITIES), Batch(x, y)), model, loss, x, y)
+    check(by_autograd(model, as_loss(loss), chosen(QUANTITIES), Minibatch(x, y)), model, loss, x, y)
 
 
 class Residual(nn.Module):
@@ -105,7 +105,7 @@ def test_only_what_lies_below_a_bend_is_differentiated_twice() -> None:
     x, y = samples.normal((3, 1, 4, 4), torch.Generator().manual_seed(0)), torch.tensor([0, 2, 1])
     compiled = fxcurv.compile(model, quantities=QUANTITIES)
     check(compiled(x, y), model, nn.CrossEntropyLoss(), x, y)
-    bent = {job.used.name for job in compiled.program.plan.jobs if job.used.bends}
+    bent = {job.usage.name for job in compiled.program.plan.jobs if job.usage.nonlinear}
     assert bent == {"stem.weight", "stem.bias", "bn.weight", "bn.bias"}
 
 

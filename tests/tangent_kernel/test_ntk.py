@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fxcurv
 from fxcurv.quantities import inner_products as pairs
 from fxcurv.runtime.memory import bytes_of
-from fxcurv.tangent_kernel.tiling import Batch, Peak, Request, Tile, tiles_for
+from fxcurv.tangent_kernel.tiling import KernelInput, Peak, Request, Tile, tiles_for
 
 NAMES = (
     *("linear.vector", "linear.tokens", "conv2d.everything", "conv2d.plain", "conv2d.groups", "conv2d.depthwise"),
@@ -100,13 +100,13 @@ def test_large_products_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_cheaper_strategy_is_taken() -> None:
     """Without positions nothing is formed for a wide layer; a small kernel over many positions has its Jacobian."""
-    from fxcurv.quantities.inner_products import kept
-    from fxcurv.quantities.protocol import Used
+    from fxcurv.quantities.inner_products import stored_columns
+    from fxcurv.quantities.protocol import ParameterUsage
 
-    wide = Used("w", (64, 64), 1, 64, 64, 1, True)
-    small = Used("w", (4, 3, 3, 3), 1, 4, 27, 900, True)
-    assert set(kept(wide)) == {"x", "S"}
-    assert set(kept(small)) == {"entries"}
+    wide = ParameterUsage("w", (64, 64), 1, 64, 64, 1, True)
+    small = ParameterUsage("w", (4, 3, 3, 3), 1, 4, 27, 900, True)
+    assert set(stored_columns(wide)) == {"x", "S"}
+    assert set(stored_columns(small)) == {"entries"}
 
 
 @pytest.mark.parametrize("room", [1, 400, 3000])
@@ -116,8 +116,8 @@ def test_entries_are_formed_in_pieces(name: str, room: int) -> None:
     model, x1, x2 = batches(samples.find(name))
     kernel = fxcurv.NTK(model, "structured")
     jobs = kernel.compiled.prepare(x1).plan.jobs
-    sides = [kernel._columns(Batch(kernel.compiled.prepare(x), x), Tile(slice(9), slice(0, 2))) for x in (x1, x2)]
-    for name in (job.used.name for job in jobs):
+    sides = [kernel._columns(KernelInput(kernel.compiled.prepare(x), x), Tile(slice(9), slice(0, 2))) for x in (x1, x2)]
+    for name in (job.usage.name for job in jobs):
         left, right = (side[name] for side in sides)
         for alike in (False, True):
             expected = pairs.products(left, right, alike, "structured")
@@ -151,7 +151,7 @@ def test_a_budget_changes_the_tiles_and_not_the_kernel(kind: Any, budget: str, s
     free, bounded = fxcurv.NTK(model), fxcurv.NTK(model, memory_budget=budget)
     for pair in ((x1, None), (x2, x1)):
         assert_close(bounded(*pair, kind), free(*pair, kind), f"{kind} in {budget}", 1e-12)
-    left, request = Batch(bounded.compiled.prepare(x1), x1), Request(kind != "full", kind == "trace")
+    left, request = KernelInput(bounded.compiled.prepare(x1), x1), Request(kind != "full", kind == "trace")
     tiles = tiles_for(left, None, request, bytes_of(budget))
     assert (tiles.samples, tiles.columns) == (samples, columns)
     assert Peak.of(left, None, request, tiles).highest <= (bytes_of(budget) or 0)

@@ -32,14 +32,14 @@ def test_steps_of_every_kind_are_models() -> None:
     silent = {
         kind
         for kind in generated.KINDS
-        if not any(_does_something(kind, choice, shape) for shape in generated.SHAPES for choice in range(9))
+        if not any(_does_something(kind, selection, shape) for shape in generated.SHAPES for selection in range(9))
     }
     assert not silent
 
 
-def _does_something(kind: str, choice: int, shape: tuple[int, ...]) -> bool:
-    before = (("linear", choice), ("activation", choice))
-    with_it, without = (generated.written(Case(steps, shape)).lines for steps in ((*before, (kind, choice)), before))
+def _does_something(kind: str, selection: int, shape: tuple[int, ...]) -> bool:
+    before = (("linear", selection), ("activation", selection))
+    with_it, without = (generated.written(Case(steps, shape)).lines for steps in ((*before, (kind, selection)), before))
     return len(with_it) > len(without)
 
 
