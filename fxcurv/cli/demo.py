@@ -10,7 +10,7 @@ import copy
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,46 +206,17 @@ def _accuracy(model: nn.Module, digits: _Digits, weights: Mapping[str, Tensor] |
 
 
 def _curvature(model: nn.Module, digits: _Digits, seed: int) -> DataCurvature:
-    """DiagGGN (exact) and KFAC (one label sampled per digit) over the training digits, batch by batch.
-
-    The law of combining batches b of N_b samples, N in all, under reduction="sum": the diagonal, a dense block and G
-    are sums over samples, so those of the batches add up, and 1/N of the sum belongs to the mean loss. A is a mean over
-    samples, so the batches' enter with the weight N_b/N, and the mean loss changes nothing about it.
-    """
-    curv = api.compile(model, loss=nn.CrossEntropyLoss(reduction="sum"), quantities=["kfac", "diag_ggn"])
-    generator, total = torch.Generator().manual_seed(seed), len(digits.train)
-    sums: dict[tuple[str, str], Tensor] = {}
-    status: dict[str, tuple[str, str]] = {}
-
-    def add(name: str, part: str, value: Tensor, weight: float) -> None:
-        sums[name, part] = sums.get((name, part), torch.zeros(())) + weight * value.detach()
-
-    for x, y in _batches(digits):
-        result = curv(x, y, generator=generator)
-        for name, _ in model.named_parameters():
-            diagonal, block = result["diag_ggn"][name], result["kfac"][name]
-            status[name] = (result["diag_ggn"].status[name], result["kfac"].status[name])
-            add(name, "diagonal", diagonal, 1 / total)
-            if isinstance(block, Kronecker):
-                add(name, "A", block.A, len(x) / total)
-                add(name, "G", block.G, 1 / total)
-            else:
-                add(name, "dense", block.dense(), 1 / total)
-    names = [name for name, _ in model.named_parameters()]
+    """DiagGGN (exact) and KFAC (one label sampled per digit) of the mean loss over the training digits."""
+    curv = api.compile(model, loss=nn.CrossEntropyLoss(), quantities=["kfac", "diag_ggn"])
+    batches = zip(digits.train.split(CURVATURE_BATCH), digits.train_labels.split(CURVATURE_BATCH), strict=True)
+    result = curv.accumulate(batches, generator=torch.Generator().manual_seed(seed), progress=False)
+    diagonal, kfac = result["diag_ggn"], result["kfac"]
     return DataCurvature(
-        diagonal={name: sums[name, "diagonal"] for name in names},
-        factors={name: (sums[name, "A"], sums[name, "G"]) for name in names if (name, "A") in sums},
-        dense={name: sums[name, "dense"] for name in names if (name, "dense") in sums},
-        status=status,
+        diagonal=dict(diagonal),
+        factors={name: (block.A, block.G) for name, block in kfac.items() if isinstance(block, Kronecker)},
+        dense={name: block.dense() for name, block in kfac.items() if not isinstance(block, Kronecker)},
+        status={name: (diagonal.status[name], kfac.status[name]) for name in diagonal},
     )
-
-
-def _batches(digits: _Digits) -> Iterator[tuple[Tensor, Tensor]]:
-    from tqdm import tqdm
-
-    pairs = zip(digits.train.split(CURVATURE_BATCH), digits.train_labels.split(CURVATURE_BATCH), strict=True)
-    count = -(-len(digits.train) // CURVATURE_BATCH)
-    yield from tqdm(pairs, total=count, desc="curvature", file=sys.stderr, disable=None, leave=False)
 
 
 def _rows(model: nn.Module, curvature: DataCurvature) -> tuple[Row, ...]:
@@ -315,12 +286,12 @@ def _pruned(model: nn.Module, digits: _Digits, diagonal: Mapping[str, Tensor], s
 
     def accuracy(method: str, sparsity: float) -> float:
         found = [masks(score, sparsity) for score in scores[method]]
-        kept = [{name: w * mask[name] for name, w in weights.items()} for mask in found]
-        return sum(_accuracy(model, digits, replaced) for replaced in kept) / len(kept)
+        saved = [{name: w * mask[name] for name, w in weights.items()} for mask in found]
+        return sum(_accuracy(model, digits, replaced) for replaced in saved) / len(saved)
 
-    kept = {method: tuple(accuracy(method, s) for s in SPARSITIES) for method in scores}
+    saved = {method: tuple(accuracy(method, s) for s in SPARSITIES) for method in scores}
     recomputed = _pruned_in_steps(model, digits, diagonal)
-    return Pruning(sum(w.numel() for w in weights.values()), SPARSITIES, {RECOMPUTED: recomputed, **kept})
+    return Pruning(sum(w.numel() for w in weights.values()), SPARSITIES, {RECOMPUTED: recomputed, **saved})
 
 
 def _pruned_in_steps(model: nn.Module, digits: _Digits, diagonal: Mapping[str, Tensor]) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fxcurv.api import Compiled
 from fxcurv.blocks.base import KINDS, Block, Damping
 from fxcurv.blocks.lazy_gram import formed
-from fxcurv.core.errors import FxcurvError, InputError, QuantityError
+from fxcurv.core.errors import FxcurvError, InputError, QuantityError, a_value
 from fxcurv.frontend.inputs import Inputs
 from fxcurv.linalg.factorizations import damping_of
 from fxcurv.linalg.operator import Space
@@ -57,10 +57,17 @@ class Preconditioned(torch.optim.Optimizer):
 
     The defaults (0.3, 0.01, μ = 0.9, λ = 0, 0.95, every = 1, clip = 0.001, "exact") serve small networks; a Newton step
     is lr = 1, momentum = 0, clip = inf. All may be changed in `param_groups[0]`, by a scheduler for one. Raises an
-    InputError (FXC440) for values out of range, a QuantityError (FXC440) where `compiled` has several quantities.
+    InputError (FXC440) for values out of range, for parameters in the place of `compiled` and for a second group of
+    parameters, a QuantityError (FXC440) where `compiled` has several quantities.
     """
 
     def __init__(self, compiled: Compiled, lr: float = 0.3, damping: float = 1e-2, **options: Unpack[Options]) -> None:
+        if not isinstance(compiled, Compiled):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                f"the first argument is {a_value(compiled)}, not a compiled model",
+                remedy="give fxcurv.compile(model, loss, 'kfac'), which knows the parameters",
+                code="FXC440",
+            )
         if len(compiled.selection.quantities) != 1:
             raise QuantityError(
                 f"a preconditioner of {', '.join(compiled.selection.quantities)}",
@@ -75,6 +82,16 @@ class Preconditioned(torch.optim.Optimizer):
         self._inverse: tuple[object, BlockDiagonal] | None = None
         named = compiled.selection.of(compiled.model)[self.quantity]
         super().__init__([p for n, p in compiled.model.named_parameters() if n in named and p.requires_grad], defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise an InputError (FXC440) after construction: other parameters have no curvature here."""
+        if self.param_groups:
+            raise InputError(
+                "a second group of parameters: there is curvature only for those that the quantity was compiled for",
+                remedy="give another optimizer the others, or make a Preconditioned of a model compiled for all",
+                code="FXC440",
+            )
+        super().add_param_group(param_group)
 
     def update_curvature(self, x: Inputs, y: Tensor, generator: torch.Generator | None = None) -> bool:
         """Take the curvature at a batch into the average; whether it was due.

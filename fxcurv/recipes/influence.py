@@ -7,7 +7,7 @@ from torch import Tensor
 from fxcurv.api import Compiled
 from fxcurv.core.errors import InputError
 from fxcurv.frontend.inputs import Inputs
-from fxcurv.recipes.samples import gradients, weights_of
+from fxcurv.recipes.samples import gradients
 from fxcurv.results.curvature import Curvature
 
 __all__ = ["influence"]
@@ -29,7 +29,7 @@ def influence(compiled: Compiled, result: Curvature, train: Data, test: Data, da
         raise InputError(f"an influence by {', '.join(result)}", remedy="give a result of one quantity", code="FXC440")
     (quantity,) = result
     curvature = result.operator(quantity)
-    weights = weights_of(compiled, curvature.domain.shapes)
-    removed, asked = (gradients(compiled, weights, x, y).to(curvature.dtype) for x, y in (train, test))
+    names = curvature.domain.shapes
+    removed, asked = (gradients(compiled, names, x, y).to(curvature.dtype) for x, y in (train, test))
     moved = curvature.inverse(damping).mm(removed.T) / float(result.divisor)
     return asked @ moved

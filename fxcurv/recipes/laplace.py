@@ -13,7 +13,7 @@ from fxcurv.api import Compiled
 from fxcurv.core.errors import InputError
 from fxcurv.frontend.inputs import Inputs
 from fxcurv.linalg.operator import checked_count
-from fxcurv.recipes.samples import jacobians, outputs, weights_of
+from fxcurv.recipes.samples import at_weights, jacobian_of, jacobians, outputs, weights_of
 from fxcurv.results.block_diagonal import BlockDiagonal
 from fxcurv.results.curvature import Curvature
 
@@ -74,16 +74,20 @@ class Laplace:
 
     # Predictions ------------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _jacobian(self) -> Compiled:
+        """The model compiled for the Jacobians of the random parameters."""
+        return jacobian_of(self.compiled, self.mean)
+
     def marginals(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Mean `[N, C]` and covariance `[N, C, C]` of the outputs, linearised in the weights: f(θ̂), J (H + τI)⁻¹ Jᵀ.
 
         J is `[N, C, P]`: give batches of a size for which that fits. Noise of a regression's targets comes on top.
         """
-        J = jacobians(self.compiled, self.mean, inputs).to(self.curvature.dtype)
-        standard_error = self.covariance.mm(J.flatten(0, 1).T).T.view_as(J)
-        with torch.no_grad():
-            f = outputs(self.compiled, self.mean, inputs).flatten(1)
-        return f.to(J.dtype), torch.einsum("ncp,ndp->ncd", standard_error, J)
+        with at_weights(self.compiled.model, self.mean):
+            f, J = (t.to(self.curvature.dtype) for t in jacobians(self._jacobian, self.mean, inputs))
+        scaled = self.covariance.mm(J.flatten(0, 1).T).T.view_as(J)
+        return f, torch.einsum("ncp,ndp->ncd", scaled, J)
 
     def predict(
         self,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fxcurv.core.errors import InputError, a_value
+from fxcurv.linalg.operator import LinearOperator
 from fxcurv.results.block_diagonal import BlockDiagonal
 
 __all__ = ["Penalty"]
@@ -15,9 +17,16 @@ class Penalty:
     θ* are the model's parameters when this is made, B the curvature of the task that ends, `result.operator(…)`: with
     "diag_ggn" this is elastic weight consolidation (Kirkpatrick et al. 2017, eq. 3), with "kfac" the Kronecker-factored
     one (Ritter et al. 2018). Of several tasks, penalties add. A head for each task is left out of B by a pattern.
+    Raises an InputError (FXC440) for a curvature that is no operator, such as the result itself.
     """
 
     def __init__(self, model: nn.Module, curvature: BlockDiagonal, strength: float = 1.0) -> None:
+        if not isinstance(curvature, LinearOperator):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                f"the curvature is {a_value(curvature)}, not an operator",
+                remedy="give that of one quantity: result.operator('kfac')",
+                code="FXC440",
+            )
         self.curvature, self.strength = curvature, strength
         self.anchor = {name: model.get_parameter(name).detach().clone() for name in curvature.domain.shapes}
 

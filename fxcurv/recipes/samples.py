@@ -1,64 +1,103 @@
-"""Per-sample derivatives of a compiled model by torch.func: Jacobians of its output, gradients of its loss."""
+"""Per-sample derivatives of a compiled model for some of its parameters, and its outputs at other weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
-from torch.func import functional_call, grad, jacrev, vmap
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from fxcurv.api import Compiled
-from fxcurv.core.torch_compat import pytree
-from fxcurv.frontend.inputs import Inputs, as_call, selector
+from fxcurv.core.errors import CaptureError, UnsupportedError
+from fxcurv.core.shapes import resolve
+from fxcurv.frontend.inputs import Inputs, as_call, batch_size, device_of, selector
+from fxcurv.ir.nodes import output_of
+from fxcurv.losses.base import as_loss
+from fxcurv.quantities.selection import chosen
+from fxcurv.results.entry import Entries
 
-__all__ = ["Weights", "gradients", "jacobians", "outputs", "weights_of"]
+__all__ = ["Weights", "at_weights", "gradients", "jacobian_of", "jacobians", "outputs", "weights_of"]
 
 
 Weights = Mapping[str, Tensor]
 
 
 def weights_of(compiled: Compiled, names: Iterable[str]) -> dict[str, Tensor]:
-    """Those parameters of the model as they are now."""
+    """Copies of those parameters of the model."""
     return {name: compiled.model.get_parameter(name).detach().clone() for name in names}
 
 
 def outputs(compiled: Compiled, weights: Weights, inputs: Inputs) -> Tensor:
-    """What the model returns with some parameters replaced, `[N, …]`."""
+    """The model's output `[N, …]` with some parameters replaced."""
     args, kwargs = as_call(inputs)
     returned = functional_call(compiled.model, dict(weights), args, kwargs)
     return selector(compiled.options.output)(returned)
 
 
-def jacobians(compiled: Compiled, weights: Weights, inputs: Inputs) -> Tensor:
-    """∂ output[n] / ∂ weights, `[N, C, P]` with C entries of a sample's output and P of all weights, in their order."""
-
-    def one(values: Weights, sample: Inputs) -> Tensor:
-        return outputs(compiled, values, _batch_of_one(sample)).flatten()
-
-    return _flat(vmap(jacrev(one), (None, 0))(dict(weights), inputs), weights)
-
-
-def gradients(compiled: Compiled, weights: Weights, inputs: Inputs, target: Tensor) -> Tensor:
-    """∂ loss[n] / ∂ weights, `[N, P]`, of each sample's loss terms added up, as `reduction="sum"` does."""
-    loss = compiled.loss.summed().module
-
-    def one(values: Weights, sample: Inputs, label: Tensor) -> Tensor:
-        return loss(outputs(compiled, values, _batch_of_one(sample)), label.unsqueeze(0))
-
-    each: Callable[..., Weights] = vmap(grad(one), (None, 0, 0))
-    return _flat(each(dict(weights), inputs, target), weights)
+@contextmanager
+def at_weights(model: nn.Module, weights: Weights) -> Generator[None]:
+    """Give the parameters these values for the time of the context; those that have them already stay untouched."""
+    parameters = {name: model.get_parameter(name) for name in weights}
+    moved = {name: p.data for name, p in parameters.items() if not torch.equal(p, weights[name])}
+    try:
+        for name in moved:
+            parameters[name].data = weights[name]
+        yield
+    finally:
+        for name, data in moved.items():
+            parameters[name].data = data
 
 
-def _batch_of_one(sample: Inputs) -> Inputs:
-    return pytree.tree_map_only(Tensor, lambda t: t.unsqueeze(0), sample)
+# Jacobians and gradients ------------------------------------------------------------------------------------------
 
 
-def _flat(found: Any, weights: Weights) -> Tensor:
-    """Tensors `[…, *shape]` by name as one, `[…, P]`."""
-    parts = [
-        found[name].flatten(found[name].ndim - w.ndim) if w.ndim else found[name][..., None]
-        for name, w in weights.items()
-    ]
-    return torch.cat(parts, -1).detach()
+def jacobian_of(compiled: Compiled, names: Iterable[str]) -> Compiled:
+    """The same model compiled for the Jacobians of these parameters.
+
+    Its loss is the squared error, because Jacobians depend on no loss and this one takes any output.
+    """
+    selection = chosen("jacobian").only(tuple(names))
+    return Compiled(compiled.model, as_loss(nn.MSELoss(reduction="sum")), selection, compiled.options)
+
+
+def jacobians(jacobian: Compiled, names: Iterable[str], inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Outputs `[N, C]` and ∂ output[n] / ∂ parameters, `[N, C, P]`, with the parameters in the order of `names`.
+
+    C counts the entries of one sample's output; `jacobian` comes from `jacobian_of`.
+    """
+    result = jacobian(inputs, torch.zeros_like(_output_like(jacobian, inputs)))
+    f = result.output.reshape(batch_size(inputs), -1)
+    return f, _flat(result["jacobian"], names, f)
+
+
+def gradients(compiled: Compiled, names: Iterable[str], inputs: Inputs, target: Tensor) -> Tensor:
+    """∂ loss[n] / ∂ parameters, `[N, P]`; the loss of a sample is the sum of its terms."""
+    names = tuple(names)
+    result = compiled.choosing(chosen("batch_grad").only(names)).summed()(inputs, target)
+    return _flat(result["batch_grad"], names, result.loss.new_empty(batch_size(inputs)))
+
+
+def _output_like(compiled: Compiled, inputs: Inputs) -> Tensor:
+    """A tensor of the output's shape, type and device; the model runs only where it cannot be compiled."""
+    try:
+        facts = output_of(compiled.prepare(inputs).canonical).meta
+    except (CaptureError, UnsupportedError):
+        if compiled.options.on_unsupported != "fallback":
+            raise
+        with torch.no_grad():
+            return outputs(compiled, {}, inputs)
+    shape = resolve(facts["shape"], batch_size(inputs))
+    return torch.empty((), dtype=facts["dtype"], device=device_of(inputs)).expand(shape)
+
+
+def _flat(entries: Entries, names: Iterable[str], like: Tensor) -> Tensor:
+    """Tensors `[…, *shape]` by parameter as one, `[…, P]`, with the leading axes of `like`; unreached ones are zero."""
+
+    def flat(name: str) -> Tensor:
+        size = *like.shape, math.prod(entries.entries[name].shape)
+        return like.new_zeros(size) if entries.status[name] == "unreached" else entries[name].reshape(size)
+
+    return torch.cat([flat(name) for name in names], -1)

@@ -22,7 +22,7 @@ from fxcurv.linalg.operator import Space
 from fxcurv.models import data
 from fxcurv.optim.preconditioned import _average
 from fxcurv.quantities.protocol import ParameterUsage, Sums
-from fxcurv.recipes.samples import gradients, jacobians
+from fxcurv.recipes.samples import gradients, jacobian_of, jacobians
 
 EXACT = fxcurv.KFAC(fxcurv.Exact(), joint=True)
 """Of a linear layer under the squared error, this is the whole Hessian."""
@@ -295,10 +295,25 @@ def test_a_preconditioner_moves_what_its_quantity_was_asked_of() -> None:
 
 def test_a_preconditioner_needs_one_quantity_and_a_batch() -> None:
     model = regression().model
+    with pytest.raises(fxcurv.InputError, match=r"is a generator, not a compiled model; give fxcurv.compile") as caught:
+        recipes.Preconditioned(model.parameters())  # pyright: ignore[reportArgumentType]
+    assert caught.value.code == "FXC440"
     with pytest.raises(fxcurv.QuantityError, match="compile one quantity"):
         recipes.Preconditioned(fxcurv.compile(model, "mse", ["kfac", "diag_ggn"]))
     with pytest.raises(fxcurv.FxcurvError, match=r"call update_curvature\(x, y\) first"):
         recipes.Preconditioned(fxcurv.compile(model, "mse", "kfac")).step()
+
+
+def test_a_preconditioner_takes_no_second_group() -> None:
+    problem = regression()
+    optimizer = recipes.Preconditioned(problem.compiled)
+    other = nn.Parameter(torch.zeros(2))
+    with pytest.raises(fxcurv.InputError, match=r"only for those .* compiled for; give another optimizer") as caught:
+        optimizer.add_param_group({"params": [other], "lr": 1.0})
+    assert caught.value.code == "FXC440"
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2]
+    optimizer.update_curvature(problem.x, problem.y)
+    gradient_step(problem.model, nn.MSELoss(), problem.x, problem.y, optimizer)
 
 
 # Any block ----------------------------------------------------------------------------------------------------------
@@ -501,14 +516,24 @@ def test_on_digits_less_is_forgotten(quantity: str, digits: tuple[Tensor, Tensor
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     first = train(seeded(lambda: perceptron(64)), x, y, 500)
     operator = fxcurv.compile(first, quantities=quantity)(x, y, torch.Generator().manual_seed(0)).operator(quantity)
-    kept = {}
+    saved = {}
     for strength in (0.0, 300.0):
         model = copy.deepcopy(first)
         train(model, x[:, order], y, 500, recipes.Penalty(first, operator, strength))
-        kept[strength] = accuracy(model, test, labels), accuracy(model, test[:, order], labels)
-    print(quantity, accuracy(first, test, labels), kept)
-    assert kept[300.0][0] > kept[0.0][0] + 0.1
-    assert sum(kept[300.0]) > sum(kept[0.0])
+        saved[strength] = accuracy(model, test, labels), accuracy(model, test[:, order], labels)
+    print(quantity, accuracy(first, test, labels), saved)
+    assert saved[300.0][0] > saved[0.0][0] + 0.1
+    assert sum(saved[300.0]) > sum(saved[0.0])
+
+
+def test_a_penalty_is_of_one_operator() -> None:
+    problem = regression()
+    result = problem.compiled(problem.x, problem.y)
+    with pytest.raises(
+        fxcurv.InputError, match=r"is a Curvature, not an operator; .* result.operator\('kfac'\)"
+    ) as caught:
+        recipes.Penalty(problem.model, result)  # pyright: ignore[reportArgumentType]
+    assert caught.value.code == "FXC440"
 
 
 # Pruning ----------------------------------------------------------------------------------------------------------
@@ -538,12 +563,12 @@ def test_saliency_is_the_rise_of_a_quadratic_and_the_others_make_up_for_it() -> 
     without = {**weights, "weight": weights["weight"].clone()}
     without["weight"][1, 2] = 0
     close(loss(without) - loss(weights), scores["weight"][1, 2])
-    kept = recipes.masks({"weight": scores["weight"]}, 1 / 3)
-    assert (~kept["weight"]).sum() == 2
-    found = recipes.compensated(operator, weights, kept, 0.0)
-    assert (found["weight"][~kept["weight"]] == 0).all()
+    saved = recipes.masks({"weight": scores["weight"]}, 1 / 3)
+    assert (~saved["weight"]).sum() == 2
+    found = recipes.compensated(operator, weights, saved, 0.0)
+    assert (found["weight"][~saved["weight"]] == 0).all()
     for o in range(2):  # least squares over what is left, output by output
-        left = torch.cat([kept["weight"][o], torch.tensor([True])])
+        left = torch.cat([saved["weight"][o], torch.tensor([True])])
         best = torch.linalg.lstsq(ones_added(problem.x)[:, left], problem.y[:, o]).solution
         close(torch.cat([found["weight"][o], found["bias"][o : o + 1]])[left], best)
     with pytest.raises(fxcurv.InputError, match="give a share from 0 to 1"):
@@ -707,8 +732,7 @@ def test_influence_on_digits_tells_what_leaving_out_does(digits: tuple[Tensor, T
     model = fit(seeded(lambda: nn.Linear(64, 10)), x, y, decay, 200)
     compiled = fxcurv.compile(model, quantities=EXACT)
     found = recipes.influence(compiled, compiled(x, y), (x[:25], y[:25]), (test, labels), decay)
-    weights = values(model)
-    removed, asked = gradients(compiled, weights, x[:25], y[:25]), gradients(compiled, weights, test, labels)
+    removed, asked = (gradients(compiled, values(model), *data) for data in ((x[:25], y[:25]), (test, labels)))
     dense = asked @ torch.linalg.solve(ggn(compiled, model, x, decay), removed.T) / 200
     with torch.no_grad():
         before = F.cross_entropy(model(test), labels, reduction="none")
@@ -730,7 +754,8 @@ def test_influence_on_digits_tells_what_leaving_out_does(digits: tuple[Tensor, T
 
 def ggn(compiled: fxcurv.Compiled, model: nn.Module, x: Tensor, damping: float) -> Tensor:
     """The whole damped GGN of the mean cross entropy, `[P, P]`."""
-    J, p = jacobians(compiled, values(model), x), model(x).softmax(1).detach()
+    f, J = jacobians(jacobian_of(compiled, values(model)), values(model), x)
+    p = f.softmax(1)
     H = torch.einsum("ncp,ncd,ndq->pq", J, torch.diag_embed(p) - p[:, :, None] * p[:, None, :], J) / len(x)
     return H + damping * torch.eye(len(H), dtype=torch.float64)
 
@@ -738,10 +763,10 @@ def ggn(compiled: fxcurv.Compiled, model: nn.Module, x: Tensor, damping: float) 
 def test_influence_through_blocks_is_near_that_of_the_dense_ggn(digits: tuple[Tensor, Tensor]) -> None:
     x, y = digits[0][:100, 20:28], digits[1][:100] % 3
     model = train(seeded(lambda: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))), x, y, 300)
-    weights = values(model)
     compiled = fxcurv.compile(model, quantities=EXACT)
-    J, p = jacobians(compiled, weights, x), model(x).softmax(1).detach()
-    g = gradients(compiled, weights, x, y)
+    f, J = jacobians(jacobian_of(compiled, values(model)), values(model), x)
+    p = f.softmax(1)
+    g = gradients(compiled, values(model), x, y)
     close(g, torch.einsum("ncp,nc->np", J, p - F.one_hot(y, 3)))
     near = g[50:] @ torch.linalg.solve(ggn(compiled, model, x, 0.1), g[:50].T) / 100
     found = {}
@@ -752,6 +777,135 @@ def test_influence_through_blocks_is_near_that_of_the_dense_ggn(digits: tuple[Te
     print(correlations)
     assert correlations["kfac"] > 0.9
     assert correlations["kfac"] > correlations["diag_ggn"]
+
+
+# Any model that compiles --------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Self-attention over the tokens that a mask keeps, their mean, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(3, 12), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, :])
+        saved = mask.unsqueeze(-1).to(seen)
+        return self.head((seen * saved).sum(1) / saved.sum(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(3, 2, batch_first=True), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class Filled(nn.Module):
+    """The forward fills a copy of a buffer; nothing reads `spare`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.spare = nn.Linear(3, 4), nn.Linear(6, 3), nn.Linear(2, 2)
+        self.register_buffer("canvas", torch.linspace(-1, 1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        canvas = self.get_buffer("canvas").clone().repeat(x.shape[0], 1)
+        canvas[:, 1:5] = self.first(x[:, 0]).tanh()
+        return self.head(canvas)
+
+
+def batch_for(model: nn.Module, samples: int, seed: int) -> tuple[Any, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 5, 3, generator=g, dtype=torch.float64)
+    y = torch.randint(3, (samples,), generator=g)
+    mask = torch.arange(5) <= torch.randint(5, (samples, 1), generator=g)
+    return ({"x": x, "mask": mask} if isinstance(model, Attention) else x), y
+
+
+def by_autograd(model: nn.Module, inputs: Any, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, their Jacobians and the gradients of the loss, by plain autograd of one sample after the other."""
+    every, found = list(model.parameters()), []
+
+    def flat(value: Tensor) -> Tensor:
+        parts = torch.autograd.grad(value, every, retain_graph=True, allow_unused=True, materialize_grads=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    for n in range(len(y)):
+        at = slice(n, n + 1)
+        f = model(**{k: t[at] for k, t in inputs.items()}) if isinstance(inputs, dict) else model(inputs[at])
+        J = torch.stack([flat(entry) for entry in f[0]])
+        found.append((f[0].detach(), J, flat(F.cross_entropy(f, y[at]))))
+    f, J, g = (torch.stack(column) for column in zip(*found, strict=True))
+    return f, J, g
+
+
+@pytest.mark.parametrize("make", [Attention, Recurrent, Filled])
+def test_influence_and_predictions_of_any_model_that_compiles(make: Callable[[], nn.Module]) -> None:
+    model = seeded(make)
+    train, test = batch_for(model, 6, 1), batch_for(model, 4, 2)
+    compiled = fxcurv.compile(model, quantities="diag_ggn")
+    result, before = compiled(*train), torch.get_rng_state()
+    B = torch.diag(result.operator("diag_ggn").dense().diagonal())
+    damped = torch.eye(len(B), dtype=torch.float64) * 0.1
+    f, J, g = by_autograd(model, *test)
+    expected = g @ torch.linalg.solve(B + damped, by_autograd(model, *train)[2].T) / 6
+    close(recipes.influence(compiled, result, train, test, 0.1), expected)
+    laplace = recipes.Laplace(compiled, result, 0.6)
+    standard_error = J @ torch.linalg.solve(6 * B + 6 * damped, J.mT)
+    mean, covariance = laplace.marginals(test[0])
+    close(mean, f)
+    close(covariance, standard_error)
+    probit = (f / (1 + math.pi / 8 * standard_error.diagonal(dim1=1, dim2=2)).sqrt()).softmax(1)
+    close(laplace.predict(test[0]), probit)
+    assert torch.equal(before, torch.get_rng_state())
+    with torch.no_grad():  # the posterior stays where it was when the model trains on
+        for p in model.parameters():
+            p.mul_(1.1)
+    moved = values(model)
+    close(laplace.predict(test[0]), probit)
+    assert all(torch.equal(p, moved[name]) for name, p in model.named_parameters())
+
+
+def test_recipes_serve_what_plain_autograd_takes_over() -> None:
+    """The compiler refuses control flow on values."""
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) if x.sum() > 1e9 else self.layer(2 * x)
+
+    model, (x, y) = seeded(Branching), batch_for(nn.Identity(), 5, 1)
+    compiled = fxcurv.compile(model, quantities="diag_ggn", on_unsupported="fallback")
+    result = compiled(x[:, 0], y)
+    _, J, g = by_autograd(model, x[:, 0], y)
+    covariance = recipes.Laplace(compiled, result).marginals(x[:, 0])[1]
+    B = torch.diag(result.operator("diag_ggn").dense().diagonal())
+    close(covariance, J @ torch.linalg.solve(5 * B + torch.eye(12, dtype=torch.float64), J.mT))
+    both = x[:, 0], y
+    found = recipes.influence(compiled, result, both, both, 0.1)
+    close(found, g @ torch.linalg.solve(B + 0.1 * torch.eye(12, dtype=torch.float64), g.T) / 5)
+
+
+def test_gradients_are_of_outputs_without_an_axis_of_their_own_and_of_targets_that_do_not_count() -> None:
+    """`[N]` under BCE; cross entropy where a batch holds an ignored target."""
+    flat = seeded(lambda: nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)))
+    x, y = regression().x, torch.arange(20) % 3
+    compiled = fxcurv.compile(flat, nn.BCEWithLogitsLoss())
+    g = gradients(compiled, values(flat), x, (y == 0).double())
+    close(g, (flat(x).sigmoid() - (y == 0).double()).detach().unsqueeze(1) * ones_added(x))
+    model = seeded(lambda: nn.Linear(3, 3))
+    compiled = fxcurv.compile(model, nn.CrossEntropyLoss(ignore_index=0))
+    g = gradients(compiled, values(model), x[:2], y[:2])
+    assert not g[0].any()
+    close(g[1], by_autograd(model, x[1:2], y[1:2])[2][0])
 
 
 # The solver -------------------------------------------------------------------------------------------------------
