@@ -50,6 +50,7 @@ def compile(
     on_unsupported: OnUnsupported = "error",
     backend: Backend = "eager",
     memory_budget: int | str | None = None,
+    algorithms: Mapping[str, str] | None = None,
 ) -> Compiled:
     """Compile a model for `quantities` of its trainable parameters: `result = compiled(inputs, target)`.
 
@@ -70,10 +71,13 @@ def compile(
     - `memory_budget`: how far a call may raise memory, its results included, as "2GiB" or in bytes; columns, and if
       need be samples, are then processed in chunks that a forecast says will fit, with the same results. What plain
       autograd computes is not bound by it.
+    - `algorithms`: the algorithm of a sum where it shall not be the one with the lowest estimated time, by module
+      path, parameter or statistic, each a pattern as in a shell: `{"conv1": "unfold", "kfac.*.weight.A":
+      "lag_correlation", "*": "DiagonalByPairs"}`, the last that matches and applies. `explain()` lists them.
 
     Raises a `FxcurvError` that says node, cause and remedy for whatever it cannot do exactly or under a name.
     """
-    options = Options(output, on_unsupported, backend, bytes_of(memory_budget))
+    options = Options(output, on_unsupported, backend, bytes_of(memory_budget), algorithms or {})
     compiled = Compiled(model, as_loss(loss), chosen(quantities), options)
     if example_inputs is not None:
         compiled.prepare(example_inputs)
@@ -217,14 +221,17 @@ class Compiled:
         """
         _check_inputs(self.model, inputs)
         options = self.options
-        asked = request_key(self.selection, options.output, options.on_unsupported == "error", options.backend)
+        strict, algorithms = options.on_unsupported == "error", tuple(options.algorithms.items())
+        asked = request_key(self.selection, options.output, strict, options.backend, algorithms)
         key = (signature(self.model, inputs), asked)
         self._latest = cached(self.model, key, lambda: self._compiled(inputs))
         self._like = pytree.tree_map_only(Tensor, lambda t: t.new_zeros(()).expand(t.shape), inputs)
         return self._latest
 
     def _compiled(self, inputs: Inputs) -> Program:
-        program = Program.of(passes.emit(self.model, self._canonicalized(inputs), self.selection, inputs))
+        algorithms, stages = self.options.algorithms, self._canonicalized(inputs)
+        program = Program.of(passes.emit(self.model, stages, self.selection, inputs, algorithms))
+        passes.check_algorithms(program.graphs, algorithms)
         return built(program, self.options.backend)
 
     def plan(self, inputs: Inputs) -> tuple[Plan, fx.GraphModule]:

@@ -132,8 +132,7 @@ def check_rule(op: nn.Module, *inputs: Tensor, columns: int = 3, tolerance: floa
     `op` is a module whose type has a row in `fxcurv.ir.rules.RULES`. `inputs` are example inputs, in float64 like its
     parameters, with the samples along axis 0. Random columns `S[v, *y.shape]`, the first alone and the others at once,
     are pulled back to every floating-point input; an opaque op's closed form is checked too. For an affine op, the
-    gradients of `weight` and `bias` are built from the positions of `x` and `S`. A rule of kind "non_differentiable" is
-    not checked.
+    gradients of `weight` and `bias` are built from the positions of `x` and `S`. "non_differentiable" is not checked.
     Errors are relative to the largest entry; the default `tolerance` is that of the dtype, 4e-11 for float64.
 
     Raises an AssertionError that names op, input and error, and a SpecError (FXC301) for an op without a rule.

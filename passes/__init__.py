@@ -23,3 +23,4 @@ from passes.pipeline import canonicalize as canonicalize
 from passes.pipeline import emit as emit
 from passes.pipeline import lowered as lowered
 from passes.plan import plan as plan
+from passes.select_algorithms import check_algorithms as check_algorithms

@@ -181,16 +181,16 @@ def emit(
     stages: Mapping[str, fx.GraphModule],
     selection: Selection,
     inputs: Inputs,
-    forced: str | None = None,
+    algorithms: Mapping[str, str] | None = None,
 ) -> Emitted:
     """The graphs that compute the chosen quantities of the model's parameters, from its canonical graph.
 
-    Algorithms are chosen for batches like `inputs`; `forced` names one to take wherever it applies.
+    Algorithms are selected for batches like `inputs`, except those that `algorithms` names (see `Setting`).
     """
     canonical = stages["canonical"]
     planned, output = plan(model, canonical, selection), output_of(canonical)
     augmented, pipeline = augment(canonical, planned), Pipeline(stages)
-    setting = Setting(batch_size(inputs), 1, device_of(inputs), output.meta["dtype"], forced=forced)
+    setting = Setting(batch_size(inputs), 1, device_of(inputs), output.meta["dtype"], algorithms=algorithms or {})
     emitted = {"forward": (augmented.forward, 1)}
     outputs = math.prod(resolve(output.meta["shape"], 1))
     for factor, gm in augmented.backwards.items():

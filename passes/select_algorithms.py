@@ -7,7 +7,7 @@ least for the batch at hand is taken. Any of them is right for every batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,18 +18,20 @@ from torch import Tensor, fx, nn
 from fxcurv.contractions import convolutions, covariances, definitions, diagonals, entries, kernels
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.convolution.patches import Patches
+from fxcurv.convolution.second_moment import ALGORITHMS
+from fxcurv.core.errors import QuantityError
 from fxcurv.ir.backward_ops import InputPositions, OutputPositions
 from fxcurv.ir.nodes import module_of
 from fxcurv.ir.rewriting import instead, rewrites
 from fxcurv.linalg.cost import Cost, copying
-from passes.setting import Setting
+from passes.setting import Setting, matches
 
-__all__ = ["Contraction", "contract"]
+__all__ = ["Contraction", "check_algorithms", "contract"]
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """What was chosen for a statistic; the costs of all forms that apply, and the seconds that they should take."""
+    """The algorithm selected for a statistic; cost and estimated seconds of every algorithm that applies."""
 
     variant: str
     costs: Mapping[str, Cost]
@@ -37,7 +39,7 @@ class Contraction:
 
     @property
     def others(self) -> dict[str, float]:
-        """The seconds of the forms that were not chosen."""
+        """The estimated seconds of the other algorithms."""
         return {variant: seconds for variant, seconds in self.seconds.items() if variant != self.variant}
 
 
@@ -46,7 +48,27 @@ def contract(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
     return rewrites(gm, partial(_cheapest, setting=setting))
 
 
-# Forms ------------------------------------------------------------------------------------------------------------
+def check_algorithms(graphs: Iterable[fx.GraphModule], algorithms: Mapping[str, str]) -> None:
+    """Raise a QuantityError (FXC409) for an algorithm that applies to no statistic that its pattern matches."""
+    nodes = [node for gm in graphs for node in gm.graph.nodes if "contraction" in node.meta]
+    for pattern, name in algorithms.items():
+        matched = [node for node in nodes if matches(pattern, str(node.target))]
+        applicable = {other for node in matched for other in node.meta["contraction"].costs}
+        if name in applicable:
+            continue
+        if covariances.CovarianceOfPatches.__name__ in applicable:
+            applicable |= ALGORITHMS.keys()
+        known = ", ".join(sorted({str(node.target) for node in nodes})[:3]) or "none"
+        raise QuantityError(
+            f"algorithms: {name!r} applies to no statistic that {pattern!r} matches",
+            remedy=f"choose one of {', '.join(sorted(applicable))}"
+            if applicable
+            else f"give a module path, a parameter or a statistic, of which there are {known}",
+            code="FXC409",
+        )
+
+
+# Algorithms -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -58,7 +80,7 @@ class _Variant:
 
     @property
     def name(self) -> str:
-        return type(self.statistic).__name__
+        return getattr(self.statistic, "algorithm", None) or type(self.statistic).__name__
 
 
 def _cheapest(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
@@ -69,7 +91,8 @@ def _cheapest(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
     applicable = {variant.name: variant for variant in (definition, *_VARIANTS[type(op)](op, node, setting))}
     costs = {name: _cost(variant, setting) for name, variant in applicable.items()}
     seconds = {name: cost.seconds(setting.rates) for name, cost in costs.items()}
-    chosen = setting.forced if setting.forced in applicable else min(seconds, key=seconds.__getitem__)
+    asked = (name for name in setting.asked(str(node.target)) if name in applicable)
+    chosen = next(asked, None) or min(seconds, key=seconds.__getitem__)
     node.meta["contraction"] = Contraction(chosen, costs, seconds)
     if chosen == definition.name:
         return None
@@ -103,7 +126,8 @@ def _of_inputs(op: definitions.InputCovariance, node: fx.Node, setting: Setting)
     if op.pooled:
         return
     if patches is not None:
-        yield _Variant(covariances.CovarianceOfPatches(patches, op.ones), ([raw],))
+        for name in (None, *ALGORITHMS.keys() & setting.asked(str(node.target))):
+            yield _Variant(covariances.CovarianceOfPatches(patches, op.ones, name), ([raw],))
     n, s, _, i = setting.sizes(x)
     if n * s < i:
         unfolded = patches is None or op.ones
@@ -157,7 +181,7 @@ def _of_diagonal(op: definitions.SumOfSquares, node: fx.Node, setting: Setting) 
         return
     if not more:
         yield _Variant(diagonals.DiagonalByPairs(), node.args)
-    if setting.forced == diagonals.DiagonalFused.__name__ or kernels.available(setting.device):
+    if diagonals.DiagonalFused.__name__ in setting.asked(str(node.target)) or kernels.available(setting.device):
         yield _Variant(diagonals.DiagonalFused(), node.args)
     if setting.device.type == "cpu":
         yield _Variant(diagonals.DiagonalBySample(), node.args)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.convolution.patches import Patches
-from fxcurv.convolution.second_moment import cheapest
+from fxcurv.convolution.second_moment import second_moment
 from fxcurv.linalg.factorizations import cholesky, decomposed, singular
 from fxcurv.linalg.matmul import transpose_times
 
@@ -96,7 +96,7 @@ class LazyGram:
             return replace(self, scale=1.0).dense().mul_(self.scale)
         vectors = [t if self.scale == 1 else t * self.scale**0.5 for t in self.vectors]  # smaller than the matrices are
         if self.patches is not None:
-            return cheapest(self.patches, torch.cat(vectors)).covariance()
+            return second_moment(self.patches, torch.cat(vectors)).covariance()
         rows = replace(self, vectors=tuple(vectors)).rows()
         return transpose_times(rows[0], rows[0]).unsqueeze(0) if len(rows) == 1 else rows.mT @ rows
 

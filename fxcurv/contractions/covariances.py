@@ -11,7 +11,7 @@ from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.contractions.entries import entries_of, per_sample, widened, with_ones
 from fxcurv.contractions.statistic import Ss, Statistic, StatisticValue, Xs
 from fxcurv.convolution.patches import Patches
-from fxcurv.convolution.second_moment import cheapest
+from fxcurv.convolution.second_moment import second_moment
 from fxcurv.linalg.cost import Cost, copying, moment
 
 __all__ = ["CovarianceOfPatches", "KeptEntries", "KeptInputs", "KeptOutputs", "PooledPatches"]
@@ -34,11 +34,15 @@ class _OfPatches(Statistic):
 
 
 class CovarianceOfPatches(_OfPatches):
-    """`InputCovariance` of one convolution, from its input `z[n,c,…]`: by the way that is cheapest."""
+    """`InputCovariance` of one convolution, from its input `z[n,c,…]`, by `algorithm` or the cheapest one."""
+
+    def __init__(self, patches: Patches, ones: bool = False, algorithm: str | None = None) -> None:
+        super().__init__(patches, ones)
+        self.algorithm = algorithm
 
     def forward(self, zs: Sequence[Tensor]) -> Tensor:
         (z,) = map(widened, zs)
-        A = cheapest(self.patches, z).covariance()
+        A = second_moment(self.patches, z, self.algorithm).covariance()
         if not self.ones:
             return A
         sums = self.patches.sums(z.sum(0, keepdim=True))[0].unsqueeze(-1)  # [g,i,1]
@@ -46,7 +50,7 @@ class CovarianceOfPatches(_OfPatches):
         return torch.cat([torch.cat([A, sums], 2), torch.cat([sums.mT, count], 2)], 1)
 
     def cost(self, zs: Sequence[Tensor]) -> Cost:
-        return cheapest(self.patches, zs[0]).cost()
+        return second_moment(self.patches, zs[0], self.algorithm).cost()
 
 
 class PooledPatches(_OfPatches):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from fxcurv.convolution import lag_correlation as meetings
 from fxcurv.convolution.lag_correlation import LagCorrelations, axis_overlaps
 from fxcurv.convolution.patches import Patches
 from fxcurv.convolution.row_products import RowProducts
-from fxcurv.convolution.second_moment import WAYS, cheapest
+from fxcurv.convolution.second_moment import ALGORITHMS, second_moment
 from fxcurv.convolution.unfold import Unfolding
 from fxcurv.core.shapes import Samples
 from fxcurv.ir.backward_ops import InputPositions, OutputPositions
@@ -83,7 +84,7 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     z, patches = draw(N, *shape), Patches.of(op)
     x = InputPositions(op, Samples(0))(z)
     A = InputCovariance()([x])
-    for way in WAYS:
+    for way in ALGORITHMS.values():
         close(way(patches, z).covariance(), A)
         single, scale = way(patches, z.float()).covariance(), float(A.abs().max())
         torch.testing.assert_close(single, A.float(), rtol=1e-5, atol=1e-6 * scale)
@@ -296,7 +297,9 @@ def results(forced: str | None) -> dict[str, Tensor]:
         model = Net().double().eval()
     x, y = draw(3, 3, 6, 7), torch.tensor([0, 3, 1])
     selection = chosen(QUANTITIES)
-    program = Program.of(passes.emit(model, passes.canonicalize(model, x), selection, x, forced))
+    program = Program.of(
+        passes.emit(model, passes.canonicalize(model, x), selection, x, {"*": forced} if forced else None)
+    )
     names = {
         node.meta["contraction"].variant
         for gm in program.graphs
@@ -317,11 +320,11 @@ def results(forced: str | None) -> dict[str, Tensor]:
 DEFINITIONS: list[Callable[[], Statistic]] = [
     *(Columns, SumOfSquares, DiagonalPerSample, Gradient, Gram, InputCovariance, OutputCovariance, SquaredNorms)
 ]
-FORMS = [*(d.__name__ for d in DEFINITIONS), *diagonals.__all__]
+VARIANTS = [*(d.__name__ for d in DEFINITIONS), *diagonals.__all__]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_whichever_form_is_forced_results_agree(variant: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_results_agree_by_every_algorithm(variant: str) -> None:
     expected, found = results(None), results(variant)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -341,8 +344,8 @@ def test_few_channels_are_multiplied_by_rows(dtype: torch.dtype, monkeypatch: py
     for channels, side in ((40, 56), (80, 28), (160, 14), (320, 7)):
         z = torch.empty(8, channels, side, side, dtype=dtype, device="meta")
         depthwise, dense = (Patches((7, 7), (1, 1), (3, 3), (1, 1), groups) for groups in (channels, 1))
-        assert isinstance(cheapest(depthwise, z), RowProducts)
-        assert not isinstance(cheapest(dense, z), RowProducts)
+        assert isinstance(second_moment(depthwise, z), RowProducts)
+        assert not isinstance(second_moment(dense, z), RowProducts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -403,3 +406,36 @@ def test_an_odd_form_is_cheaper_where_it_should_be() -> None:
     assert LagCorrelations(stem, image).cost().seconds(rates) > 2 * Unfolding(stem, image).cost().seconds(rates)
     x, S = torch.empty(8, 4, 1, 4608, device="meta"), torch.empty(9, 8, 4, 1, 512, device="meta")
     assert diagonals.DiagonalByPairs().cost([x], [S]).flops < diagonals.DiagonalBySample().cost([x], [S]).flops
+
+
+# Algorithms that a user names -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_algorithm_is_named_by_module_path(algorithm: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Net().double().eval()
+    x, y = draw(3, 3, 6, 7), torch.tensor([0, 3, 1])
+    quantities = {"*": None, "stem.*": "kfac"}
+    expected = fxcurv.compile(model, "cross_entropy", quantities)(x, y)["kfac"]["stem.weight"]
+    compiled = fxcurv.compile(model, "cross_entropy", quantities, algorithms={"stem": algorithm})
+    found = compiled(x, y)["kfac"]["stem.weight"]
+    selected = {
+        node.meta["contraction"].variant for node in compiled.program.forward.graph.nodes if "contraction" in node.meta
+    }
+    assert selected == {algorithm}
+    torch.testing.assert_close(found.A, expected.A, rtol=1e-12, atol=1e-12)
+
+
+def test_an_algorithm_that_applies_nowhere_is_refused() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Net().double().eval()
+    x = draw(3, 3, 6, 7)
+    compiled = partial(fxcurv.compile, model, "cross_entropy", "kfac", example_inputs=x)
+    with pytest.raises(fxcurv.QuantityError, match=r"'unfolding' applies to no statistic that 'stem' .* unfold"):
+        compiled(algorithms={"stem": "unfolding"})
+    with pytest.raises(fxcurv.QuantityError, match=r"'nowhere' matches; give a module path.*kfac\.depthwise\.weight\.A"):
+        compiled(algorithms={"nowhere": "unfold"})
+    compiled(algorithms={"kfac.stem.weight.A": "unfold"})
