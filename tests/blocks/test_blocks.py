@@ -15,7 +15,7 @@ import fxcurv
 from fxcurv.blocks.base import Damping
 from fxcurv.blocks.lazy_gram import SecondMoment
 from fxcurv.convolution.patches import Patches
-from fxcurv.linalg.factorizations import cholesky
+from fxcurv.linalg.factorizations import cholesky, rank
 
 G = torch.Generator().manual_seed(0)
 
@@ -326,6 +326,12 @@ def test_blocks_that_are_not_finite_say_so() -> None:
         dense = fxcurv.Dense((3,), SecondMoment((entries[None, None, :2, :].mT[..., :1].mT,)), parameters=("b",))
         with pytest.raises(fxcurv.FxcurvError, match="the block of 'b' has no eigenvalues"):
             dense.eigvalsh()
+
+
+def test_rounding_adds_nothing_to_a_rank() -> None:
+    values = torch.tensor([[2.0, 1.0, 1e-8], [2.0, 1e-3, 1e-3]])
+    assert rank(values, 3) == 2
+    assert rank(values.double(), 3) == 3
 
 
 def test_cholesky_tries_again_in_float64() -> None:

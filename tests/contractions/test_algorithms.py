@@ -35,7 +35,7 @@ from fxcurv.convolution.unfold import Unfolding
 from fxcurv.core.shapes import Samples
 from fxcurv.ir.backward_ops import InputPositions, OutputPositions
 from fxcurv.linalg import allocation as pages
-from fxcurv.linalg.cost import Rates, copying, rates_of
+from fxcurv.linalg.cost import Cost, Rates, copying, rates_of
 from fxcurv.linalg.matmul import BLOCK, HALVED, halves, times_transpose, transpose_times
 from fxcurv.losses.registry import as_loss
 from fxcurv.quantities.selection import chosen
@@ -383,6 +383,12 @@ def test_products_per_channel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in (1, 13, 50, 1000):  # of a sample, of two, of all samples of two columns, of everything
         monkeypatch.setattr(entries, "CACHE", part)
         close(entries.per_sample([x], [S]), (S * x).sum(2).unsqueeze(-1))
+
+
+def test_temporaries_are_gone_when_the_next_begin() -> None:
+    first, second = Cost(1, 2, 3, temporary=10), Cost(4, 5, 6, temporary=7)
+    assert first + second == Cost(5, 7, 9, temporary=10)
+    assert second * 2 == Cost(8, 10, 12, temporary=7)
 
 
 def test_an_odd_form_is_cheaper_where_it_should_be() -> None:
