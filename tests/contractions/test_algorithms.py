@@ -36,7 +36,7 @@ from fxcurv.convolution.unfold import Unfolding
 from fxcurv.core.shapes import Samples
 from fxcurv.ir.backward_ops import InputPositions, OutputPositions
 from fxcurv.linalg import allocation as pages
-from fxcurv.linalg.cost import Rates, copying
+from fxcurv.linalg.cost import Cost, Rates, copying
 from fxcurv.linalg.matmul import BLOCK, HALVED, halves, times_transpose, transpose_times
 from fxcurv.losses.base import as_loss
 from fxcurv.quantities.selection import chosen
@@ -92,8 +92,8 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     for ones in (False, True):
         close(covariances.CovarianceOfPatches(patches, ones)([z]), InputCovariance(ones=ones)([x]))
         close(covariances.PooledPatches(patches, ones)([z]), InputCovariance(pooled=True, ones=ones)([x]))
-    kept = covariances.KeptInputs(patches)
-    close(kept.sum_of(kept([z])), A)
+    saved = covariances.KeptInputs(patches)
+    close(saved.sum_of(saved([z])), A)
     raw = draw(V, *op(z).shape)
     S = OutputPositions(op, Samples(0))(raw)
     close(convolutions.GradientOfConvolution(op)([z], [raw]), Gradient()([x], [S]))
@@ -168,13 +168,13 @@ def moment(*shape: int) -> LazyGram:
 
 
 def test_a_moment_does_what_its_matrix_does() -> None:
-    kept = moment(4, 1, 2, 9)
-    A, B = kept.dense(), draw(2, 9, 3)
-    assert (kept.count, kept.side, tuple(kept.shape)) == (4, 9, (2, 9, 9))
-    close(kept.diagonal(), A.diagonal(dim1=1, dim2=2))
-    close(kept.mm(B), A @ B)
-    close(kept.solve(B, 0.1), torch.linalg.solve(A + 0.1 * torch.eye(9, dtype=A.dtype), B))
-    close((kept / 4).dense(), A / 4)
+    saved = moment(4, 1, 2, 9)
+    A, B = saved.dense(), draw(2, 9, 3)
+    assert (saved.count, saved.side, tuple(saved.shape)) == (4, 9, (2, 9, 9))
+    close(saved.diagonal(), A.diagonal(dim1=1, dim2=2))
+    close(saved.mm(B), A @ B)
+    close(saved.solve(B, 0.1), torch.linalg.solve(A + 0.1 * torch.eye(9, dtype=A.dtype), B))
+    close((saved / 4).dense(), A / 4)
 
 
 def test_moments_add_and_are_formed_when_that_is_smaller() -> None:
@@ -255,9 +255,9 @@ def test_advice_leaves_memory_as_it_is() -> None:
 
 
 def test_a_moment_of_a_difference_is_scaled() -> None:
-    kept = draw(4, 3, 2, 5)
-    close(LazyGram((kept,), scale=-0.3), LazyGram((kept,)).dense() * -0.3)
-    close(LazyGram((kept,), scale=0.3), LazyGram((kept,)).dense() * 0.3)
+    saved = draw(4, 3, 2, 5)
+    close(LazyGram((saved,), scale=-0.3), LazyGram((saved,)).dense() * -0.3)
+    close(LazyGram((saved,), scale=0.3), LazyGram((saved,)).dense() * 0.3)
 
 
 # Whole models -----------------------------------------------------------------------------------------------------
@@ -395,6 +395,12 @@ def test_products_per_channel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         close(entries.per_sample([x], [S]), (S * x).sum(2).unsqueeze(-1))
 
 
+def test_temporaries_are_gone_when_the_next_begin() -> None:
+    first, second = Cost(1, 2, 3, temporary=10), Cost(4, 5, 6, temporary=7)
+    assert first + second == Cost(5, 7, 9, temporary=10)
+    assert second * 2 == Cost(8, 10, 12, temporary=7)
+
+
 def test_an_odd_form_is_cheaper_where_it_should_be() -> None:
     """The model of costs prefers meetings for most maps, patches of few channels with long strides, pairs if few."""
     patches, rates = Patches((3, 3), (1, 1), (1, 1), (1, 1), 1), Rates(1e11, 1e10, 5e-6)
@@ -436,6 +442,8 @@ def test_an_algorithm_that_applies_nowhere_is_refused() -> None:
     compiled = partial(fxcurv.compile, model, "cross_entropy", "kfac", example_inputs=x)
     with pytest.raises(fxcurv.QuantityError, match=r"'unfolding' applies to no statistic that 'stem' .* unfold"):
         compiled(algorithms={"stem": "unfolding"})
-    with pytest.raises(fxcurv.QuantityError, match=r"'nowhere' matches; give a module path.*kfac\.depthwise\.weight\.A"):
+    with pytest.raises(
+        fxcurv.QuantityError, match=r"'nowhere' matches; give a module path.*kfac\.depthwise\.weight\.A"
+    ):
         compiled(algorithms={"nowhere": "unfold"})
     compiled(algorithms={"kfac.stem.weight.A": "unfold"})

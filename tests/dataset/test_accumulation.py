@@ -135,6 +135,21 @@ def test_the_standard_error_is_that_of_a_weighted_mean() -> None:
     assert StandardError().rel_error() == math.inf
 
 
+def test_batches_are_weighted_by_their_sizes() -> None:
+    compiled = fxcurv.compile(tokens(False), quantities="diag_ggn")
+    results = [compiled(*batch) for batch in cut(reals(7, 3, 5), labels(7), (1, 2, 4))]
+    standard_error = StandardError()
+    for result in results:
+        standard_error = standard_error.with_batch(result)
+    assert (standard_error.batches, standard_error.weights) == (3, (7.0, 1.0 + 4.0 + 16.0))
+    w = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    for found, traces in zip(
+        standard_error.sums, zip(*(r["diag_ggn"].values() for r in results), strict=True), strict=True
+    ):
+        t = torch.stack([trace.sum() for trace in traces])
+        assert found == pytest.approx([float(v.sum()) for v in (w * t, w * w * t, w * w * t * t)], rel=1e-12)
+
+
 @pytest.mark.parametrize(
     "options", [{"max_batches": 0}, {"every": 0}, {"min_batches": 1}, {"until_rel_error": -1.0}, {"dtype": torch.half}]
 )
