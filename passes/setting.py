@@ -16,9 +16,9 @@ __all__ = ["Setting"]
 
 @dataclass(frozen=True)
 class Setting:
-    """For what the forms are chosen: samples, columns, device and type; a form's name where it is forced.
+    """Arguments of the selection: numbers of samples and columns, device and dtype; the name of an algorithm to force.
 
-    Without `loops` no form runs a loop over samples or columns. `trials` remembers what trials showed.
+    Without `loops`, algorithms that loop over samples or columns are excluded. `trials` caches outcomes of trials.
     """
 
     samples: int
@@ -31,10 +31,10 @@ class Setting:
 
     @property
     def rates(self) -> Rates:
-        """How fast the device is."""
+        """Rates of the device for the dtype."""
         return rates_of(self.device, self.dtype)
 
     def sizes(self, node: fx.Node) -> tuple[int, ...]:
-        """The shape of what a node will hold."""
+        """Return the shape of a node's tensor."""
         sizes: dict[Any, int] = {"V": self.columns, "N": self.samples}
         return resolve(tuple(sizes.get(s, s) if isinstance(s, str) else s for s in node.meta["shape"]), self.samples)
