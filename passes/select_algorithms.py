@@ -1,7 +1,7 @@
-"""select_algorithms: definitions become the cheapest equal algorithm, where the graph shows that it applies.
+"""select_algorithms: definitions become the cheapest equal algorithm that applies.
 
-A statistic has several algorithms (`fxcurv.contractions`); the graph shows which of them apply, and the one that costs
-least for the batch at hand is taken. Any of them is right for every batch.
+A statistic has several algorithms (`fxcurv.contractions`). The graph determines which of them apply; the one with the
+least cost for the given batch is selected. Every algorithm is correct for every batch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Contraction:
 
 
 def contract(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
-    """A forward or backward graph with the cheapest diagonals."""
+    """Return a forward or backward graph with the cheapest algorithms."""
     return rewrites(gm, partial(_cheapest, setting=setting))
 
 
@@ -73,7 +73,7 @@ def check_algorithms(graphs: Iterable[fx.GraphModule], algorithms: Mapping[str, 
 
 @dataclass(frozen=True)
 class _Variant:
-    """A statistic and what it is called on."""
+    """A statistic and its arguments."""
 
     statistic: Statistic
     args: tuple[Any, ...]
@@ -84,7 +84,7 @@ class _Variant:
 
 
 def _cheapest(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
-    """The cheapest form of a statistic, if that is not the definition that is there."""
+    """Return the cheapest algorithm of a statistic, if it is not the present definition."""
     if not isinstance(op, Statistic) or type(op) not in _VARIANTS:
         return None
     definition = _Variant(op, node.args)
@@ -100,7 +100,7 @@ def _cheapest(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
 
 
 def _cost(variant: _Variant, setting: Setting) -> Cost:
-    """What a form takes, with the patches that are formed for it."""
+    """Return the cost of an algorithm, with the patches that it reads."""
     cost = variant.statistic.cost(*fx.map_arg(variant.args, partial(_described, setting=setting)))
     nodes: list[fx.Node] = []
     fx.map_arg(variant.args, nodes.append)
@@ -111,7 +111,7 @@ def _cost(variant: _Variant, setting: Setting) -> Cost:
 
 
 def _described(node: fx.Node, setting: Setting) -> Tensor:
-    """The tensor that a node will hold, without its numbers."""
+    """Return the tensor of a node on the meta device, without values."""
     return torch.empty(setting.sizes(node), dtype=node.meta.get("dtype", torch.float32), device="meta")
 
 
@@ -152,20 +152,20 @@ def _of_gradient(op: definitions.Gradient, node: fx.Node, setting: Setting) -> I
     xs, Ss = _uses(node)
     (x, *more), (S, *_) = xs, Ss
     if not more and x is not None and _patches_of(x) is not None:
-        conv: Any = _positions(S).op  # that of x may be another with the same patches
+        conv: Any = _positions(S).op  # the op of x may be another with the same patches
         yield _Variant(convolutions.GradientOfConvolution(conv), ([*x.all_input_nodes], [*S.all_input_nodes]))
 
 
 def _by_convolution(variant: Callable[[Any], Statistic], node: fx.Node, setting: Setting) -> Iterator[_Variant]:
-    """A form that reads the input of a convolution and what arrives at its output, if each sample is one input.
+    """Yield the algorithm on a convolution's input and backpropagated vectors, if each sample is one input.
 
-    What it costs is known for the CPU's kernels.
+    Its cost is known for the CPU's kernels.
     """
     (x, *more), (S, *_) = _uses(node)
     if more or x is None or setting.device.type != "cpu":
         return
     inputs, outputs = module_of(x), module_of(S)
-    if isinstance(inputs, InputPositions) and isinstance(outputs, OutputPositions):  # and not rotated
+    if isinstance(inputs, InputPositions) and isinstance(outputs, OutputPositions):  # not rotated
         if _patches_of(x) is not None and inputs.place.parts == 1:
             yield _Variant(variant(outputs.op), ([*x.all_input_nodes], [*S.all_input_nodes]))
 
@@ -228,7 +228,7 @@ _VARIANTS: dict[type[Statistic], Callable[[Any, fx.Node, Setting], Iterator[_Var
 
 
 def _uses(node: fx.Node) -> tuple[list[fx.Node | None], list[fx.Node]]:
-    """The positions x, S of all uses that a statistic reads."""
+    """Return the positions x, S of all uses that a statistic reads."""
     xs: Any = node.args[0]
     Ss: Any = node.args[1]
     return list(xs), list(Ss)
@@ -241,6 +241,6 @@ def _positions(x: fx.Node) -> InputPositions | OutputPositions:
 
 
 def _patches_of(x: fx.Node) -> Patches | None:
-    """The patches that positions are, if an op unfolds its input."""
+    """Return the patches that form the positions, if an op unfolds its input."""
     op = _positions(x).op
     return Patches.of(op) if isinstance(op, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None

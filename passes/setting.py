@@ -40,7 +40,7 @@ class Setting:
 
     @property
     def rates(self) -> Rates:
-        """How fast the device is."""
+        """Rates of the device for the dtype."""
         return rates_of(self.device, self.dtype)
 
     def asked(self, statistic: str) -> list[str]:
@@ -48,6 +48,6 @@ class Setting:
         return [name for pattern, name in self.algorithms.items() if matches(pattern, statistic)][::-1]
 
     def sizes(self, node: fx.Node) -> tuple[int, ...]:
-        """The shape of what a node will hold."""
+        """Return the shape of a node's tensor."""
         sizes: dict[Any, int] = {"V": self.columns, "N": self.samples}
         return resolve(tuple(sizes.get(s, s) if isinstance(s, str) else s for s in node.meta["shape"]), self.samples)

@@ -340,9 +340,9 @@ class Detach(nn.Module):
 class Slice(nn.Module):
     """y = x[…, start:stop:step, …] along `dim`."""
 
-    def __init__(self, dim: int, start: int, non_differentiable: int, step: int = 1) -> None:
+    def __init__(self, dim: int, start: int, stop: int, step: int = 1) -> None:
         super().__init__()
-        self.dim, self.start, self.non_differentiable, self.step = dim, start, non_differentiable, step
+        self.dim, self.start, self.stop, self.step = dim, start, stop, step
 
     def forward(self, x: Tensor) -> Tensor:
         return x[self.index(x.ndim)]
@@ -350,10 +350,10 @@ class Slice(nn.Module):
     def index(self, ndim: int) -> tuple[slice, ...]:
         """The index tuple that selects the slice from a tensor with `ndim` axes."""
         axis = self.dim % ndim
-        return (*(slice(None),) * axis, slice(self.start, self.non_differentiable, self.step))
+        return (*(slice(None),) * axis, slice(self.start, self.stop, self.step))
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, {self.start}:{self.non_differentiable}:{self.step}"
+        return f"dim={self.dim}, {self.start}:{self.stop}:{self.step}"
 
 
 class Select(nn.Module):

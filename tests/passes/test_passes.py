@@ -342,7 +342,7 @@ def test_generated_code_is_readable(model: nn.Module, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert "canonical" in printed
     assert "backward[sampled(1)]" in printed
-    with pytest.raises(fxcurv.QuantityError, match="no stage is called 'nope'; there are captured, lowered"):
+    with pytest.raises(fxcurv.QuantityError, match="no stage is called 'nope'; the stages are captured, lowered"):
         compiled.print_tabular("nope")
 
 

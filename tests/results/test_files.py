@@ -164,7 +164,7 @@ def test_another_model_is_refused(file: Path) -> None:
 def test_fingerprints_depend_on_order_and_not_on_values() -> None:
     a = Fingerprint.of(net())
     b = Fingerprint(dict(reversed(list(a.parameters.items()))))
-    assert a.difference(b) == "the parameters have another order"
+    assert a.difference(b) == "the parameters are in a different order"
     assert a.digest != b.digest
     assert a.digest == Fingerprint.of(net()).digest
 
