@@ -1,4 +1,4 @@
-"""Σ_ns x xᵀ over the patches of a convolution, by the way that costs least: all are equal up to rounding."""
+"""Σ_ns x xᵀ over the patches of a convolution, by the cheapest algorithm: all are equal up to rounding."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["WAYS", "Algorithm", "cheapest"]
 
 
 class Algorithm(Protocol):
-    """Σ_ns x xᵀ for the patches of one input `z[n, g·c, …]`; the cost reads its shape alone."""
+    """Σ_ns x xᵀ for the patches of one input `z[n, g·c, …]`; the cost depends on its shape alone."""
 
     def __init__(self, patches: Patches, z: Tensor) -> None: ...
 
     def cost(self) -> Cost:
-        """What `covariance` takes."""
+        """Cost of `covariance`."""
         ...
 
     def covariance(self) -> Tensor:
@@ -33,6 +33,6 @@ WAYS: tuple[type[Algorithm], ...] = (Unfolding, RowProducts, LagCorrelations)
 
 
 def cheapest(patches: Patches, z: Tensor) -> Algorithm:
-    """The way that takes least time for an input."""
+    """Return the fastest algorithm for an input."""
     rates = rates_of(z.device, z.dtype)
     return min((way(patches, z) for way in WAYS), key=lambda way: way.cost().seconds(rates))
