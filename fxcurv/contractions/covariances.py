@@ -1,4 +1,4 @@
-"""Algorithms for covariances of inputs and outputs: from patches, pooled, or kept as vectors."""
+"""Algorithms for covariances of inputs and outputs: from patches, pooled, or as lazy Grams."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fxcurv.linalg.cost import Cost, copying, moment
 __all__ = ["CovarianceOfPatches", "KeptEntries", "KeptInputs", "KeptOutputs", "PooledPatches"]
 
 
-# Of the inputs ----------------------------------------------------------------------------------------------------
+# Inputs -----------------------------------------------------------------------------------------------------------
 
 
 class _OfPatches(Statistic):
-    """A sum over the patches of one convolution, with `ones` of the constant 1 behind them too."""
+    """A sum over the patches of one convolution, with the constant 1 appended if `ones`."""
 
     reads = "x"
 
@@ -56,7 +56,7 @@ class CovarianceOfPatches(_OfPatches):
 class PooledPatches(_OfPatches):
     """`InputCovariance(pooled=True)` of one convolution, from its input: sums over windows, no patches.
 
-    It applies where every sample is one input of the convolution, and not several, as the frames of a film are.
+    It applies where every sample is one input of the convolution, not several (as with the frames of a film).
     """
 
     def forward(self, zs: Sequence[Tensor]) -> Tensor:
@@ -75,7 +75,7 @@ class PooledPatches(_OfPatches):
 
 
 class KeptInputs(Statistic):
-    """`InputCovariance` of one use, kept as the input of a convolution, or as the positions `x[n,s,g,i]`."""
+    """`InputCovariance` of one use as a lazy Gram, from the input of a convolution or the positions `x[n,s,g,i]`."""
 
     reads = "x"
     grows = True
@@ -98,11 +98,11 @@ class KeptInputs(Statistic):
         return f"{self.patches}, ones={self.ones}"
 
 
-# Of the cotangents ------------------------------------------------------------------------------------------------
+# Cotangents -------------------------------------------------------------------------------------------------------
 
 
 class KeptOutputs(Statistic):
-    """`OutputCovariance` of one use, kept as the positions S[v,n,s,g,o], or with `pooled` as their sums over s."""
+    """`OutputCovariance` of one use as a lazy Gram of positions S[v,n,s,g,o], or with `pooled` of their sums over s."""
 
     reads = "S"
     grows = True
@@ -129,11 +129,11 @@ class KeptOutputs(Statistic):
         return f"pooled={self.pooled}"
 
 
-# Of both ----------------------------------------------------------------------------------------------------------
+# Inputs and cotangents --------------------------------------------------------------------------------------------
 
 
 class KeptEntries(Statistic):
-    """`Gram`, kept as the per-sample entries J[v,n,1,1,g·o·i]."""
+    """`Gram` as a lazy Gram of the per-sample entries J[v,n,1,1,g·o·i]."""
 
     reads = "xS"
     grows = True

@@ -16,12 +16,12 @@ __all__ = ["ALGORITHMS", "Algorithm", "second_moment"]
 
 
 class Algorithm(Protocol):
-    """Σ_ns x xᵀ for the patches of one input `z[n, g·c, …]`; the cost reads its shape alone."""
+    """Σ_ns x xᵀ for the patches of one input `z[n, g·c, …]`; the cost depends on its shape alone."""
 
     def __init__(self, patches: Patches, z: Tensor) -> None: ...
 
     def cost(self) -> Cost:
-        """What `covariance` takes."""
+        """Cost of `covariance`."""
         ...
 
     def covariance(self) -> Tensor:

@@ -225,7 +225,7 @@ def test_kronecker_blocks_add_where_they_share_a_factor() -> None:
     close((block + other).dense(), block.dense() + other.dense())
     third = replace(block, input_moment=psd(6))
     close((block + third).dense(), block.dense() + third.dense())
-    with pytest.raises(fxcurv.InputError, match=r"of neither form; add a.as_dense\(\) \+ b.as_dense\(\)"):
+    with pytest.raises(fxcurv.InputError, match=r"of neither kind; add a.as_dense\(\) \+ b.as_dense\(\)"):
         _ = other + third
     with pytest.raises(fxcurv.InputError, match="Kronecker and a Diagonal"):
         _ = block + fxcurv.Diagonal(block.shape, torch.ones(block.shape))

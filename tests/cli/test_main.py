@@ -188,8 +188,8 @@ def test_compute_shows_what_has_no_value(nets: str, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["small", "--quantities", "kfca"], "no quantity is called 'kfca'; did you mean 'kfac'?"),
-        (["small", "--quantities", ","], "no quantity was asked for; choose some of grad, kfac"),
+        (["small", "--quantities", "kfca"], "no quantity is named 'kfca'; did you mean 'kfac'?"),
+        (["small", "--quantities", ","], "no quantity was requested; choose some of grad, kfac"),
         (["smal"], "has no 'smal'; did you mean small"),
         (["shapeless"], "shapeless does not define the shape of its input; give --input"),
         (["small", "--input", "8xx8"], "--input 8xx8 is not a shape; give the sizes"),

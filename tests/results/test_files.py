@@ -123,7 +123,7 @@ def test_a_block_of_a_kind_of_ones_own_is_read_back(tmp_path: Path, monkeypatch:
 
 
 def test_two_kinds_of_block_have_two_names() -> None:
-    with pytest.raises(fxcurv.SpecError, match="a second kind of block is called Dense"):
+    with pytest.raises(fxcurv.SpecError, match="a second kind of block is named Dense"):
         type("Dense", (fxcurv.Block,), {})
 
 
