@@ -17,7 +17,7 @@ OnUnsupported = Literal["error", "skip", "fallback"]
 
 @dataclass(frozen=True)
 class Options:
-    """What `compile` takes besides the model, its loss and the quantities; the budget in bytes."""
+    """Options of `compile`; the memory budget is in bytes."""
 
     output: Output = None
     on_unsupported: OnUnsupported = "error"

@@ -253,7 +253,7 @@ def test_show_chooses_stages_and_code(nets: str, capsys: Capture, stage: str, ti
 def test_show_tells_what_a_call_will_cost(nets: str, capsys: Capture) -> None:
     code, out, err = run(capsys, "show", f"{nets}:small", "--quantities", "kfac,diag_ggn", "--cost")
     assert (code, err) == (0, "")
-    assert out.splitlines()[0].split()[:5] == ["graph", "node", "form", "GFLOP", "MiB"]
+    assert out.splitlines()[0].split()[:5] == ["graph", "node", "module", "GFLOP", "MiB"]
     assert re.search(
         r"^2 samples: .* GFLOP, about .* ms, peak .* MiB\nshares: kfac \d+%, diag_ggn \d+%$", out, re.MULTILINE
     )
