@@ -131,21 +131,21 @@ def _of_inputs(op: definitions.InputCovariance, node: fx.Node, setting: Setting)
     n, s, _, i = setting.sizes(x)
     if n * s < i:
         unfolded = patches is None or op.ones
-        yield _Variant(covariances.KeptInputs(None if unfolded else patches, op.ones), ([x if unfolded else raw],))
+        yield _Variant(covariances.LazyInputs(None if unfolded else patches, op.ones), ([x if unfolded else raw],))
 
 
 def _of_outputs(op: definitions.OutputCovariance, node: fx.Node, setting: Setting) -> Iterator[_Variant]:
     Ss: Any = node.args[0]
     v, n, s, _, o = setting.sizes(Ss[0])
     if len(Ss) == 1 and v * n * (1 if op.pooled else s) < o:
-        yield _Variant(covariances.KeptOutputs(op.pooled), (Ss,))
+        yield _Variant(covariances.LazyOutputs(op.pooled), (Ss,))
 
 
 def _of_gram(op: definitions.Gram, node: fx.Node, setting: Setting) -> Iterator[_Variant]:
     args: Any = fx.map_arg(node.args, partial(_described, setting=setting))
     rows, side = entries.entries_of(*args)
     if rows < side:
-        yield _Variant(covariances.KeptEntries(), node.args)
+        yield _Variant(covariances.LazyEntries(), node.args)
 
 
 def _of_gradient(op: definitions.Gradient, node: fx.Node, setting: Setting) -> Iterator[_Variant]:

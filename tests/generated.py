@@ -33,7 +33,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 FORCED = (
     *("InputCovariance", "OutputCovariance", "Gram", "Gradient", "Diagonal"),
-    *("CovarianceOfPatches", "PooledPatches", "KeptInputs", "KeptOutputs", "KeptEntries", "GradientOfConvolution"),
+    *("CovarianceOfPatches", "PooledPatches", "LazyInputs", "LazyOutputs", "LazyEntries", "GradientOfConvolution"),
     *("DiagonalOfSinglePositions", "DiagonalBySample", "DiagonalByPairs"),
 )
 

@@ -35,6 +35,8 @@ class ColumnsBySample(Statistic):
     reads = "xS"
     samples, columns, grows = 1, 0, True
 
+    loops = True
+
     def __init__(self, patches: Patches) -> None:
         super().__init__()
         self.patches = patches
@@ -177,7 +179,9 @@ class _SquaresByConvolution(_ByConvolution, SquaredEntries):
 
 
 class DiagonalByConvolution(_SquaresByConvolution, SumOfSquares):
-    """`Diagonal` of one convolution's weight, without patches."""
+    """`SumOfSquares` of one convolution's weight, without patches, in few large chunks."""
+
+    loops = False
 
 
 class DiagonalPerSampleByConvolution(_SquaresByConvolution, DiagonalPerSample):

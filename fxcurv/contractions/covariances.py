@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from fxcurv.convolution.patches import Patches
 from fxcurv.convolution.second_moment import second_moment
 from fxcurv.linalg.cost import Cost, copying, moment
 
-__all__ = ["CovarianceOfPatches", "KeptEntries", "KeptInputs", "KeptOutputs", "PooledPatches"]
+__all__ = ["CovarianceOfPatches", "LazyEntries", "LazyInputs", "LazyOutputs", "PooledPatches"]
 
 
 # Inputs -----------------------------------------------------------------------------------------------------------
@@ -74,11 +75,32 @@ class PooledPatches(_OfPatches):
         return copying(z.numel() * self.patches.kernel[0] / 2, z.element_size()) + moment(d, len(z), 4) * g
 
 
-class KeptInputs(Statistic):
+class _Lazy(Statistic):
+    """A second moment as a lazy Gram of its vectors, which grows until the matrix has fewer entries."""
+
+    grows = True
+
+    def gram(self, returned: Tensor) -> LazyGram:
+        """The lazy Gram of a returned tensor."""
+        return LazyGram((returned,))
+
+    def sum_of(self, returned: Tensor) -> StatisticValue:
+        return self.gram(returned).smaller()
+
+    def memory(self, part: Tensor, samples: int, columns: int) -> tuple[int, int]:
+        value, times = self.sum_of(part), samples * columns
+        if times == 1 or not isinstance(value, LazyGram):
+            return super().memory(part, samples, columns)
+        if value.count * times < value.side:
+            return sum(t.nbytes for t in value.vectors) * times, 0
+        formed = math.prod(value.shape) * part.element_size()
+        return formed, 3 * formed
+
+
+class LazyInputs(_Lazy):
     """`InputCovariance` of one use as a lazy Gram, from the input of a convolution or the positions `x[n,s,g,i]`."""
 
     reads = "x"
-    grows = True
 
     def __init__(self, patches: Patches | None, ones: bool = False) -> None:
         super().__init__()
@@ -88,8 +110,8 @@ class KeptInputs(Statistic):
         (x,) = map(widened, xs)
         return with_ones(x) if self.ones else x.clone(memory_format=torch.contiguous_format)
 
-    def sum_of(self, returned: Tensor) -> StatisticValue:
-        return LazyGram((returned,), self.patches).smaller()
+    def gram(self, returned: Tensor) -> LazyGram:
+        return LazyGram((returned,), self.patches)
 
     def cost(self, xs: Sequence[Tensor]) -> Cost:
         return copying(xs[0].numel(), xs[0].element_size())
@@ -101,11 +123,10 @@ class KeptInputs(Statistic):
 # Cotangents -------------------------------------------------------------------------------------------------------
 
 
-class KeptOutputs(Statistic):
+class LazyOutputs(_Lazy):
     """`OutputCovariance` of one use as a lazy Gram of positions S[v,n,s,g,o], or with `pooled` of their sums over s."""
 
     reads = "S"
-    grows = True
     scales = True
 
     def __init__(self, pooled: bool = False) -> None:
@@ -119,9 +140,6 @@ class KeptOutputs(Statistic):
     def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
         return returned * scale.view(returned.shape[3:])
 
-    def sum_of(self, returned: Tensor) -> StatisticValue:
-        return LazyGram((returned,)).smaller()
-
     def cost(self, Ss: Ss) -> Cost:
         return copying(Ss[0].numel(), Ss[0].element_size())
 
@@ -132,11 +150,10 @@ class KeptOutputs(Statistic):
 # Inputs and cotangents --------------------------------------------------------------------------------------------
 
 
-class KeptEntries(Statistic):
+class LazyEntries(_Lazy):
     """`Gram` as a lazy Gram of the per-sample entries J[v,n,1,1,g·o·i]."""
 
     reads = "xS"
-    grows = True
     scales = True
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
@@ -144,9 +161,6 @@ class KeptEntries(Statistic):
 
     def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
         return returned * scale.repeat_interleave(returned.shape[-1] // len(scale))
-
-    def sum_of(self, returned: Tensor) -> StatisticValue:
-        return LazyGram((returned,)).smaller()
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
         rows, side = entries_of(xs, Ss)

@@ -96,10 +96,11 @@ class SumOfSquares(SquaredEntries, PerOutput):
     """Σ_vn (Σ_s S[v,n,s,g,o] x[n,s,g,i])²: `[g,o,i]`."""
 
     power, over = 2, (0, 1)
+    loops = True
 
 
 class RotatedDiagonal(SumOfSquares):
-    """`Diagonal` of U_Aᵀ x and U_Gᵀ S in a second pass, with the eigenvectors of the sums named "A" and "G".
+    """`SumOfSquares` of U_Aᵀ x and U_Gᵀ S in a second pass, with the eigenvectors of the sums named "A" and "G".
 
     With `ones` the constant 1 is appended to x. The arguments of a call are already rotated.
     """

@@ -26,7 +26,7 @@ __all__ = [
 
 
 class DiagonalOfSinglePositions(PerOutput):
-    """`Diagonal` of one use with one position per sample: Σ_n (Σ_v S[v,n,g,o]²) x[n,g,i]², one product of squares."""
+    """`SumOfSquares` of one use with one position per sample: Σ_n (Σ_v S[v,n,g,o]²) x[n,g,i]², one product."""
 
     power = 2
 
@@ -53,9 +53,10 @@ def _stacked(groups: Sequence[Tensor]) -> Tensor:
 
 
 class DiagonalBySample(PerOutput):
-    """`Diagonal` of weights: each sample and column's product is squared while it is in the cache."""
+    """`SumOfSquares` of weights: each sample and column's product is squared while it is in the cache."""
 
     power = 2
+    loops = True
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         _, _, _, g, o = Ss[0].shape
@@ -94,9 +95,10 @@ def _entries(Ss: Sequence[Tensor], xs: Sequence[Tensor]) -> Tensor:
 
 
 class DiagonalFused(PerOutput):
-    """`Diagonal` on a GPU, in one fused kernel that does not write per-sample entries to memory (kernels.py)."""
+    """`SumOfSquares` on a GPU, in one fused kernel that does not write per-sample entries to memory (kernels.py)."""
 
     power = 2
+    loops = True
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         S, x = torch.cat([*Ss], 2), torch.cat([x for x in xs if x is not None], 1)  # positions of all uses
@@ -115,12 +117,13 @@ TILES = 3
 
 
 class DiagonalByPairs(PerOutput):
-    """`Diagonal` of one use by pairs of positions: Σ_n Σ_{s≤t} (2-δ_st) (Σ_v S_vns S_vnt) (x_ns x_nt), one product.
+    """`SumOfSquares` of one use by pairs of positions: Σ_n Σ_{s≤t} (2-δ_st) (Σ_v S_vns S_vnt) (x_ns x_nt), one product.
 
     It forms nothing per column and weight: for few positions, or many columns (the Gram trick, design §6.2).
     """
 
     power = 2
+    loops = True
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         (x,), (S,) = xs, Ss

@@ -80,6 +80,9 @@ class PerOutput(Statistic):
     scales = True
     power: ClassVar[int]
 
+    def empty(self, xs: Xs, Ss: Ss) -> Tensor:
+        return Ss[0].new_empty(*Ss[0].shape[3:], 1 if xs[0] is None else xs[0].shape[-1])
+
     def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
         return returned * (scale**self.power).view(*returned.shape[:2], 1)
 

@@ -37,6 +37,8 @@ class Statistic(nn.Module):
     """Whether this statistic implements `scaled`."""
     grows: ClassVar = False
     """Whether the returned tensor grows with the number of samples or columns."""
+    loops: ClassVar = False
+    """Whether a call loops over samples or columns; a memory forecast then uses `empty` and `cost` instead."""
     samples: ClassVar[int | None] = None
     columns: ClassVar[int | None] = None
 
@@ -46,6 +48,16 @@ class Statistic(nn.Module):
 
     cost: Callable[..., Cost]
     """Cost of a call, from the shapes of its arguments."""
+
+    empty: Callable[..., Tensor]
+    """Allocate the result of a call."""
+
+    def memory(self, part: Tensor, samples: int, columns: int) -> tuple[int, int]:
+        """Bytes of a sum over chunks like `part`, and temporary bytes when one is added, for these numbers of chunks."""
+        size, times = part.untyped_storage().nbytes(), samples * columns
+        if self.samples is not None:
+            size *= samples * (1 if self.columns is None else columns)
+        return size, size if times > 1 else 0
 
     def sum_of(self, returned: Tensor) -> StatisticValue:
         """The sum as a value: the returned tensor itself, or a lazy Gram of it."""

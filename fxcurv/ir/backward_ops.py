@@ -149,6 +149,9 @@ class Scaled(Statistic):
         super().__init__()
         self.statistic, self.scale, self.reads = statistic, scale, statistic.reads
 
+    def memory(self, part: Tensor, samples: int, columns: int) -> tuple[int, int]:
+        return self.statistic.memory(part, samples, columns)
+
     def forward(self, *args: Any) -> Tensor:
         return self.statistic.scaled(self.statistic(*args), self.scale.slope())
 
@@ -160,7 +163,7 @@ class Scaled(Statistic):
 
     @property
     def title(self) -> str:
-        """Name in tables: `Scaled(Diagonal)`."""
+        """Name in tables: `Scaled(SumOfSquares)`."""
         return f"Scaled({type(self.statistic).__name__})"
 
 

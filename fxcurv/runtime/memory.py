@@ -17,10 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.blocks.lazy_gram import LazyGram
-from fxcurv.contractions.convolutions import ColumnsBySample, DiagonalByConvolution
-from fxcurv.contractions.definitions import SumOfSquares
-from fxcurv.contractions.diagonals import DiagonalByPairs, DiagonalBySample, DiagonalFused
+from fxcurv.contractions.statistic import Statistic
 from fxcurv.core.errors import FxcurvError, QuantityError
 from fxcurv.core.shapes import resolve
 from fxcurv.core.torch_compat import FakeTensorMode, TorchDispatchMode, pytree, schema_of, storage_id
@@ -133,24 +130,9 @@ def forecast(
 
 
 def _grown(program: Program, parts: Mapping[str, Tensor], chunks: tuple[int, int]) -> tuple[int, int]:
-    """Bytes of sums over chunks of samples and columns like `parts`, and the most temporary bytes when a part is added.
-
-    A lazy Gram grows with every chunk until it is formed. Samples and columns kept separately are concatenated.
-    """
-    held, beside, times = 0, 0, chunks[0] * chunks[1]
-    for key, part in parts.items():
-        size = part.untyped_storage().nbytes()
-        statistic = program.statistics[key]
-        if statistic.samples is not None:
-            size *= chunks[0] * (1 if statistic.columns is None else chunks[1])
-        value = statistic.sum_of(part)
-        if isinstance(value, LazyGram) and times > 1:
-            formed, kept = math.prod(value.shape) * part.element_size(), sum(t.nbytes for t in value.vectors)
-            grown = value.count * times < value.side
-            held, beside = held + (kept * times if grown else formed), max(beside, 0 if grown else 3 * formed)
-        else:
-            held, beside = held + size, max(beside, size if times > 1 else 0)
-    return held, beside
+    """Bytes of sums over chunks of samples and columns like `parts`, and the most temporary bytes when one is added."""
+    found = [program.statistics[key].memory(part, *chunks) for key, part in parts.items()]
+    return sum(held for held, _ in found), max((temporary for _, temporary in found), default=0)
 
 
 HELD, WORKING, ROOT = 3, 4, 4
@@ -233,17 +215,13 @@ class _Run(fx.Interpreter):
         """Return a module's result; statistics that loop over samples and columns are charged their reported cost."""
         module: Any = self.fetch_attr(target)
         statistic = module.statistic if isinstance(module, Scaled) else module
-        if isinstance(statistic, ColumnsBySample):
-            entries = statistic.empty(*args)
-            self.live.charge(statistic.cost(*args).temporary)
-            return entries
-        looping = isinstance(statistic, SumOfSquares | DiagonalBySample | DiagonalByPairs | DiagonalFused)
-        if not looping or isinstance(statistic, DiagonalByConvolution):  # the latter runs in few large chunks
+        if not isinstance(statistic, Statistic) or not statistic.loops:
             return super().call_module(target, args, kwargs)
-        self.live.charge(module.cost(*args).temporary)
-        (x, *_), (S, *_) = args
-        result = S.new_empty(*S.shape[3:], 1 if x is None else x.shape[-1])
-        self.live.charge(_bytes(result))  # one part, and the sum of the earlier parts
+        if statistic.samples is None:
+            self.live.charge(module.cost(*args).temporary)
+        result = statistic.empty(*args)
+        added = statistic.samples is None  # one part, and the sum of the earlier parts
+        self.live.charge(_bytes(result) if added else module.cost(*args).temporary)
         return result
 
 

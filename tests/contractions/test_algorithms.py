@@ -92,7 +92,7 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     for ones in (False, True):
         close(covariances.CovarianceOfPatches(patches, ones)([z]), InputCovariance(ones=ones)([x]))
         close(covariances.PooledPatches(patches, ones)([z]), InputCovariance(pooled=True, ones=ones)([x]))
-    saved = covariances.KeptInputs(patches)
+    saved = covariances.LazyInputs(patches)
     close(saved.sum_of(saved([z])), A)
     raw = draw(V, *op(z).shape)
     S = OutputPositions(op, Samples(0))(raw)
@@ -116,11 +116,11 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
 def test_forms_of_positions(groups: int, positions: int) -> None:
     x, S = draw(N, positions, groups, 40), draw(V, N, positions, groups, 50)
     pairs: dict[str, tuple[StatisticValue, Tensor]] = {
-        "inputs": (_sum(covariances.KeptInputs(None), [x]), InputCovariance()([x])),
-        "inputs and ones": (_sum(covariances.KeptInputs(None, ones=True), [x]), InputCovariance(ones=True)([x])),
-        "outputs": (_sum(covariances.KeptOutputs(), [S]), OutputCovariance()([S])),
-        "pooled outputs": (_sum(covariances.KeptOutputs(pooled=True), [S]), OutputCovariance(pooled=True)([S])),
-        "entries": (_sum(covariances.KeptEntries(), [x], [S]), Gram()([x], [S]).unsqueeze(0)),
+        "inputs": (_sum(covariances.LazyInputs(None), [x]), InputCovariance()([x])),
+        "inputs and ones": (_sum(covariances.LazyInputs(None, ones=True), [x]), InputCovariance(ones=True)([x])),
+        "outputs": (_sum(covariances.LazyOutputs(), [S]), OutputCovariance()([S])),
+        "pooled outputs": (_sum(covariances.LazyOutputs(pooled=True), [S]), OutputCovariance(pooled=True)([S])),
+        "entries": (_sum(covariances.LazyEntries(), [x], [S]), Gram()([x], [S]).unsqueeze(0)),
         "outer products": (Columns()([x], [S]), torch.einsum("vnsgo,nsgi->vngoi", S, x)),
         "by sample": (diagonals.DiagonalBySample()([x], [S]), SumOfSquares()([x], [S])),
         "norms by pairs": (diagonals.SquaredNormsByPairs()([x], [S]), SquaredNorms()([x], [S])),
