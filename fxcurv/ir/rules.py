@@ -60,7 +60,7 @@ def rule_of(op: nn.Module) -> Rule:
         return RULES[type(op)]
     except KeyError:
         raise SpecError(
-            f"no rule for module type {type(op).__name__}", remedy="declare one in fxcurv/rules.py", code="FXC301"
+            f"no rule for module type {type(op).__name__}", remedy="declare one in fxcurv/ir/rules.py", code="FXC301"
         ) from None
 
 

@@ -149,6 +149,8 @@ class _Merge:
 
     def value(self, mine: Value, its: Value, status: str) -> Value:
         """The value of the union."""
+        if self.apart and not all(isinstance(value, Tensor) and value.ndim for value in (mine, its)):
+            raise _unfit(f"{self.name} has no axis of samples to concatenate along")
         if isinstance(mine, Tensor) and isinstance(its, Tensor):
             return self._of_tensors(mine, its.to(mine.device))
         if (
@@ -164,6 +166,11 @@ class _Merge:
         return replace(mine.weighted_sum(its.to(device=mine.device), self.weights, inputs), status=status)
 
     @property
+    def apart(self) -> bool:
+        """Whether samples are laid side by side."""
+        return self.entry is not None and self.entry.combine == "concatenate"
+
+    @property
     def name(self) -> str:
         """The entry in words."""
         return "a value" if self.entry is None else _name(self.entry)
@@ -171,7 +178,7 @@ class _Merge:
     def _of_tensors(self, mine: Tensor, its: Tensor) -> Tensor:
         """The weighted sum, or samples along axis 0 as their summands of the whole."""
         first, second = self.weights
-        if self.entry is not None and self.entry.combine == "concatenate":
+        if self.entry is not None and self.apart:
             degree = self.entry.degree
             return torch.cat([mine * first**degree, its * second**degree])
         return (mine if first == 1 else mine * first) + (its if second == 1 else its * second)
