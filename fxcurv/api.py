@@ -1,4 +1,4 @@
-"""compile() and the compiled object: what a user calls."""
+"""The public entry points: compile() and the compiled object."""
 
 from __future__ import annotations
 
@@ -50,30 +50,34 @@ def compile(
     on_unsupported: OnUnsupported = "error",
     backend: Backend = "eager",
     memory_budget: int | str | None = None,
+    algorithms: Mapping[str, str] | None = None,
 ) -> Compiled:
     """Compile a model for `quantities` of its trainable parameters: `result = compiled(inputs, target)`.
 
-    The model is traced at the first call (or now, on `example_inputs`) and never changed; its parameters stay its own,
-    so that later calls see later values. One compile serves every batch size.
+    The model is traced at the first call, or immediately on `example_inputs`, and never modified. Its parameters are
+    shared, so that later calls use their current values. One compilation serves every batch size.
 
     - `loss`: nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss with reduction "mean" or "sum", or their names.
-    - `quantities`: names from `fxcurv.NAMES` or objects such as `fxcurv.KFAC(fxcurv.Exact(), approx="reduce")`, of all
-      parameters; or by pattern, `{"*": "kfac", "*.bias": ["kfac", "diag_ggn"], nn.LayerNorm: None}`: a pattern is for
-      parameter names as in a shell or a module type, the last one that matches counts, and None asks for nothing.
-    - `output`: which of the tensors that the model returns to take, where there are several: an index, a name, or a
-      function of what it returns.
-    - `on_unsupported`: what becomes of parameters whose curvature the compiler refuses. "error" raises the refusal;
-      "skip" leaves those parameters out, with the status `unsupported` and the reason; "fallback" computes them by
-      plain autograd, one column of one sample at a time, with the status `fallback`, be it the whole model.
-    - `backend`: "eager" runs the graphs as they stand; "inductor" compiles them by `torch.compile` when they are first
-      called, which takes a minute or more, and equals "eager" to rounding.
-    - `memory_budget`: how far a call may raise memory, its results included, as "2GiB" or in bytes; columns, and if
-      need be samples, are then processed in chunks that a forecast says will fit, with the same results. What plain
-      autograd computes is not bound by it.
+    - `quantities`: names from `fxcurv.NAMES` or objects such as `fxcurv.KFAC(fxcurv.Exact(), approx="reduce")`, for all
+      parameters; or by pattern, `{"*": "kfac", "*.bias": ["kfac", "diag_ggn"], nn.LayerNorm: None}`. A pattern is a
+      shell-style pattern of parameter names or a module type. The last match applies; None selects no quantity.
+    - `output`: the tensor to differentiate, if the model returns several: an index, a name, or a function of the
+      return value.
+    - `on_unsupported`: treatment of parameters whose curvature the compiler refuses. "error" raises the refusal; "skip"
+      omits those parameters, with the status `unsupported` and the reason; "fallback" computes them by plain autograd,
+      one column of one sample at a time, with the status `fallback`, for the whole model if necessary.
+    - `backend`: "eager" runs the graphs unchanged; "inductor" compiles them by `torch.compile` at their first call,
+      which takes a minute or more, and equals "eager" to rounding.
+    - `memory_budget`: limit on the increase of memory by a call, including its results, as "2GiB" or in bytes. Columns,
+      and samples if necessary, are processed in chunks estimated to fit, with the same results. Plain autograd ignores
+      the limit.
+    - `algorithms`: the algorithm of a sum, instead of the one with the lowest estimated time, by module path, parameter
+      or statistic, each a shell-style pattern: `{"conv1": "unfold", "kfac.*.weight.A": "lag_correlation"}`. The last
+      match that applies is used. `explain()` lists the alternatives.
 
-    Raises a `FxcurvError` that says node, cause and remedy for whatever it cannot do exactly or under a name.
+    Raises a `FxcurvError` with node, cause and remedy for any operation without an exact or named treatment.
     """
-    options = Options(output, on_unsupported, backend, bytes_of(memory_budget))
+    options = Options(output, on_unsupported, backend, bytes_of(memory_budget), algorithms or {})
     compiled = Compiled(model, as_loss(loss), chosen(quantities), options)
     if example_inputs is not None:
         compiled.prepare(example_inputs)
@@ -81,7 +85,7 @@ def compile(
 
 
 def trace(model: nn.Module, example_inputs: Inputs, output: Output = None) -> fx.GraphModule:
-    """The tracer alone: the canonical graph, an all-module GraphModule that computes what the model computes."""
+    """Return the canonical graph: an all-module GraphModule that computes the same function as the model."""
     _check_inputs(model, example_inputs)
     return passes.canonicalize(model, example_inputs, output)["canonical"]
 
@@ -112,10 +116,10 @@ class Compiled:
     def __call__(
         self, inputs: Inputs, target: Tensor, generator: torch.Generator | None = None, progress: bool = False
     ) -> Curvature:
-        """The curvature at a batch.
+        """Return the curvature at a batch.
 
         Sampled factors are reproducible with a `generator`, on the output's device; `progress` shows a bar over the
-        columns on a terminal, where they are many.
+        columns on a terminal, if there are many.
         """
         _check_generator(generator)
         batch = Minibatch(inputs, target, generator, progress, self.bases)
@@ -150,23 +154,23 @@ class Compiled:
         timeout: float = 600.0,
         check_deterministic: bool = True,
     ) -> Curvature:
-        """The curvature over all batches of a loader, as if they were one: the divisor of `mean` is that of them all.
+        """Return the curvature over all batches of a loader, as if they were one batch; `mean` has their total divisor.
 
-        - `loader`: batches `(input, …, target)`, or dicts with the target under one of `fxcurv.accumulation.TARGETS`;
-          `split` is a function that makes (inputs, target) of any other. They are moved to the model's device. Memory
-          does not grow with their number; the result has no outputs, `[N, 0]`.
-        - `generator`: of sampled columns, on the model's device; the same state gives the same bits.
-        - `dtype`: float32 or float64, in which results are added; by default that of the results.
-        - `max_batches`: stop there. `until_rel_error`: stop when every trace is that sure, by its relative standard
-          error over batches (`fxcurv.spread.Spread.rel_error`), after at least `min_batches`.
-        - `checkpoint`: a file, written `every` so many batches and when interrupted, from which the same call continues
-          to the same bits (fxcurv/checkpoints.py); one of another call is refused (FXC427) and left as it is.
-        - `progress`: a bar on stderr, where that is a terminal.
-        - With torch.distributed initialised, every process gives its share of the data, the last may be empty, and gets
-          the result over all (fxcurv/distributed.py). One that ends or gives no sign for `timeout` seconds ends all
-          (FXC428).
-        - EKFAC takes two passes over the loader, which is then to be read twice (fxcurv/second_pass.py);
-          `check_deterministic` refuses data that change between them (FXC431).
+        - `loader`: batches `(input, …, target)`, or dicts with the target under a key of
+          `fxcurv.dataset.batches.TARGETS`; `split` is a function from any other batch to (inputs, target). Batches are
+          moved to the model's device. Memory does not grow with their number; the result has no outputs, `[N, 0]`.
+        - `generator`: for sampled columns, on the model's device; the same state gives the same bits.
+        - `dtype`: float32 or float64, in which results are summed; by default the dtype of the results.
+        - `max_batches`: maximum number of batches. `until_rel_error`: stop when the relative standard error over
+          batches of every trace is at most this (`StandardError.rel_error`), after at least `min_batches`.
+        - `checkpoint`: a file, written after `every` batches and when interrupted; the same call resumes from it to the
+          same bits (fxcurv/dataset/checkpoints.py). A checkpoint of another call is refused (FXC427) and not modified.
+        - `progress`: a bar on stderr, if that is a terminal.
+        - With torch.distributed initialised, every process passes its share of the data, which may be empty for the
+          last, and gets the result over all (fxcurv/dataset/processes.py). A process that ends or does not respond for
+          `timeout` seconds ends all (FXC428).
+        - EKFAC takes two passes, and reads the loader twice (fxcurv/dataset/two_passes.py); `check_deterministic`
+          refuses data that change between them (FXC431).
         """
         given = {name: value for name, value in locals().items() if name not in ("self", "loader")}
         return accumulate(self, loader, Settings(**given))
@@ -179,22 +183,22 @@ class Compiled:
         dtype: torch.dtype | None = None,
         decay: float | None = None,
     ) -> Accumulator:
-        """An object to which batches are added one by one, as in an optimizer: `update(batch)`, `result`, `reset()`.
+        """Return an accumulator of single batches, as for an optimizer: `update(batch)`, `result`, `reset()`.
 
-        With `decay` its result is the exponential moving average over batches, else the curvature over all of them.
+        With `decay` its result is the exponential moving average over batches, otherwise the curvature over all.
         """
         return Accumulator(self, Settings(split, generator, dtype), decay)
 
     def summed(self) -> Compiled:
-        """The same for the sum of the loss terms."""
+        """Return the same compiled model for the sum of the loss terms."""
         return Compiled(self.model, self.loss.summed(), self.selection, self.options, self.bases)
 
     def choosing(self, selection: Selection, bases: Bases | None = None) -> Compiled:
-        """The same model, loss and options for other quantities."""
+        """Return the same model, loss and options for other quantities."""
         return Compiled(self.model, self.loss, selection, self.options, bases)
 
     def chunks(self, inputs: Inputs) -> Chunks:
-        """How many samples and columns of a batch are processed at once: within the budget, remembered for its size."""
+        """Return the samples and columns of a batch to process at once, within the budget; cached by batch size."""
         return self._cut(self.prepare(inputs), inputs)
 
     def _cut(self, program: Program, inputs: Inputs) -> Chunks:
@@ -211,24 +215,27 @@ class Compiled:
         return by_autograd(self.model, self.loss, selection, batch, self.options.output)
 
     def prepare(self, inputs: Inputs) -> Program:
-        """The program for inputs of this kind, compiled if their shape, type or place, or the model, is new.
+        """Return the program for such inputs, compiled if their shape, dtype or device, or the model, is new.
 
-        Compiled objects of one model that ask for the same share it; see fxcurv/signature.py.
+        Compiled objects of one model with equal requests share it; see fxcurv/frontend/cache.py.
         """
         _check_inputs(self.model, inputs)
         options = self.options
-        asked = request_key(self.selection, options.output, options.on_unsupported == "error", options.backend)
+        strict, algorithms = options.on_unsupported == "error", tuple(options.algorithms.items())
+        asked = request_key(self.selection, options.output, strict, options.backend, algorithms)
         key = (signature(self.model, inputs), asked)
         self._latest = cached(self.model, key, lambda: self._compiled(inputs))
         self._like = pytree.tree_map_only(Tensor, lambda t: t.new_zeros(()).expand(t.shape), inputs)
         return self._latest
 
     def _compiled(self, inputs: Inputs) -> Program:
-        program = Program.of(passes.emit(self.model, self._canonicalized(inputs), self.selection, inputs))
+        algorithms, stages = self.options.algorithms, self._canonicalized(inputs)
+        program = Program.of(passes.emit(self.model, stages, self.selection, inputs, algorithms))
+        passes.check_algorithms(program.graphs, algorithms)
         return built(program, self.options.backend)
 
     def plan(self, inputs: Inputs) -> tuple[Plan, fx.GraphModule]:
-        """What every parameter would get, and the canonical graph that it is read off, without compiling further."""
+        """Return the plan for every parameter, and the canonical graph it is read from, without further compilation."""
         _check_inputs(self.model, inputs)
         canonical = self._canonicalized(inputs)["canonical"]
         return passes.plan(self.model, canonical, self.selection), canonical
@@ -258,18 +265,18 @@ class Compiled:
         return self.program.stages
 
     def explain(self, inputs: Inputs | None = None) -> Explanation:
-        """What a call will take, before it runs: `print(compiled.explain(x))`.
+        """Estimate the cost of a call before it runs: `print(compiled.explain(x))`.
 
-        A row per node of the graphs with the form that was chosen for every sum and what the others would take, the
-        operations, bytes and milliseconds, the peak of memory, and each quantity's share. Of the inputs, by default
-        those last compiled for, only shape, type and device are read.
+        A row per node of the graphs, with the algorithm selected for every sum and the costs of the others, operations,
+        bytes and milliseconds, peak memory, and each quantity's share. Only the shape, dtype and device of the inputs
+        are read; by default, of the latest inputs.
         """
         program = self.program if inputs is None else self.prepare(inputs)
         inputs = self._like if inputs is None else inputs
         return explained(program, inputs, self.loss, self._cut(program, inputs))
 
     def picture(self, format: Format = "mermaid", depth: int | None = None) -> str:
-        """The model as a flow chart in Mermaid or DOT: modules down to `depth`, coloured by what they get."""
+        """Return the model as a flow chart in Mermaid or DOT: modules down to `depth`, coloured by treatment."""
         return picture(self.program, format, depth)
 
     def print_tabular(self, stage: str | None = None) -> None:
@@ -279,20 +286,20 @@ class Compiled:
         if not found:
             raise QuantityError(
                 f"no stage is called {stage!r}",
-                remedy=f"there are {', '.join(name for name in self.stages if ':' not in name)}",
+                remedy=f"the stages are {', '.join(name for name in self.stages if ':' not in name)}",
                 code="FXC410",
             )
         for name in found:
             print(f"{name}\n{tabular(self.stages[name])}\n")
 
 
-# What a call needs ------------------------------------------------------------------------------------------------
+# Checks of arguments ----------------------------------------------------------------------------------------------
 
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
-            f"the model is {a_value(model)}, not a torch.nn.Module", remedy="give an instance of one", code="FXC110"
+            f"the model is {a_value(model)}, not a torch.nn.Module", remedy="pass an instance of one", code="FXC110"
         )
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -302,7 +309,7 @@ def _check_model(model: nn.Module) -> None:
 
 def _check_generator(generator: object) -> None:
     if not isinstance(generator, torch.Generator | None):
-        remedy = "give a torch.Generator, such as torch.Generator().manual_seed(0)"
+        remedy = "pass a torch.Generator, such as torch.Generator().manual_seed(0)"
         raise InputError(f"the generator is {a_value(generator)}", remedy=remedy, code="FXC110")
 
 
@@ -310,11 +317,11 @@ def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
     if not isinstance(inputs, Tensor | tuple | dict):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
             f"the input is {a_value(inputs)}",
-            remedy="give a tensor, a tuple (positional) or a dict (keywords)",
+            remedy="pass a tensor, a tuple (positional) or a dict (keywords)",
             code="FXC110",
         )
     if batch_size(inputs) == 0:
-        raise InputError("the batch holds no samples", remedy="give at least one", code="FXC110")
+        raise InputError("the batch is empty", remedy="pass at least one sample", code="FXC110")
     parameter = next(model.parameters(), None)
     for t in pytree.tree_leaves(as_call(inputs)):
         if not isinstance(t, Tensor) or parameter is None:
@@ -331,9 +338,9 @@ def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
             continue
         if t.dtype != parameter.dtype:
             raise InputError(
-                f"the input is of type {t.dtype}, the model of {parameter.dtype}",
+                f"the input has dtype {t.dtype}, the model {parameter.dtype}",
                 remedy=f"convert it: x.to({parameter.dtype})",
                 code="FXC111",
             )
         if not bool(t.isfinite().all()):
-            raise InputError("the input holds NaN or infinity", remedy="clean the data", code="FXC112")
+            raise InputError("the input contains NaN or infinity", remedy="remove them from the data", code="FXC112")

@@ -1,8 +1,8 @@
 """testing: assertions for a test suite, and checkers of rules, quantities, losses and compiled models.
 
-`assert_compatible` is for models. `check_rule`, `check_quantity` and `check_loss` are to an op, a quantity and a loss
-what `torch.autograd.gradcheck` is to a function: each compares with autograd and raises an AssertionError. `bisect`
-names the first place where a compiled model departs from autograd. No checker draws from the global generator.
+`assert_compatible` is for models. `check_rule`, `check_quantity` and `check_loss` check an op, a quantity and a loss as
+`torch.autograd.gradcheck` checks a function: each compares with autograd and raises an AssertionError. `bisect` finds
+the first difference between a compiled model and autograd. No checker draws from the global generator.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ __all__ = ["Difference", "assert_compatible", "bisect", "check_loss", "check_qua
 
 Gradients = Mapping[str, Tensor]
 COLUMNS = 4000
-"""How many columns of a random factor `check_loss` draws."""
+"""Number of columns of a random factor drawn by `check_loss`."""
 
 
 def assert_compatible(
@@ -67,7 +67,7 @@ def assert_compatible(
     loss: object = "cross_entropy",
     output: Output = None,
 ) -> Report:
-    """The report of `fxcurv.check`; an AssertionError with its table if a parameter gets less than is required."""
+    """Return the report of `fxcurv.check`; raise an AssertionError with its table if a parameter misses `require`."""
     __tracebackhide__ = True  # pytest then shows the line of the test
     policy = Policy(require=require)
     report = check(model, inputs, quantities, loss=loss, output=output, level=level, policy=policy)
@@ -93,7 +93,7 @@ class _Pair:
 
     @property
     def error(self) -> float:
-        """The largest difference, relative to the largest entry of the reference; infinite for another shape."""
+        """The largest difference, relative to the largest entry of the reference; infinite for different shapes."""
         if self.found.shape != self.expected.shape:
             return math.inf
         scale = max(float(self.expected.abs().max()), self.floor)
@@ -119,7 +119,7 @@ def _generator(device: torch.device | str = "cpu") -> torch.Generator:
 
 
 def _random(columns: int, like: Tensor) -> Tensor:
-    """Normal columns `[v, *like.shape]`, the same for every device."""
+    """Normal columns `[v, *like.shape]`, the same on every device."""
     return torch.randn(columns, *like.shape, generator=_generator(), dtype=torch.float64).to(like)
 
 
@@ -130,11 +130,10 @@ def check_rule(op: nn.Module, *inputs: Tensor, columns: int = 3, tolerance: floa
     """Check the derivative rule of an op of the vocabulary against `torch.autograd` of the op itself.
 
     `op` is a module whose type has a row in `fxcurv.ir.rules.RULES`. `inputs` are example inputs, in float64 like its
-    parameters, with the samples along axis 0. Random columns `S[v, *y.shape]`, the first alone and the others at once,
-    are pulled back to every floating-point input; an opaque op's closed form is checked too. For an affine op, the
-    gradients of `weight` and `bias` are built from the positions of `x` and `S`. A rule of kind "non_differentiable" is
-    not checked.
-    Errors are relative to the largest entry; the default `tolerance` is that of the dtype, 4e-11 for float64.
+    parameters, with the samples along axis 0. Random columns `S[v, *y.shape]`, the first separately and the others at
+    once, are pulled back to every floating-point input; the closed form of an opaque op is checked too. For an affine
+    op, the gradients of `weight` and `bias` are computed from the positions of `x` and `S`. Non-differentiable ops are
+    not checked. Errors are relative to the largest entry; `tolerance` depends on the dtype, 4e-11 for float64.
 
     Raises an AssertionError that names op, input and error, and a SpecError (FXC301) for an op without a rule.
 
@@ -148,7 +147,7 @@ def check_rule(op: nn.Module, *inputs: Tensor, columns: int = 3, tolerance: floa
 
 @torch.no_grad()
 def _pullbacks(op: nn.Module, xs: Sequence[Tensor], wrt: list[int], columns: int, place: Samples | None) -> list[_Pair]:
-    """One and more random columns pulled back to the inputs `wrt`, and to parameters where samples lie at `place`."""
+    """Pull back random columns to the inputs `wrt`, and to parameters if the samples are at `place`."""
     rule = rule_of(op)
     if rule.kind == "non_differentiable" or not (y := op(*(x.clone() for x in xs))).is_floating_point():
         return []
@@ -166,7 +165,7 @@ def _pullbacks(op: nn.Module, xs: Sequence[Tensor], wrt: list[int], columns: int
 
 
 def _unbroadcast(op: nn.Module, x: Tensor, y: Tensor) -> Unbroadcast:
-    """The sum over the axes along which the op repeated x, as the compiler emits it."""
+    """The sum over the axes along which the op broadcast x, as emitted by the compiler."""
     lead = y.ndim - x.ndim
     if not getattr(op, "broadcasts", False):
         return Unbroadcast(0, ())
@@ -208,14 +207,14 @@ def check_quantity(
     `quantity` is an object or a name, `loss` is given as to `fxcurv.compile`, `inputs` and `target` hold at least two
     samples along axis 0. There are three checks:
 
-    - The compiled value of every parameter equals the value by plain autograd on the model itself. Sampled factors draw
+    - The compiled value of every parameter equals the value by plain autograd on the model. Sampled factors draw
       from equal generators. Blocks are compared by their `invariants`. Errors are relative to the largest entry, with
       the tolerance of the model's dtype; float64 is best.
-    - If the quantity says `combine == "add"` or `"concatenate"`, the merged results of two half batches equal the
+    - If the quantity has `combine == "add"` or `"concatenate"`, the merged results of two half batches equal the
       result of the whole. `Exact` replaces a random factor there.
-    - A result is saved and loaded with the same bits, which needs safetensors.
+    - A result has the same bits after saving and loading; this check needs safetensors.
 
-    Returns None, or the UnsupportedError of a quantity that autograd refuses, such as KFRA: its first check is then
+    Returns None, or the UnsupportedError of a quantity without an autograd reference, such as KFRA: its first check is
     skipped. Raises an AssertionError that names the quantity, the parameter and the error.
 
         check_quantity(fxcurv.KFAC(fxcurv.Exact()), model.double().eval(), "cross_entropy", x, y)
@@ -240,7 +239,7 @@ def check_quantity(
 
 
 def _exact(quantity: Quantity) -> Quantity | None:
-    """The quantity with `Exact` in place of a random factor, whose columns differ for halves; None if it is fixed."""
+    """The quantity with `Exact` for a random factor, whose columns differ for halves; None if its factor is fixed."""
     if not isinstance(quantity.factor, Sampled | Rademacher | Stratified):
         return quantity
     given: Any = quantity
@@ -266,18 +265,18 @@ def _check_file(name: str, found: Curvature) -> None:
         saved, read = ours.tensors(), its.tensors()
         same = list(saved) == list(read) and all(torch.equal(saved[key].cpu(), read[key]) for key in saved)
         if not same or ours.status != its.status or ours.form() != its.form():
-            raise AssertionError(f"{name} of {ours.parameter!r} is another after it was saved and loaded")
+            raise AssertionError(f"{name} of {ours.parameter!r} differs after saving and loading")
 
 
 def _entry_pairs(found: Curvature, expected: Curvature) -> Iterator[_Pair]:
-    """The values of every parameter; errors of negligible values are relative to the largest of the quantity."""
+    """Yield the values of each parameter; errors of tiny values are relative to the largest of the quantity."""
     theirs = {entry.parameter: entry for entry in expected.entries}
     largest = _largest(t for entry in theirs.values() for t in _compared(entry).values())
     for entry in found.entries:
         ours, its = _compared(entry), _compared(theirs[entry.parameter])
         if entry.form() != theirs[entry.parameter].form() or list(ours) != list(its):
             forms = f"a {entry.form()} and a {theirs[entry.parameter].form()}"
-            raise AssertionError(f"{entry.quantity} of {entry.parameter!r}: two forms, {forms}")
+            raise AssertionError(f"{entry.quantity} of {entry.parameter!r} has two formats, {forms}")
         for part, value in ours.items():
             yield _Pair(f"{part} of {entry.parameter!r}", value, its[part], 1e-6 * largest)
 
@@ -296,8 +295,8 @@ def _compared(entry: Entry) -> dict[str, Tensor]:
 def check_loss(loss: object, output: Tensor, target: Tensor) -> None:
     """Check the terms of a loss against autograd of its module, at one output and target.
 
-    `loss` is given as to `fxcurv.compile`, or as a `fxcurv.losses.base.Loss`. `output` is `[N, …]` in float64, of
-    moderate values and few entries, since its dense Hessian is formed; N is at least two. The checks:
+    `loss` is given as to `fxcurv.compile`, or as a `fxcurv.losses.base.Loss`. `output` is `[N, …]` in float64, with
+    moderate values and few entries, since the dense Hessian is formed; N is at least two. The checks:
 
     - value and gradient equal those of the module;
     - the Hessian is block diagonal over samples, and equals `Σ_v S_v S_vᵀ` of the exact columns;
@@ -306,14 +305,14 @@ def check_loss(loss: object, output: Tensor, target: Tensor) -> None:
     - `Σ_v S_v S_vᵀ` of 4000 `Sampled` or `Rademacher` columns is within five standard errors of the Hessian, in the
       Frobenius norm.
 
-    Raises an AssertionError that names the loss, the fact and the error.
+    Raises an AssertionError that names the loss, the failed check and the error.
 
         check_loss(nn.CrossEntropyLoss(), torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 1]))
     """
     __tracebackhide__ = True
     kind, output = as_loss(loss), output.detach()
     terms, name = kind.terms(output, target), kind.name
-    hessian: Any = torch.func.jacrev(torch.func.grad(lambda f: kind.value(f, target)))  # in reverse mode alone
+    hessian: Any = torch.func.jacrev(torch.func.grad(lambda f: kind.value(f, target)))  # reverse mode only
     H = hessian(output).reshape(len(output), output[0].numel(), len(output), -1)
     blocks = H.diagonal(dim1=0, dim2=2).movedim(-1, 0)
     _assert_agree(name, _value_pairs(kind, terms, output, target))
@@ -324,7 +323,7 @@ def check_loss(loss: object, output: Tensor, target: Tensor) -> None:
 
 
 def _value_pairs(kind: Loss, terms: LossTerms, output: Tensor, target: Tensor) -> Iterator[_Pair]:
-    """Value and gradient, and those of two halves times their divisors, unless no term of a half counts."""
+    """Value and gradient, and those of two halves times their divisors, unless a half has no valid target."""
     leaf = output.clone().requires_grad_()
     value = kind.value(leaf, target)
     yield _Pair("the value", terms.value, value.detach())
@@ -339,7 +338,7 @@ def _value_pairs(kind: Loss, terms: LossTerms, output: Tensor, target: Tensor) -
 
 
 def _curvature_pairs(terms: LossTerms, blocks: Tensor) -> Iterator[_Pair]:
-    """The exact columns, at once and in chunks, and products, against the Hessian of every sample."""
+    """The exact columns, at once and in chunks, and products, against the Hessian of each sample."""
     S = terms.exact(0, terms.exact_columns).flatten(2)
     yield _Pair("Σ_v S_v S_vᵀ of the exact columns", torch.einsum("vni,vnj->nij", S, S), blocks)
     chunks = torch.cat([*terms.columns(Exact(), 1, None, slice(1, None))]).flatten(2)
@@ -350,7 +349,7 @@ def _curvature_pairs(terms: LossTerms, blocks: Tensor) -> Iterator[_Pair]:
 
 
 def _check_second_moment(name: str, terms: LossTerms, factor: Factor, blocks: Tensor) -> None:
-    """The mean of S Sᵀ over columns, against its standard error, which their fourth moments bound."""
+    """Check the mean of S Sᵀ over columns against its standard error, bounded by their fourth moments."""
     __tracebackhide__ = True
     S = torch.cat([*terms.columns(factor, COLUMNS, _generator(terms.gradient.device))]).flatten(2)
     error, norm = float((torch.einsum("vni,vnj->nij", S, S) - blocks).norm()), float(blocks.norm())
@@ -367,11 +366,11 @@ def _check_second_moment(name: str, terms: LossTerms, factor: Factor, blocks: Te
 
 @dataclass(frozen=True)
 class Difference:
-    """The first place where a compiled model departs from autograd: `print(difference)` is a sentence.
+    """The first difference between a compiled model and autograd: `print(difference)` is a sentence.
 
     `stage` is `canonical`, `rules`, or the graph after a pass, as `forward:concatenate`; `node` is the path of a node
     of the canonical graph, `description` the value that differs, `error` its largest difference relative to its largest
-    entry, and `location` the lines of the model that made the node, the innermost first.
+    entry, and `location` the lines of the model that created the node, innermost first.
     """
 
     stage: str
@@ -386,10 +385,10 @@ class Difference:
 
 
 def bisect(model: nn.Module, inputs: Inputs, target: Tensor, loss: object = "cross_entropy") -> Difference | None:
-    """The first place where the compiled gradient of a model departs from autograd, or None where there is none.
+    """Return the first difference between the compiled gradient of a model and autograd, or None.
 
-    `inputs`, `target` and `loss` are those of a call of `fxcurv.compile(model, loss)`. The model is compiled anew and
-    used as it is, with the tolerance of its dtype: float32 hides small errors, float64 shows them. The steps, in order:
+    `inputs`, `target` and `loss` are as for a call of `fxcurv.compile(model, loss)`. The model is compiled again and
+    not modified. The tolerance is that of its dtype: float32 hides small errors, float64 shows them. The steps:
 
     - `canonical`: the output of the canonical graph, and its gradients by autograd, against those of the model;
     - `rules`: from the output to the inputs, the pullback of every node at its actual inputs, against autograd of the
@@ -397,7 +396,7 @@ def bisect(model: nn.Module, inputs: Inputs, target: Tensor, loss: object = "cro
     - `forward:PASS`, then `backward[gradient]:PASS`: the gradients by the graphs after every pass, against autograd of
       the canonical graph.
 
-    Raises the FxcurvError of a model that the compiler refuses, and the error of a pass or graph that fails to run.
+    Raises the FxcurvError of a model that the compiler rejects, and the error of a pass or graph that fails to run.
 
         print(bisect(model, x, y) or "no difference")
     """
@@ -413,7 +412,7 @@ def bisect(model: nn.Module, inputs: Inputs, target: Tensor, loss: object = "cro
 
 @dataclass(frozen=True)
 class _Search:
-    """A model with its emitted graphs and canonical `graph`, at a batch; every step yields differences in order."""
+    """A model with its emitted graphs and canonical `graph`, at a batch; each step yields differences in order."""
 
     model: nn.Module
     loss: Loss
@@ -423,7 +422,7 @@ class _Search:
 
     @cached_property
     def values(self) -> dict[fx.Node, Tensor]:
-        """The value of every canonical node, with autograd's graph, which ends where the rules say `stop`."""
+        """The value of every canonical node, with autograd's graph, which ends at non-differentiable ops."""
         values: dict[fx.Node, Tensor] = {}
 
         class Recorder(fx.Interpreter):
@@ -443,7 +442,7 @@ class _Search:
         return self._gradients(self.values[output_of(self.graph)])
 
     def canonical(self) -> Iterator[Difference]:
-        """The output of the canonical graph, and its gradients by autograd, against those of the model."""
+        """Compare the output of the canonical graph, and its gradients by autograd, with those of the model."""
         args, kwargs = as_call(self.batch.inputs)
         theirs, node = selector(None)(self.model(*args, **kwargs)), output_of(self.graph)
         pair = _Pair("", self.values[node].detach(), theirs.detach())
@@ -452,7 +451,7 @@ class _Search:
         yield from self._of_gradients("canonical", self.expected, self._gradients(theirs))
 
     def rules(self) -> Iterator[Difference]:
-        """The rule of every node, from the output to the inputs, at the values that it has for this batch."""
+        """Check the rule of every node at its values for this batch, from the output to the inputs."""
         for node in reversed(self.graph.graph.find_nodes(op="call_module")):
             xs = [self.values[x] for x in inputs_of(node)]
             wrt = [k for k, x in enumerate(xs) if x.requires_grad]
@@ -461,7 +460,7 @@ class _Search:
                     yield _difference("rules", node, f"{pair.name} of {describe(node)}", pair)
 
     def passes(self) -> Iterator[Difference]:
-        """The gradients by the graphs after every pass: those of the forward graph first, then those of a factor."""
+        """Check the gradients by the graphs after every pass: first the forward graph, then each factor's graph."""
         stages, names = (
             self.emitted.stages,
             [name.partition(":")[2] for name in self.emitted.stages if name.startswith("forward:")],
@@ -482,13 +481,13 @@ class _Search:
         return dict(zip(wanted, found, strict=True))
 
     def _by_graphs(self, graphs: Mapping[str, fx.GraphModule]) -> Gradients:
-        """The gradients that a forward graph and backward graphs compute."""
+        """The gradients computed by a forward graph and backward graphs."""
         emitted = replace(self.emitted, stages={**self.emitted.stages, **graphs})
         chunks = Chunks(batch_size(self.batch.inputs), dict.fromkeys(emitted.factors, 1))
         return dict(run(Program.of(emitted), self.model, self.loss, self.batch, chunks)["grad"])
 
     def _of_gradients(self, stage: str, found: Gradients, expected: Gradients) -> Iterator[Difference]:
-        """One difference for every parameter; gradients that cancel to zero are compared with the largest."""
+        """Yield a difference for each wrong parameter; gradients that cancel to zero are compared with the largest."""
         largest, uses = _largest(expected.values()), parameter_uses(self.graph, expected)
         for name, gradient in expected.items():
             pair = _Pair("", found.get(name, torch.zeros_like(gradient)), gradient, 0.1 * largest)

@@ -1,9 +1,9 @@
-"""augment: from the canonical graph to the pair that computes curvature.
+"""augment: from the canonical graph to the pair of graphs that computes curvature.
 
-`forward(inputs)` is the canonical graph, which also returns what the pullback keeps and the statistics of inputs;
-`backward(S, kept)`, one per factor, walks the rules in reverse and carries the columns S from the output down to every
-wanted parameter. Sums at a fan-out and reductions over broadcast axes are added here, once, for every op; S is pulled
-back only where a wanted parameter lies below.
+`forward(inputs)` is the canonical graph; it also returns the tensors saved for backward and the statistics of inputs.
+`backward(S, saved)`, one per factor, applies the rules in reverse order and pulls the columns S back from the output
+to every wanted parameter. Sums at a fan-out and reductions over broadcast axes are added here, once, for every op. S
+is pulled back only along paths to a wanted parameter.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ __all__ = ["Augmented", "augment"]
 
 @dataclass(frozen=True)
 class Augmented:
-    """The forward graph, and a backward graph per factor; a second one, `SecondPass`, for sums in eigenbases."""
+    """The forward graph, and a backward graph per factor; a second pair, `SecondPass`, for sums in eigenbases."""
 
     forward: fx.GraphModule
     backwards: Mapping[Factor, fx.GraphModule]
 
 
 def augment(gm: fx.GraphModule, plan: Plan) -> Augmented:
-    """The forward graph and the backward graphs that compute the sums of a plan; none for a factor without columns."""
+    """Return the forward graph and the backward graphs for the sums of a plan; none for a factor without columns."""
     emitter = _Emitter(gm, parameter_uses(gm, {name for job in plan.jobs for name in job.parameters}))
     backwards: dict[Factor, fx.GraphModule] = {}
     for factor in dict.fromkeys(quantity.factor for quantity in plan.quantities.values()):
@@ -93,7 +93,7 @@ class _Graph:
     results: dict[str, Any] = field(default_factory=dict)
 
     def call(self, target: str, module: nn.Module, args: tuple[Any, ...], shape: Shape | None = None) -> fx.Node:
-        """The node that calls `module` on `args`."""
+        """Return the node that calls `module` on `args`."""
         key = (identity_of(module), _hashable(args))
         if key not in self.calls:
             target = self.targets.free(target)
@@ -104,7 +104,7 @@ class _Graph:
         return self.calls[key]
 
     def placeholder(self, name: str, shape: Shape | None = None) -> fx.Node:
-        """The input of that name, placed before all computation."""
+        """Return the input of that name, placed before all computation."""
         if name not in self.placeholders:
             last = next(reversed(self.placeholders.values()), None)
             with self.graph.inserting_after(last) if last is not None else self.graph.inserting_before(None):
@@ -123,14 +123,14 @@ def _hashable(args: Any) -> Any:
 
 
 class _Emitter:
-    """The forward graph, shared by all factors, and the walk that emits a backward graph for one of them."""
+    """The forward graph, shared by all factors, and the emission of the backward graph of one factor."""
 
     def __init__(self, gm: fx.GraphModule, uses: Usages) -> None:
         self.gm, self.uses = gm, uses
         self.forward = _Forward(gm)
 
     def pull_back(self, wanted: Collection[str]) -> _Backward:
-        """A backward graph that carries S from the output to every node that uses a wanted parameter."""
+        """Emit a backward graph that pulls S back from the output to every node that uses a wanted parameter."""
         using = {node for name in self.uses if name in wanted for node, _ in self.uses[name]}
         pulled, backward, output = carrying(self.gm, using), _Backward(), output_of(self.gm)
         arriving: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
@@ -148,7 +148,7 @@ class _Emitter:
     def _pulls(
         self, backward: _Backward, node: fx.Node, S: fx.Node, pulled: Collection[fx.Node]
     ) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """Every input of a node at which columns are needed, with S there."""
+        """Return every input of a node at which columns are needed, with S there."""
         together: list[int] = []
         own, opaque = node.meta["samples"] is None, rule_of(module_of(node)).kind == "opaque"
         for k, x in enumerate(inputs_of(node)):
@@ -162,7 +162,7 @@ class _Emitter:
             yield from self._pull_inputs(backward, node, S, together)
 
     def _pull(self, backward: _Backward, node: fx.Node, S: fx.Node, k: int) -> fx.Node:
-        """S at one input of a node."""
+        """Pull S back to one input of a node."""
         op, own, x, name = module_of(node), node.meta["samples"] is None, inputs_of(node)[k], _pull_name(node, k)
         saved = backward.placeholder(self.forward.save_for_backward(node))
         lead, axes = _broadcast(x.meta["shape"], node)
@@ -175,7 +175,7 @@ class _Emitter:
     def _pull_inputs(
         self, backward: _Backward, node: fx.Node, S: fx.Node, ks: list[int]
     ) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """S at several inputs of an opaque node, by one call."""
+        """Pull S back to several inputs of an opaque node, in one call."""
         op, own, name = module_of(node), node.meta["samples"] is None, f"pull.{node.target}"
         pulled = backward.call(name, PullInputs(op, ks, own), (S, self._saved(backward, node)))
         for index, k in enumerate(ks):
@@ -183,7 +183,7 @@ class _Emitter:
             yield x, backward.call(f"{name}.{k}", GetItem(index), (pulled,), _columns(x, own))
 
     def _pull_to_parameter(self, backward: _Backward, node: fx.Node, S: fx.Node, k: int) -> fx.Node:
-        """S at an input that is the same for all samples, from there on for each sample alone."""
+        """Pull S back to an input shared by all samples, kept per sample in the rest of the graph."""
         places, x, op = [n.meta["samples"] for n in (*inputs_of(node), node)], inputs_of(node)[k], module_of(node)
         name = _pull_name(node, k)
         if not getattr(op, "broadcasts", False):
@@ -196,7 +196,7 @@ class _Emitter:
         return backward.call(f"unbroadcast.{node.target}.{k}", undo, (apart,), _columns(x))
 
     def _saved(self, backward: _Backward, node: fx.Node) -> list[fx.Node]:
-        """The inputs of a node, as the backward graph finds them."""
+        """Return the inputs of a node in the backward graph."""
         return [backward.saved(self.forward.save_value(x), x) for x in inputs_of(node)]
 
     def reduce(self, backward: _Backward, job: Job) -> None:
@@ -208,7 +208,7 @@ class _Emitter:
             graph.results[job.sums[statistic]] = graph.call(job.sums[statistic], module, args)
 
     def rotate(self, backward: _Backward, job: Job, sum: tuple[str, bool], names: tuple[str, str]) -> None:
-        """Emit a diagonal in the bases that come in under these names; the flag says whether 1 is behind the inputs."""
+        """Emit a diagonal in the bases under these names; the flag of `sum` appends 1 to the inputs."""
         statistic, ones = sum
         _, (xs, Ss) = self._arguments(backward, job.usage.name, SumOfSquares())
         U_A, U_G = (backward.placeholder(name) for name in names)
@@ -219,7 +219,7 @@ class _Emitter:
         backward.results[key] = backward.call(key, SumOfSquares(), tuple(rotated))
 
     def _arguments(self, backward: _Backward, name: str, module: Statistic) -> tuple[_Graph, tuple[Any, ...]]:
-        """The graph in which a statistic is computed, and the positions of all uses of the parameter that it reads."""
+        """Return the graph in which a statistic is computed, and the positions of all uses of its parameter."""
         uses = self.uses[name]
         if module.reads == "x":
             return self.forward, ([self.forward.input_positions(node) for node, _ in uses],)
@@ -238,13 +238,13 @@ def _pull_name(node: fx.Node, k: int) -> str:
 
 
 def _columns(node: fx.Node, own: bool = False) -> Shape:
-    """The shape of S at a node: columns, samples where the node has none of its own, and the node's shape."""
+    """Return the shape of S at a node: columns, samples if the node has no batch axis, and the node's shape."""
     alone = node.meta["samples"] is None or own
     return ("V", "N", *node.meta["shape"]) if alone else ("V", *node.meta["shape"])
 
 
 def _broadcast(shape: Shape, node: fx.Node) -> tuple[int, tuple[int, ...]]:
-    """How an input of `shape` was repeated to the output's shape, for ops that broadcast."""
+    """Return the broadcasting of an input of `shape` to the output's shape, for ops that broadcast."""
     if not getattr(module_of(node), "broadcasts", False):
         return 0, ()
     full = node.meta["shape"]
@@ -253,7 +253,7 @@ def _broadcast(shape: Shape, node: fx.Node) -> tuple[int, tuple[int, ...]]:
 
 
 class _Forward(_Graph):
-    """The canonical graph, with what is kept and summed behind it."""
+    """The canonical graph, with saved tensors and sums appended."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__("Forward")
@@ -266,14 +266,14 @@ class _Forward(_Graph):
         self.saved: dict[str, fx.Node] = {}
 
     def save_for_backward(self, node: fx.Node) -> str:
-        """Keep what the pullback through a node needs; the name under which the forward graph returns it."""
+        """Save the tensors for the pullback through a node; return their name in the forward graph's results."""
         here = self.nodes[node]
         name = f"saved_{node.name}"
         self.saved[name] = self.call(f"save.{node.target}", SaveForBackward(module_of(node)), (here, *here.args))
         return name
 
     def save_value(self, x: fx.Node) -> str:
-        """Keep a node's value itself."""
+        """Save a node's value itself."""
         self.saved[f"value_{x.name}"] = self.nodes[x]
         return f"value_{x.name}"
 
@@ -297,7 +297,7 @@ class _Backward(_Graph):
         self.S: dict[fx.Node, fx.Node] = {}
 
     def saved(self, name: str, x: fx.Node) -> fx.Node:
-        """The placeholder of a value that the forward graph saved."""
+        """Return the placeholder of a value that the forward graph saved."""
         placeholder = self.placeholder(name, x.meta["shape"])
         placeholder.meta["dtype"] = x.meta["dtype"]
         return placeholder
@@ -314,7 +314,7 @@ class _Backward(_Graph):
         return self.call(f"S.{node.target}", positions, (S,), ("V", "N", *layout_of(node)))
 
     def rotated(self, X: fx.Node, U: fx.Node, ones: bool = False) -> fx.Node:
-        """Positions in the basis U."""
+        """Return positions in the basis U."""
         *lead, d = X.meta["shape"]
         node = self.call(f"rotate.{X.target}", Rotate(ones), (X, U), (*lead, d + ones))
         node.meta["dtype"] = X.meta.get("dtype", torch.float32)

@@ -1,7 +1,7 @@
-"""share: what several nodes compute alike is computed once.
+"""common_subexpressions: common subexpression elimination of positions, sums and gathers.
 
-The inputs of q, k and v, or of parallel branches, are the same positions, with one second moment; and the indices of a
-pooling layer, which its pullback needs, give its output too.
+The inputs of q, k and v, or of parallel branches, are the same positions, with one second moment. The indices of a
+pooling layer, which its pullback needs, also give its output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["equal_calls", "gathers", "share"]
 
 
 def share(gm: fx.GraphModule) -> fx.GraphModule:
-    """A forward or backward graph that computes nothing twice."""
+    """Return a forward or backward graph without repeated computations."""
     gm = copied(gm)
     equal_calls(gm)
     gathers(gm)
@@ -31,7 +31,7 @@ def share(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def equal_calls(gm: fx.GraphModule) -> None:
-    """Positions and sums that are equal calls become one node, in place."""
+    """Merge positions and sums that are equal calls, in place."""
     first: dict[object, fx.Node] = {}
     for node in list(gm.graph.nodes):
         key = _key(node)
@@ -41,7 +41,7 @@ def equal_calls(gm: fx.GraphModule) -> None:
 
 
 def _key(node: fx.Node) -> object:
-    """What makes a call of positions or of a sum what it is."""
+    """Return the key of a call of positions or of a sum; equal calls have equal keys."""
     op = module_of(node) if node.op == "call_module" else None
     if isinstance(op, InputPositions):
         return InputPositions, _reading(op.op), op.place, node.args
@@ -51,14 +51,14 @@ def _key(node: fx.Node) -> object:
 
 
 def _reading(op: nn.Module) -> object:
-    """All that an op's positions depend on, besides the input."""
+    """Return all that an op's positions depend on, except the input."""
     if isinstance(op, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return Patches.of(op)
     return nn.Linear if isinstance(op, nn.Linear | ops.MatMul) else op
 
 
 def gathers(gm: fx.GraphModule) -> None:
-    """y = pool(x) and its indices -> the indices, and y by them, in place."""
+    """Replace y = pool(x) and its indices by the indices, and y gathered by them, in place."""
     for saved in list(gm.graph.nodes):
         op: Any = module_of(saved) if saved.op == "call_module" else None
         if not isinstance(op, SaveForBackward) or op.rule.kind != "gather":

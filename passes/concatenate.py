@@ -1,7 +1,7 @@
-"""join: cotangents of the parts of a tensor are laid side by side, where the parts are all of it.
+"""concatenate: cotangents of the parts of a tensor are concatenated, where the parts tile it.
 
-What is split into q, k and v, or into the two halves of a gated unit, receives three tensors of zeros around one
-cotangent, and their sum, by the definition. Where every entry belongs to exactly one part, that is their concatenation.
+By definition, a tensor split into q, k and v, or into the two halves of a gated unit, receives the sum of tensors that
+are zero outside one part's cotangent. Where every entry belongs to exactly one part, the sum is their concatenation.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _Piece = ops.Select | ops.Slice
 
 
 def join(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph in which no sum of disjoint parts is left; forward graphs have none."""
+    """Return a graph without sums of disjoint parts; forward graphs have none."""
     return rewrites(gm, _joined)
 
 
 def _joined(node: fx.Node, op: nn.Module) -> fx.Node | None:
-    """Σ of pullbacks through slices, or selections, that tile an axis -> `Joined` along that axis."""
+    """Replace Σ of pullbacks through slices, or selections, that tile an axis by `Joined` along that axis."""
     if not isinstance(op, Accumulate):
         return None
     found = {_start(part): (part, pull.args[0]) for pull in node.all_input_nodes if (part := _part(pull)) is not None}
@@ -43,7 +43,7 @@ def _joined(node: fx.Node, op: nn.Module) -> fx.Node | None:
 
 
 def _part(pull: fx.Node) -> _Piece | None:
-    """The slice or selection through which a node pulls back."""
+    """Return the slice or selection through which a node pulls back."""
     op = module_of(pull) if pull.op == "call_module" else None
     return op.op if isinstance(op, Pull) and not op.per_sample and isinstance(op.op, _Piece) else None
 
@@ -53,7 +53,7 @@ def _start(part: _Piece) -> int:
 
 
 def _tiled(parts: Sequence[_Piece], shape: Shape) -> int | None:
-    """The one axis along which parts, in order, are all of a tensor of this shape; None where they are not."""
+    """Return the one axis along which parts, in order, tile a tensor of this shape; None if they do not."""
     axes = {part.dim % len(shape) for part in parts}
     axis = axes.pop()
     if axes or len({type(part) for part in parts}) > 1 or not isinstance(shape[axis], int):

@@ -1,4 +1,4 @@
-"""fold: what computes nothing vanishes: identities, dropout in eval mode, and whatever does not lead to the output."""
+"""eliminate_identities: remove identities, dropout in eval mode, and nodes that do not reach the output."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["drop_identity", "fold"]
 
 
 def fold(gm: fx.GraphModule) -> fx.GraphModule:
-    """The canonical graph without nodes that compute nothing or lead nowhere."""
+    """Return the canonical graph without identities and nodes that do not reach the output."""
     return rewrites(gm, drop_identity)
 
 
 def drop_identity(node: fx.Node, op: nn.Module) -> fx.Node | None:
-    """Identity(x), and Dropout(x) in eval mode, are x."""
+    """Replace Identity(x), and Dropout(x) in eval mode, by x."""
     if isinstance(op, nn.Identity) or (isinstance(op, nn.Dropout) and not op.training):
         (x,) = node.all_input_nodes
         return x

@@ -1,7 +1,7 @@
-"""scales: the scale of an eval-mode BatchNorm behind a convolution becomes part of the convolution's pullback.
+"""fold_scales: the scale of an eval-mode BatchNorm after a convolution is folded into the convolution's pullback.
 
-Instead of every column at every position, the weight that pulls it back is scaled, and the sums of what arrives: where
-those have fewer entries.
+Instead of every column at every position, the weight of the pullback and the sums of unscaled columns are scaled,
+where these have fewer entries.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def fold_scales(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
-    """A backward graph in which no column is multiplied by a scale whose convolution can take it for less."""
+    """Return a backward graph where convolutions apply the scale of their columns, wherever that costs less."""
     gm = copied(gm)
     for node in list(gm.graph.nodes):
         op = module_of(node) if node.op == "call_module" else None
@@ -37,7 +37,7 @@ def fold_scales(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
 
 
 def _readers(scaled: fx.Node) -> tuple[list[fx.Node], nn.Module] | None:
-    """The pullback and the sums that read scaled columns, with the one convolution that all are of and can scale."""
+    """Return the pullback and the sums that read scaled columns, with their one convolution, if all can scale."""
     readers: list[fx.Node] = []
     convolutions: list[Any] = []
     for user in scaled.users:
@@ -62,14 +62,14 @@ def _takes_a_scale(reader: fx.Node) -> bool:
 
 
 def _entries(readers: list[fx.Node], convolution: nn.Module) -> int:
-    """What is multiplied if the readers scale: weights, and sums as large as they are, or of pairs of outputs."""
+    """Count the multiplied entries if the readers scale: weights, and sums of their size or of pairs of outputs."""
     weight: Any = convolution.weight
     ops: list[Any] = [module_of(reader) for reader in readers]
     return sum(len(weight) ** 2 if isinstance(op, Statistic) and op.reads == "S" else weight.numel() for op in ops)
 
 
 def _fold(gm: fx.GraphModule, scaled: fx.Node, scale: ops.Affine, readers: list[fx.Node]) -> None:
-    """Readers that scale by themselves, of the columns as they arrive at the scale."""
+    """Replace the readers by readers that scale, applied to the columns before the scale."""
     for reader in readers:
         op: Any = module_of(reader)
         taken = Scaled(op, scale) if isinstance(op, Statistic) else PullScaled(op.op, scale)

@@ -1,8 +1,8 @@
-"""functionalize: every in-place op `op_(x)` becomes `op(x)`, and what reads x afterwards reads the new value.
+"""functionalize: every in-place op `op_(x)` becomes `op(x)`, and later reads of x read the new value.
 
-Which names share memory is read off the traced tensors themselves, so nothing is assumed about which operators
-return views. A write through a view is replayed: the new value is put back into what the view was taken of, and other
-views that are read later are taken again.
+Shared memory is detected from the traced tensors themselves, without assumptions on the operators that return views.
+A write through a view is replayed: the new value is scattered into the view's base, and views that are read later
+are recreated.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["described", "functionalize", "packet_of"]
 
 
 DIM_PLACES = {"unbind": 1, "chunk": 2, "split": 2, "split_with_sizes": 2, "tensor_split": 2}
-"""ATen operators that return several views, and which of their arguments is the axis."""
+"""ATen operators that return several views, and the argument that gives the axis."""
 
 
 def functionalize(gm: fx.GraphModule, sources: Mapping[str, str]) -> fx.GraphModule:
-    """The captured graph without in-place ops and dead code; `sources` names the placeholders that are no inputs."""
+    """Return the captured graph without in-place ops and dead code; `sources` names placeholders other than inputs."""
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph), class_name="Captured")
     written = {_memory(n.args[0]) for n in gm.graph.nodes if _is_inplace(n)}
     for node in [n for n in gm.graph.nodes if n.target is operator.getitem and _memory(n) in written]:
@@ -40,7 +40,7 @@ def functionalize(gm: fx.GraphModule, sources: Mapping[str, str]) -> fx.GraphMod
 
 
 def _name_part(node: fx.Node) -> None:
-    """One of the views that chunk, split or unbind return becomes a view of its own: a slice or a selection."""
+    """Turn one of the views that chunk, split or unbind return into a view of its own: a slice or a selection."""
     whole, index = node.args
     assert isinstance(whole, fx.Node)
     assert isinstance(index, int)
@@ -82,12 +82,12 @@ def _replace(node: fx.Node, sources: Mapping[str, str]) -> None:
             current = node if root is node and _same_entries(view, target) else _taken_again(view, root)
             name.replace_all_uses_with(current, delete_user_cb=later.__contains__)
     for view in behind:
-        if memory in _memories(view):  # views of what was written are views of the new value now
+        if memory in _memories(view):  # views of the written tensor become views of the new value
             _evaluate(view)
 
 
 def _put_back(view: fx.Node, value: fx.Node) -> fx.Node:
-    """The tensor that `view` was taken of, directly or not, with `value` in its place."""
+    """Return the tensor of which `view` is, directly or not, a view, with `value` in its place."""
     while (parent := _parent(view)) is not None:
         value = _scattered(view, parent, value)
         view = parent
@@ -95,7 +95,7 @@ def _put_back(view: fx.Node, value: fx.Node) -> fx.Node:
 
 
 def _taken_again(view: fx.Node, root: fx.Node) -> fx.Node:
-    """The same view of the new root."""
+    """Recreate the view on the new root."""
     parent = _parent(view)
     if parent is None:
         return root
@@ -103,15 +103,15 @@ def _taken_again(view: fx.Node, root: fx.Node) -> fx.Node:
 
 
 def _parent(view: fx.Node) -> fx.Node | None:
-    """What a view was taken of; None for a tensor with memory of its own."""
+    """Return the base of a view; None for a tensor with memory of its own."""
     first = view.args[0] if view.args else None
     return first if isinstance(first, fx.Node) and _shares(first, view) else None
 
 
 def _scattered(view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
-    """`parent` with `value` where `view` shows it."""
+    """Return `parent` with `value` scattered into the entries of `view`."""
     name, aten = packet_of(view), torch.ops.aten
-    if name == "detach":  # what autograd makes of such a write is not the derivative of what is computed
+    if name == "detach":  # autograd's result for such a write is not the derivative
         raise _unknown_view(view)
     if _same_entries(view, parent):
         return value
@@ -137,7 +137,7 @@ def _scattered(view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
 
 def _unknown_view(view: fx.Node) -> CaptureError:
     return CaptureError(
-        f"an in-place op writes through a view that {view.target} takes",
+        f"an in-place op writes through a view by {view.target}",
         node=described(view),
         remedy="write it out of place: x = op(x) instead of op_(x)",
         code="FXC202",
@@ -146,7 +146,7 @@ def _unknown_view(view: fx.Node) -> CaptureError:
 
 
 def _emit(after: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: fx.Node) -> fx.Node:
-    """A call behind `after` that errors describe as they would describe `like`."""
+    """Emit a call after `after` that errors describe as they would describe `like`."""
     operands = {after, *(a for a in args if isinstance(a, fx.Node))}
     with after.graph.inserting_after([n for n in after.graph.nodes if n in operands][-1]):
         node = after.graph.call_function(target, args, dict(kwargs))
@@ -161,25 +161,25 @@ def _after(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _evaluate(node: fx.Node) -> None:
-    """Give the node the tensor that its operator returns for those of its arguments."""
+    """Evaluate the node's operator on the tensors of its arguments."""
     operator: Any = node.target
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     node.meta["val"] = operator(*args, **kwargs)
 
 
 def _shares(a: fx.Node, b: fx.Node) -> bool:
-    """Whether b is, or holds, memory of a."""
+    """Whether b is, or contains, memory of a."""
     return _memory(a) in _memories(b)
 
 
 def _memory(node: fx.Node) -> int | None:
-    """Which memory the node's tensor occupies: equal for names that share it."""
+    """Return an identifier of the memory of the node's tensor, equal for names that share it."""
     value = node.meta.get("val")
     return storage_id(value) if isinstance(value, Tensor) else None
 
 
 def _memories(node: fx.Node) -> set[int]:
-    """The memory of the node's tensor, or of each of several."""
+    """Return the memory of the node's tensor, or of each of several."""
     value = node.meta.get("val")
     values = value if isinstance(value, list | tuple) else [value]
     return {storage_id(v) for v in values if isinstance(v, Tensor)}
@@ -197,7 +197,7 @@ def _is_inplace(node: fx.Node) -> bool:
 
 
 def _out_of_place(node: fx.Node) -> Any:
-    """The operator that returns what an in-place operator writes."""
+    """Return the out-of-place variant of an in-place operator."""
     operator: Any = node.target
     name = operator.overloadpacket.__name__
     plain = f"__{name[3:]}" if name.startswith("__i") else name.removesuffix("_")  # `__ior__` is `__or__`
@@ -234,16 +234,16 @@ def _overwrites(placeholder: fx.Node, sources: Mapping[str, str], location: Loca
 
 
 def packet_of(node: fx.Node) -> str:
-    """`conv2d` of aten.conv2d.default."""
+    """Return the packet's name: `conv2d` of aten.conv2d.default."""
     return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
 
 
 def described(node: fx.Node) -> str:
-    """'layer1.0' aten.add_.Tensor [N, 8]: how errors name a captured node."""
+    """Describe a captured node in an error: 'layer1.0' aten.add_.Tensor [N, 8]."""
     stack, value = list(node.meta.get("nn_module_stack", {}).values()), node.meta.get("val")
     target = node.all_input_nodes[0].target if node.target is operator.getitem else node.target
     try:
         shape = f" {show_shape(shape_of(value, node.name))}" if isinstance(value, Tensor) else ""
     except FxcurvError:
-        shape = ""  # of a size that is no multiple of the batch size
+        shape = ""  # of a size that is not a multiple of the batch size
     return f"'{(stack[-1][0] if stack else '') or node.name}' {target}{shape}"

@@ -1,14 +1,14 @@
-"""locate: where every tensor holds its samples; an op that lets samples mix is refused.
+"""infer_batch_axes: infer the axis of the samples of every tensor; refuse ops that mix samples.
 
 Per-sample curvature is only defined where sample n of the output depends on sample n of the input alone. For ops with
-parameters and elementwise ops the place follows from the kind of their rule; where entries are only moved, the samples'
+parameters and elementwise ops the kind of their rule determines the axis. For ops that only move entries, the samples'
 numbers are moved instead. Any other op is probed: it is run on random inputs, one sample is redrawn, and only that
 sample's entries of the output may change. A random real function that ignores an input it depends on is an event of
-probability zero, so the probe needs no row per op and cannot go stale. Samples may lie along any axis, and share it
+probability zero, so the probe needs no row per op and cannot become outdated. Samples may have any axis, and share it
 with other positions (tokens or windows folded into the batch).
 
-Unless `strict`, a node that lets samples mix is marked with its refusal, and row n of what it returns counts as sample
-n from there on: parameters behind it have per-sample curvature, those before it have not.
+Unless `strict`, a node that mixes samples is marked with its refusal, and row n of its result counts as sample n:
+parameters after it have per-sample curvature, parameters before it have not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MOVES = (ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Select, ops.Cat)
 
 
 def locate(gm: fx.GraphModule, device: torch.device, strict: bool = True) -> fx.GraphModule:
-    """The canonical graph with `samples` on every node: where they lie, or None for what all share."""
+    """Set `samples` on every node of the canonical graph: the axis of its samples, or None if all samples share it."""
     gm, probes = copied(gm), dict[object, Samples | None]()
     with torch.no_grad():
         for node in gm.graph.nodes:
@@ -57,7 +57,7 @@ def locate(gm: fx.GraphModule, device: torch.device, strict: bool = True) -> fx.
     assert isinstance(output, fx.Node)
     if output.meta["samples"] != Samples(0):
         place = output.meta["samples"]
-        where = "does not depend on the input" if place is None else f"has its samples at axis {place}"
+        where = "does not depend on the input" if place is None else f"has its samples along axis {place}"
         raise UnsupportedError(
             f"the output {where}",
             node=describe(output),
@@ -69,7 +69,7 @@ def locate(gm: fx.GraphModule, device: torch.device, strict: bool = True) -> fx.
 
 
 def _assumed(shape: Shape, error: UnsupportedError) -> Samples | None:
-    """Where a refused node has its rows, if it has one for each sample."""
+    """Return the position of a refused node's rows, if it has one row per sample."""
     if shape[:1] == (BatchSize(),):
         return Samples(0)
     if any(isinstance(size, BatchSize) for size in shape):
@@ -87,7 +87,7 @@ def _place(node: fx.Node, op: nn.Module, device: torch.device, probes: dict[obje
         place = _alike(constant, axes)
         node.meta |= {"known": constant, "counts": place is None}
         return place or next(place for axis, multiple in axes.items() for place in _candidates(axis, multiple))
-    if isinstance(op, ops.Repeat):  # the same for all, so in any order
+    if isinstance(op, ops.Repeat):  # equal for all samples, so in any order
         return next(place for axis, multiple in axes.items() for place in _candidates(axis, multiple))
     if rule.kind == "elementwise":
         return places[0]
@@ -106,7 +106,7 @@ def _place(node: fx.Node, op: nn.Module, device: torch.device, probes: dict[obje
 
 
 def _aligned(node: fx.Node) -> Samples | None:
-    """The place of entries that come from entries at the same indices, if all inputs have their samples there."""
+    """Return the axis of samples of an elementwise op, if all inputs have the same."""
     inputs = [x for x in inputs_of(node) if x.meta["samples"] is not None]
     from_last = {replace(x.meta["samples"], axis=x.meta["samples"].axis - len(x.meta["shape"])) for x in inputs}
     if len(from_last) != 1 or any(x.meta.get("counts") for x in inputs):
@@ -116,7 +116,7 @@ def _aligned(node: fx.Node) -> Samples | None:
 
 
 def _followed(node: fx.Node, op: nn.Module) -> Samples | None:
-    """The place at which a move puts the entries of each sample: the samples' numbers are moved instead."""
+    """Return the position of each sample's entries after a move, from the moved samples' numbers."""
     inputs = inputs_of(node)
     if any(x.meta.get("counts") for x in inputs):
         return None
@@ -126,7 +126,7 @@ def _followed(node: fx.Node, op: nn.Module) -> Samples | None:
 
 
 def _numbers(x: fx.Node) -> Tensor:
-    """At every entry the number of its sample, or `SHARED`."""
+    """Return the number of each entry's sample, or `SHARED`."""
     shape, place = resolve(x.meta["shape"], SAMPLES), x.meta["samples"]
     if place is None:
         return torch.tensor(SHARED, dtype=torch.uint8).expand(shape)
@@ -135,12 +135,12 @@ def _numbers(x: fx.Node) -> Tensor:
 
 
 def _only_of(n: int, rows: Tensor) -> bool:
-    """Whether the entries are those of sample n, or shared, but not all of them."""
+    """Whether the entries belong to sample n, or are shared, but are not all shared."""
     return bool(((rows == n) | (rows == SHARED)).all()) and bool((rows == n).any())
 
 
 def _kind(node: fx.Node, op: nn.Module) -> object:
-    """What the outcome of a probe depends on; None if on values that are no samples."""
+    """Return the key of a probe's outcome; None if it depends on values other than samples."""
     inputs = inputs_of(node)
     if any(_constant(x) is not None for x in inputs):
         return None
@@ -149,7 +149,7 @@ def _kind(node: fx.Node, op: nn.Module) -> object:
 
 
 def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> Samples | None:
-    """The place where redrawing sample n of the inputs changes sample n of the output and nothing else."""
+    """Return the position where redrawing sample n of the inputs changes sample n of the output alone."""
     probe, y, changed = _tried(node, op, device)
     axes = _batch_axes(node)
     if any(bool(c.any()) for c in changed):
@@ -160,12 +160,12 @@ def _probed(node: fx.Node, op: nn.Module, device: torch.device) -> Samples | Non
     if place is None and (axes or any(bool(c.any()) for c in changed)):
         raise _mixing(node, "a sample of its output depends on other samples")
     if place is not None and not probe.ignores_order(y, place):
-        raise _mixing(node, "its entries depend on which sample of the batch they are for")
+        raise _mixing(node, "its entries depend on the sample's position in the batch")
     return place
 
 
 def _tried(node: fx.Node, op: nn.Module, device: torch.device) -> tuple[_Probe, Tensor, list[Tensor]]:
-    """The first probe that neither fails nor gives NaN: small integers for indices, positive numbers for logarithms."""
+    """Run the first probe without error or NaN: small integers for indices, positive numbers for logarithms."""
     failure: Exception | None = None
     for positive, top in ((False, 2), (False, 1), (True, 2), (True, 1)):
         probe = _Probe(node, op, torch.Generator(device).manual_seed(0), positive, top)
@@ -177,16 +177,16 @@ def _tried(node: fx.Node, op: nn.Module, device: torch.device) -> tuple[_Probe, 
         if not bool(y.isnan().any()) or (positive and any(bool(c.any()) for c in changed)):
             return probe, y, changed
     why = f"fail: {str(failure).splitlines()[0]}" if failure else "give NaN"
-    raise _mixing(node, f"it cannot be told, for random inputs {why}") from failure
+    raise _mixing(node, f"the probe is inconclusive, random inputs {why}") from failure
 
 
 def _batch_axes(node: fx.Node) -> dict[int, int]:
-    """Every axis whose size is a multiple of the batch size, and which."""
+    """Return every axis whose size is a multiple of the batch size, and the multiple."""
     return {axis: size.multiple for axis, size in enumerate(node.meta["shape"]) if isinstance(size, BatchSize)}
 
 
 def _known(node: fx.Node, op: nn.Module, device: torch.device) -> Tensor | None:
-    """The value for `SAMPLES` samples of what depends on no other input than the batch size."""
+    """Return the value, for `SAMPLES` samples, of a node that depends on no input except the batch size."""
     sized = bool(getattr(op, "sized", False))
     inputs = inputs_of(node)[: -1 if sized else None]
     values = [_constant(x) for x in inputs]
@@ -198,19 +198,19 @@ def _known(node: fx.Node, op: nn.Module, device: torch.device) -> Tensor | None:
 
 
 def _constant(x: fx.Node) -> Tensor | None:
-    """The value of a node that depends on no other input than the batch size."""
+    """Return the value of a node that depends on no input except the batch size."""
     if x.op == "call_module" and isinstance(constant := module_of(x), ops.Constant):
         return constant.value
     return x.meta.get("known")
 
 
 def _candidates(axis: int, multiple: int) -> Iterator[Samples]:
-    """The places along an axis of size multiple · N."""
+    """Yield the possible positions of samples along an axis of size multiple · N."""
     yield from (Samples(axis, multiple // b, b) for b in range(multiple, 0, -1) if multiple % b == 0)
 
 
 def _alike(y: Tensor, axes: Mapping[int, int]) -> Samples | None:
-    """The place at which the entries are the same for each sample, if there is one."""
+    """Return the position at which the entries are equal for each sample, if there is one."""
     places = [place for axis, multiple in axes.items() for place in _candidates(axis, multiple)]
     rows = (place.apart(y) for place in places)
     same = (all(torch.equal(row, first) for row in others) for first, *others in rows)
@@ -218,12 +218,12 @@ def _alike(y: Tensor, axes: Mapping[int, int]) -> Samples | None:
 
 
 def _only(changed: Tensor, n: int) -> bool:
-    """Whether something of sample n changed, and nothing of the others."""
+    """Whether entries of sample n changed, and none of other samples."""
     return all(bool(changed[m].any()) == (m == n) for m in range(SAMPLES))
 
 
 class _Probe:
-    """Random inputs of a node, of which one sample at a time is redrawn: positive or not, and integers below `top`."""
+    """Random inputs of a node, of which one sample at a time is redrawn: positive or not, integers below `top`."""
 
     def __init__(self, node: fx.Node, op: nn.Module, generator: torch.Generator, positive: bool, top: int) -> None:
         self.op, self.generator, self.positive, self.top = op, generator, positive, top
@@ -231,11 +231,11 @@ class _Probe:
         self.values = [self._draw(x) for x in self.inputs]
 
     def redraw_each(self) -> tuple[Tensor, list[Tensor]]:
-        """The output at random inputs, and for each sample which entries change when that sample is redrawn."""
+        """Return the output at random inputs, and for each sample a mask of the entries that its redrawing changes."""
         y, changed = self.op(*self.values), list[Tensor]()
         for n in range(SAMPLES):
             difference = torch.zeros_like(y, dtype=torch.bool)
-            for _ in range(16):  # an index, a comparison, or what a mask hides often stays as it is
+            for _ in range(16):  # an index, a comparison or a masked entry often does not change
                 other = self.op(*(self._redrawn(x, v, n) for x, v in zip(self.inputs, self.values, strict=True)))
                 difference |= (other != y) & ~(other.isnan() & y.isnan())
                 if y.is_floating_point() and bool(difference.any()):
@@ -244,7 +244,7 @@ class _Probe:
         return y, changed
 
     def ignores_order(self, y: Tensor, place: Samples) -> bool:
-        """Whether samples in another order give the same in that order, where constants tell them from each other."""
+        """Whether permuting the samples permutes the result, where constants distinguish samples."""
         if not any(x.meta.get("counts") for x in self.inputs):
             return True
         moved = self.op(*(self._moved(x, v) for x, v in zip(self.inputs, self.values, strict=True)))
@@ -273,7 +273,7 @@ class _Probe:
         return rows.flatten(place.axis, place.axis + 2)
 
     def _random(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Normal numbers, fair coins, or integers below `top`."""
+        """Draw normal numbers, fair coins, or integers below `top`."""
         device = self.generator.device
         if dtype == torch.bool:
             return torch.rand(shape, device=device, generator=self.generator) < 0.5
@@ -287,7 +287,7 @@ def _mixing(node: fx.Node, why: str) -> UnsupportedError:
     return UnsupportedError(
         f"samples of the batch mix here: {why}",
         node=describe(node),
-        remedy="let each sample's output depend on that sample alone",
+        remedy="make each sample's output depend on that sample alone",
         code="FXC401",
         location=frames_of(node),
     )

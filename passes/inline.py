@@ -1,6 +1,6 @@
-"""inline: the bodies of `torch.no_grad()` and disabled `torch.autocast()` blocks take the blocks' places.
+"""inline: replace `torch.no_grad()` and disabled `torch.autocast()` blocks by their bodies.
 
-What a block without gradients returns is detached. Other calls with a graph of their own (`torch.cond`) are refused.
+The results of a block without gradients are detached. Other calls with a subgraph (`torch.cond`) are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["inline"]
 
 
 def inline(gm: fx.GraphModule) -> fx.GraphModule:
-    """The captured graph with ATen calls alone."""
+    """Return the captured graph with ATen calls alone."""
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph), class_name="Captured")
     for node in [n for n in gm.graph.nodes if isinstance(n.target, HIGHER_ORDER)]:
         for position, value in enumerate(_copied(node, *_block(gm, node))):
@@ -33,12 +33,12 @@ def inline(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _block(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, Sequence[Any], bool]:
-    """The body of a block, its arguments, and whether gradients pass."""
+    """Return the body of a block, its arguments, and whether gradients pass."""
     name, args = str(node.target), node.args
     enabled, behind = (args[0], 1) if name == "wrap_with_set_grad_enabled" else (True, 4)
     if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast") or (behind == 4 and args[2]):
         raise CaptureError(
-            f"a block with a graph of its own ({name})",
+            f"a block with a subgraph ({name})",
             node=f"'{node.name}'",
             remedy="use torch.where instead of torch.cond, and no autocast inside of forward",
             code="FXC104",
@@ -50,14 +50,14 @@ def _block(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, Sequence[
 
 
 def _copied(node: fx.Node, body: fx.GraphModule, args: Sequence[Any], enabled: bool) -> list[Any]:
-    """The body's nodes before `node`; what the body returns."""
+    """Copy the body's nodes before `node`; return the body's results."""
     values: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), args, strict=True))
     outside = set(values)
     with node.graph.inserting_before(node):
         for n in (n for n in body.graph.nodes if n.op == "call_function"):
             if not enabled and schema_of(n.target).is_mutable and n.args[0] in outside:
                 raise CaptureError(
-                    "an in-place op in a block without gradients changes a tensor from outside",
+                    "an in-place op in a block without gradients changes a tensor from outside the block",
                     node=f"'{n.name}'",
                     remedy="write it out of place: x = op(x) instead of op_(x)",
                     code="FXC202",

@@ -1,4 +1,4 @@
-"""Lowerings of what holds parameters: linear layers in all their forms, convolutions, scales and normalizations."""
+"""Lowerings of ops with parameters: linear layers in every notation, convolutions, scales and normalizations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__: list[str] = []
 
 
 def _hold(op: nn.Module, **slots: Tensor | None) -> nn.Module:
-    """Put live tensors into the op's slots: parameters as they are, anything else as a frozen parameter."""
+    """Set the op's slots to live tensors: parameters themselves, other tensors as frozen parameters."""
     for slot, tensor in slots.items():
         value = (
             tensor
@@ -46,7 +46,7 @@ def _hold(op: nn.Module, **slots: Tensor | None) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Product:
-    """x Wᵀ + b, or with `inputs_first` x W + b; `operand` is what the call takes for W, the weight or its transpose."""
+    """x Wᵀ + b, or x W + b with `in_out`; `operand` is the call's argument for W, the weight or its transpose."""
 
     x: fx.Node
     operand: fx.Node
@@ -61,11 +61,11 @@ PRODUCTS = {
     "mm": ("self", "mat2", None, True),
     "addmm": ("mat1", "mat2", "self", True),
 }
-"""Operators that multiply rows x with a matrix: what they call x, W and b, and whether W lies as `[i,o]`."""
+"""Operators that multiply rows x by a matrix: the argument names of x, W and b, and whether W has in–out layout."""
 
 
 def _product(low: Builder, node: fx.Node) -> _Product | None:
-    """A call as the product of data with a matrix that an op can hold, if that is what it is."""
+    """Return a call as the product of data with a matrix that an op can hold; None if it is not one."""
     if packet_of(node) not in PRODUCTS:
         return None
     rows, matrix, added, in_out = PRODUCTS[packet_of(node)]
@@ -84,7 +84,7 @@ def _swaps(node: fx.Node) -> bool:
 
 
 def _rows_are_inputs(low: Builder, weight: fx.Node) -> bool:
-    """Whether a weight is read for x W alone: one that is read otherwise too has no layout for all its uses."""
+    """Whether a weight is only used in x W: one with another use has no single layout for all its uses."""
     forms = [form for p in low.placeholders(weight) for form in (p, *filter(_swaps, p.users))]
     readers = [(form, user) for form in forms for user in form.users if user not in forms]
     found = [(form, _product(low, user)) for form, user in readers]
@@ -118,7 +118,7 @@ def _conv(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     kernel, x = tuple(weight.shape[2:]), low.value(a["input"], node)
     stride, dilation = per_axis(a["stride"], kernel), per_axis(a["dilation"], kernel)
     padding, extra = _padding(a["padding"], kernel, dilation)
-    if any(extra):  # 'same' with an even kernel: one more row behind than in front
+    if any(extra):  # 'same' with an even kernel: one more row at the end than at the start
         shape = x.meta["shape"]
         x = low.emit(node, ops.Pad([p for e in reversed(extra) for p in (0, e)]), x)
         x.meta["shape"] = (*shape[:2], *(size + e for size, e in zip(shape[2:], extra, strict=True)))
@@ -129,7 +129,7 @@ def _conv(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 
 def _biased(low: Builder, node: fx.Node, y: fx.Node, bias: fx.Node, behind: int = 0) -> fx.Node:
-    """y + b for a bias that is computed, with the axes `behind` the features."""
+    """Return y + b for a computed bias, where `behind` axes follow the features."""
     b = low.value(bias, node)
     size = (*shape_at(bias, node), *(1,) * behind)
     if behind:
@@ -139,7 +139,7 @@ def _biased(low: Builder, node: fx.Node, y: fx.Node, bias: fx.Node, behind: int 
 
 
 def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Symmetric padding per axis, and what 'same' adds behind."""
+    """Return symmetric padding per axis, and the additional padding of 'same' at the end."""
     if padding == "valid":
         padding = 0
     if padding != "same":
@@ -170,7 +170,7 @@ def _batch_norm(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 @lowers("layer_norm", "rms_norm", "group_norm")
 def _normalization(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    """The normalization itself, and γ x̂ + β behind it."""
+    """Lower a normalization to the normalization itself, followed by γ x̂ + β."""
     slots: Slots = {"weight": a["weight"], "bias": a.get("bias")}
     if a["weight"] is None or not low.depends(first(a)) or not low.holdable(*slots.values()):
         return generic(calls.Opaque)(low, node, a)
@@ -199,7 +199,7 @@ def _mul(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 
 def _scales(low: Builder, scale: fx.Node, x: fx.Node) -> bool:
-    """Whether it is a parameter with one entry for each along the last axes of x."""
+    """Whether `scale` is a parameter with the shape of the last axes of x."""
     if scale.op != "placeholder" or low.depends(scale) or not isinstance(low.slot(scale), nn.Parameter):
         return False
     own, shape = scale.meta["val"].shape, x.meta["val"].shape

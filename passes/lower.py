@@ -1,4 +1,4 @@
-"""lower: functional ATen -> the all-module canonical graph, its nodes named after the modules of the model."""
+"""lower: functional ATen -> the all-module canonical graph, with nodes named after the modules of the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fxcurv.frontend.capture import Captured
 from fxcurv.ir import ops
 from fxcurv.ir.nodes import Source
 from fxcurv.ir.rewriting import Targets
-from passes import layers as layers  # its rows are part of the table
+from passes import layers as layers  # registers its rows in the table
 from passes import lowerings
 from passes.functionalize import packet_of
 from passes.lowering_table import Slots, arguments, lowering_of, where
@@ -25,11 +25,11 @@ __all__ = ["lower"]
 
 
 READS = ("item", "_local_scalar_dense")
-"""What makes a number of a tensor."""
+"""Operators that read a tensor as a number."""
 
 
 def lower(captured: Captured, model: nn.Module) -> fx.GraphModule:
-    """The canonical graph of a captured model; its modules hold the model's own live tensors."""
+    """Return the canonical graph of a captured model; its modules hold the model's own live tensors."""
     low = _Lowering(captured, model)
     for node in captured.graph.graph.nodes:
         low.mark(node)
@@ -40,7 +40,7 @@ def lower(captured: Captured, model: nn.Module) -> fx.GraphModule:
 
 @dataclass
 class _Lowering:
-    """The graph under construction, and what each ATen node became.
+    """The graph under construction, and the lowered value of each ATen node.
 
     `live` nodes depend on an input or on a trainable parameter, `data` nodes on an input; all others are constants.
     """
@@ -62,7 +62,7 @@ class _Lowering:
     # The walks
 
     def mark(self, node: fx.Node) -> None:
-        """Note on what an ATen node depends, those before it being marked."""
+        """Record the dependencies of an ATen node, after those of its predecessors."""
         if node.op == "placeholder":
             source = self.captured.sources.get(node.name)
             if source is None and isinstance(node.meta.get("val"), Tensor):  # else a number: a constant of the graph
@@ -75,7 +75,7 @@ class _Lowering:
                 self.data.add(node)
 
     def visit(self, node: fx.Node) -> None:
-        """Lower one ATen node, if it depends on an input or a trainable parameter."""
+        """Lower an ATen node, if it depends on an input or a trainable parameter."""
         if node.op == "output":
             self.graph.output(self.value(node.args[0], node))
         elif node.op == "placeholder":
@@ -84,13 +84,13 @@ class _Lowering:
             elif node in self.live:
                 _check_real(self.captured.sources[node.name], node)
         elif node in self.live and isinstance(node.meta.get("val"), Tensor):
-            self.values[node] = self._lowered(node)  # else a size or several tensors: lowered where it is read
+            self.values[node] = self._lowered(node)  # otherwise a size or several tensors, lowered where read
 
     def _input(self, node: fx.Node) -> None:
         value = node.meta["val"]
         if shape_of(value, node.name)[0] != BatchSize():
             raise CaptureError(
-                f"the model works for one batch size only, {value.shape[0]}",
+                f"the model supports only the batch size {value.shape[0]}",
                 node=f"'{node.name}'",
                 remedy="use -1 or x.shape[0] where it reshapes",
                 code="FXC106",
@@ -105,7 +105,7 @@ class _Lowering:
             return lowerings.part(self, node, whole, part)
         return lowering_of(node)(self, node, arguments(node))
 
-    # What lowerings build with
+    # Building blocks of lowerings
 
     def emit(self, node: fx.Node, op: nn.Module, *args: fx.Node, slots: Slots | None = None) -> fx.Node:
         """Call `op` on canonical nodes, named after the ATen node; `slots` are ATen nodes of the tensors it holds."""
@@ -113,10 +113,10 @@ class _Lowering:
         return self._call(node, _path(node, self.model, bool(sources)), op, args, sources)
 
     def value(self, argument: Any, user: fx.Node) -> fx.Node:
-        """The canonical node of an ATen node: its lowered value, a parameter, or a constant."""
+        """Return the canonical node of an ATen node: its lowered value, a parameter, or a constant."""
         if not isinstance(argument, fx.Node):
             raise UnsupportedError(
-                f"{argument!r} is no tensor",
+                f"{argument!r} is not a tensor",
                 node=where(user),
                 remedy="return a tensor that depends on the input",
                 code="FXC207",
@@ -132,7 +132,7 @@ class _Lowering:
         return self.values[argument]
 
     def batch(self) -> fx.Node:
-        """An input, whose axis 0 is the batch."""
+        """Return an input, whose axis 0 is the batch."""
         return next(value for node, value in self.values.items() if node.op == "placeholder" and node in self.data)
 
     def depends(self, argument: Any) -> bool:
@@ -140,27 +140,27 @@ class _Lowering:
         return argument in self.data
 
     def holdable(self, *arguments: fx.Node | None) -> bool:
-        """Whether an op can hold these tensors: parameters as they are, constants, nothing computed from either."""
+        """Whether an op can hold these tensors: parameters and constants, nothing computed from data or parameters."""
         return all(n is None or n.op == "placeholder" or n not in self.live for n in arguments)
 
     def placeholders(self, argument: fx.Node) -> list[fx.Node]:
-        """All placeholders of a trainable parameter, of which one is given; none for anything else."""
+        """Return all placeholders of a trainable parameter, given one of them; an empty list for any other node."""
         source, nodes = self.captured.sources.get(argument.name), self.captured.graph.graph.find_nodes(op="placeholder")
         return [n for n in nodes if source in self.trainable and self.captured.sources.get(n.name) == source]
 
     def slot(self, argument: fx.Node | None) -> Tensor | None:
-        """The live tensor that an op holds: a parameter itself, or an expression of constants."""
+        """Return the live tensor that an op holds: a parameter itself, or an expression of constants."""
         return None if argument is None else self._source(argument)(self.tensors)
 
     def _source(self, node: fx.Node) -> Source:
-        """Where a tensor that depends on no input comes from."""
+        """Return the source of a tensor that does not depend on an input."""
         if node.op == "placeholder":
             return Source((self.captured.sources[node.name],), constants=self.captured.constants)
         ancestors = _ancestors(node)
         live = [n for n in ancestors if n in self.live and n.op != "placeholder"]
         if any(packet_of(n) in READS for n in live):
             raise UnsupportedError(
-                "a number is read out of a tensor that depends on the input or a parameter",
+                "a number is read from a tensor that depends on the input or a parameter",
                 node=where(node),
                 remedy="compute with the tensor itself, without .item(), float() or .tolist()",
                 code="FXC211",
@@ -196,7 +196,7 @@ def _check_real(name: str, node: fx.Node) -> None:
         raise UnsupportedError(
             f"parameter '{name}' is complex",
             node=f"'{node.name}'",
-            remedy="hold real and imaginary parts: torch.view_as_complex(p) of a real p[…, 2]",
+            remedy="store the real and imaginary parts: torch.view_as_complex(p) of a real p[…, 2]",
             code="FXC209",
         )
 
@@ -213,11 +213,11 @@ def _annotated(new: fx.Node, old: fx.Node) -> fx.Node:
 
 
 BLANKS = {"new_zeros": 0, "zeros_like": 0, "new_ones": 1, "ones_like": 1, "new_empty": 0, "empty_like": 0}
-"""ATen operators that read the type and shape of a tensor but not its values, and what they fill in."""
+"""ATen operators that read the dtype and shape of a tensor but not its values, and their fill values."""
 
 
 def _is_blank(node: fx.Node) -> bool:
-    """Whether a node is a constant although it reads an input: a fresh tensor of a size that is not the batch's."""
+    """Whether a node is a constant although it reads an input: a new tensor whose size is independent of the batch."""
     value = node.meta.get("val")
     return (
         packet_of(node) in BLANKS
@@ -227,14 +227,14 @@ def _is_blank(node: fx.Node) -> bool:
 
 
 def _blank(node: fx.Node, graph: fx.Graph) -> fx.Node:
-    """The same constant without reading anything."""
+    """Return the same constant without arguments."""
     value = node.meta["val"]
     options = {"dtype": value.dtype, "device": value.device}
     return graph.call_function(torch.full, (tuple(value.shape), BLANKS[packet_of(node)]), options)
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """The node and everything it is computed from."""
+    """Return the node and all its ancestors."""
     seen, stack = {node}, [node]
     while stack:
         last = stack.pop()
@@ -245,7 +245,7 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def _path(node: fx.Node, model: nn.Module, holds: bool) -> str:
-    """The name of a node: the path of the leaf module that is this op, or its module's path and the op's name."""
+    """Return a node's name: the path of the leaf module that is this op, or its module's path and the op's name."""
     name = "slice" if node.target is operator.getitem else packet_of(node).strip("_")
     stack = list(node.meta.get("nn_module_stack", {}).values())
     path = stack[-1][0] if stack else ""

@@ -1,6 +1,6 @@
-"""The table of lowerings: how rows are declared and found, and how an ATen call is read.
+"""The table of lowerings: declaration and lookup of rows, and reading of ATen calls.
 
-An operator without a row becomes `Pointwise` where it is an elementwise function of one tensor, else `Opaque`.
+An operator without a row becomes `Pointwise` if it is an elementwise function of one tensor, otherwise `Opaque`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Arguments = dict[str, Any]
 
 
 class Builder(Protocol):
-    """What a lowering builds the canonical graph with."""
+    """Interface to the canonical graph under construction, used by lowerings."""
 
     def emit(self, node: fx.Node, op: nn.Module, *args: fx.Node, slots: Slots | None = None) -> fx.Node: ...
 
@@ -81,11 +81,11 @@ PERMUTES = ("permute", "transpose", "t", "movedim", "swapaxes", "T", "numpy_T", 
 
 
 MOVES = {*RESHAPES, *PERMUTES, "expand", "expand_as", "slice", "narrow", "select", "cat", "copy", "index"}
-"""Operators that put entries elsewhere, and so are lowered alike for every type of entry."""
+"""Operators that only move entries, and have the same lowering for every dtype."""
 
 
 def lowers(*packets: str) -> Callable[[Lowering], Lowering]:
-    """Declare how the ATen operators `packets` are lowered."""
+    """Declare a function as the lowering of the ATen operators `packets`."""
 
     def declare(lowering: Lowering) -> Lowering:
         for packet in packets:
@@ -97,12 +97,12 @@ def lowers(*packets: str) -> Callable[[Lowering], Lowering]:
 
 
 def unary(packet: str, make: Callable[[Arguments], nn.Module]) -> None:
-    """Declare an operator of one tensor by the module that it is, as a function of its other arguments."""
+    """Declare the lowering of an operator of one tensor to a module, made from its other arguments."""
     lowers(packet)(lambda low, node, a: low.emit(node, make(a), low.value(first(a), node)))
 
 
 def lowering_of(node: fx.Node) -> Lowering:
-    """The row of an ATen call."""
+    """Return the row of an ATen call."""
     packet, dtype = packet_of(node), node.meta["val"].dtype
     operands = [n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
     if packet in FILLS or (packet in MOVES and set(operands) == {dtype}):
@@ -116,13 +116,13 @@ def lowering_of(node: fx.Node) -> Lowering:
 
 
 def arguments(node: fx.Node) -> Arguments:
-    """The arguments of an ATen call by name, defaults filled in."""
+    """Return the arguments of an ATen call by name, with defaults."""
     schema = schema_of(node.target)
     if schema is None:
         raise UnsupportedError(
-            f"{node.target} is no operator",
+            f"{node.target} is not an operator",
             node=where(node),
-            remedy="keep such calls out of forward",
+            remedy="remove such calls from forward",
             code="FXC203",
             location=frames_of(node),
         )
@@ -131,12 +131,12 @@ def arguments(node: fx.Node) -> Arguments:
 
 
 def _plain(argument: Any) -> Any:
-    """Lists as Python's own, of which modules may be made, instead of those of a graph."""
+    """Convert the lists of a graph to Python lists, as arguments of modules."""
     return [_plain(a) for a in cast("list[Any]", argument)] if isinstance(argument, list) else argument
 
 
 def where(node: fx.Node) -> str:
-    """'layer1.0' aten.add.Tensor at file.py:7 in forward: how errors name an ATen node."""
+    """Describe an ATen node in an error: 'layer1.0' aten.add.Tensor at file.py:7 in forward."""
     location = frames_of(node)
     return described(node) + (f" at {location[0]}" if location else "")
 
@@ -146,7 +146,7 @@ def first(a: Arguments) -> Any:
 
 
 def per_axis(value: Sequence[int] | int, kernel: Sequence[int]) -> tuple[int, ...]:
-    """One number per spatial axis."""
+    """Return one number per spatial axis."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * len(kernel) if len(values) == 1 else values
 
@@ -160,7 +160,7 @@ def shape_at(argument: Any, user: fx.Node) -> Shape:
 
 
 def kind_of_call(node: fx.Node) -> type[calls.Call]:
-    """The kind of any operator, by the type of its entries."""
+    """Return the kind of call for any operator, by the dtype of its entries."""
     dtype = node.meta["val"].dtype
     return calls.Opaque if dtype.is_floating_point or dtype.is_complex else calls.Discrete
 
@@ -170,7 +170,7 @@ def _is_pointwise(node: fx.Node) -> bool:
 
 
 def generic(kind: type[calls.Call]) -> Lowering:
-    """An operator as it stands, called on its tensors; or one of the tensors that it returns."""
+    """Lower an operator to itself, called on its tensors; or to one of the tensors that it returns."""
 
     def lowering(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
         if node.target is not operator.getitem:
@@ -186,7 +186,7 @@ def generic(kind: type[calls.Call]) -> Lowering:
 
 
 def called(kind: type[calls.Call], low: Builder, node: fx.Node) -> tuple[calls.Call, *tuple[fx.Node, ...]]:
-    """The call as a module, and the nodes of its tensors."""
+    """Return the call as a module, and the nodes of its tensors."""
     inputs: list[fx.Node] = []
 
     sized = False
@@ -205,9 +205,9 @@ def called(kind: type[calls.Call], low: Builder, node: fx.Node) -> tuple[calls.C
     kwargs: Any = {key: _plain(a) for key, a in fx.map_arg(node.kwargs, take).items()}
     if sized and not _sizes_alone(node):
         raise UnsupportedError(
-            "it computes with the batch size",
+            "the op computes with the batch size",
             node=where(node),
-            remedy="let no value depend on the number of samples",
+            remedy="make every value independent of the number of samples",
             code="FXC208",
             location=frames_of(node),
         )
@@ -228,7 +228,7 @@ def _multiple(value: Any, node: fx.Node) -> int:
 
 
 def _sizes_alone(node: fx.Node) -> bool:
-    """Whether every argument that depends on the batch size says how large something is, not what it holds."""
+    """Whether every argument that depends on the batch size is a size rather than a value."""
     types = {a.name: str(a.type) for a in schema_of(node.target).arguments}
     given = {**dict(zip(types, node.args, strict=False)), **node.kwargs}
     symbolic = [name for name, value in given.items() if any(_is_size(leaf) for leaf in pytree.tree_leaves(value))]
@@ -240,12 +240,12 @@ def _is_size(argument: Any) -> bool:
 
 
 def flexible(shape: Shape) -> list[int]:
-    """The shape for any batch size."""
+    """Return the shape for any batch size."""
     return [size if isinstance(size, int) else -1 for size in shape]
 
 
 def order_of(node: fx.Node) -> list[int]:
-    """The axes of what a node permutes, in their new order."""
-    axes = torch.empty(tuple(range(1, 1 + rank(node))), device="meta")  # every axis has a size of its own
+    """Return the new order of the axes that a node permutes."""
+    axes = torch.empty(tuple(range(1, 1 + rank(node))), device="meta")  # a distinct size for every axis
     operator: Any = node.target
     return [size - 1 for size in operator(axes, *node.args[1:], **node.kwargs).shape]

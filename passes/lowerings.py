@@ -1,4 +1,4 @@
-"""The rows of the table of lowerings: elementwise, arithmetic, shape, reductions and pooling."""
+"""Rows of the table of lowerings: elementwise, arithmetic, shape, reductions and pooling."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["part"]
 
 
 def _dims(a: Arguments, key: str = "dim") -> tuple[int, ...]:
-    """The axes of a reduction; none given means all."""
+    """Return the axes of a reduction; all if none is given."""
     dims = a.get(key)
     dims = (dims,) if isinstance(dims, int) else dims
     return tuple(dims) if dims else tuple(range(rank(first(a))))
@@ -105,7 +105,7 @@ unary("neg", lambda a: ops.Neg())
 
 @lowers("prelu")
 def _prelu(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    """relu(x) + w · (x - relu(x)), w along axis 1."""
+    """Lower to relu(x) + w · (x - relu(x)), w along axis 1."""
     x, weight = low.value(a["self"], node), low.value(a["weight"], node)
     positive = low.emit(node, nn.ReLU(), x)
     negative = low.emit(node, ops.Sub(), x, positive)
@@ -181,7 +181,7 @@ def _blank(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 @lowers("index")
 def _index(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    """Entries picked for each sample: `x[torch.arange(len(x)), …]`."""
+    """Lower an index that selects entries for each sample: `x[torch.arange(len(x)), …]`."""
     kind = kind_of_call(node)
     rows, *others = a["indices"]
     if not isinstance(rows, fx.Node) or not _counts_samples(rows) or shape_at(a["self"], node)[0] != BatchSize():
@@ -192,7 +192,7 @@ def _index(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 
 def _counts_samples(node: fx.Node) -> bool:
-    """Whether a node is 0, 1, … for the samples of the batch, with axes of size one behind."""
+    """Whether a node is 0, 1, … over the samples of the batch, followed by axes of size one."""
     shape = node.meta["val"].shape
     if packet_of(node) in RESHAPES:
         source = node.args[0]
@@ -201,19 +201,19 @@ def _counts_samples(node: fx.Node) -> bool:
 
 
 def _range_step(node: fx.Node) -> object:
-    """The step of an arange from zero over the batch; None for anything else."""
+    """Return the step of an arange from zero over the batch; None for any other node."""
     over_batch = packet_of(node) == "arange" and isinstance(shape_at(node, node)[0], BatchSize)
     a = arguments(node) if over_batch else {}
     return a.get("step", 1) if a and a.get("start", 0) == 0 else None
 
 
 def _bags(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    """The bags of `nn.EmbeddingBag` on [N, T]: as many indices a sample for all samples."""
+    """Lower the bags of `nn.EmbeddingBag` on [N, T]: the same number of indices for all samples."""
     size = shape_at(a["indices"], node)
     step = _range_step(a["offsets"])
     if not isinstance(step, int) or size != (BatchSize(step),):
         raise UnsupportedError(
-            "bags of different lengths are in one row",
+            "the bags have different lengths",
             node=where(node),
             remedy="give indices [N, T] without offsets",
             code="FXC210",
@@ -234,14 +234,14 @@ def _bags(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 @lowers("copy")
 def _copy(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
-    """The source, in the type and shape of what it is written into."""
+    """Lower to the source, in the dtype and shape of the destination."""
     dtype = node.meta["val"].dtype
     x = _expanded(low, node, a["src"])
     return x if x.meta["dtype"] == a["src"].meta["val"].dtype == dtype else low.emit(node, ops.Cast(dtype), x)
 
 
 def _expanded(low: Builder, node: fx.Node, source: fx.Node) -> fx.Node:
-    """The source repeated to the shape of the node."""
+    """Return the source repeated to the shape of the node."""
     shape, x = shape_at(node, node), low.value(source, node)
     if not low.depends(source) and any(isinstance(size, BatchSize) for size in shape):
         return low.emit(node, ops.Repeat(shape), x, low.batch())
@@ -256,7 +256,7 @@ def _slice(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
         if isinstance(start, int) and start == 0 and a["step"] == 1 and node.meta["val"].shape[a["dim"]] == size:
             return low.emit(node, nn.Identity(), low.value(a["self"], node))
         raise UnsupportedError(
-            "the batch axis is cut",
+            "the batch axis is sliced",
             node=where(node),
             remedy="keep every sample",
             code="FXC205",
@@ -279,7 +279,7 @@ def _select(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 
 
 def part(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
-    """One of the tensors that chunk, split or unbind return."""
+    """Return one of the tensors that chunk, split or unbind return."""
     packet, a = packet_of(whole), arguments(whole)
     parts: Sequence[Tensor] = whole.meta["val"]
     if packet == "embedding_bag" and isinstance(a["offsets"], fx.Node):
@@ -296,7 +296,7 @@ def part(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
 def _number(size: int | torch.SymInt, node: fx.Node) -> int:
     if not isinstance(size, int):
         raise UnsupportedError(
-            "the batch axis is cut",
+            "the batch axis is split",
             node=where(node),
             remedy="keep every sample",
             code="FXC205",
@@ -345,7 +345,7 @@ def _to(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 def _dropout(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     if a["train"] and a["p"] > 0:
         raise InputError(
-            "Dropout draws at random in training mode",
+            "Dropout is random in training mode",
             node=where(node),
             remedy="call model.eval()",
             code="FXC403",

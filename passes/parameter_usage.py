@@ -1,4 +1,4 @@
-"""uses: through which nodes each wanted parameter reaches the output, and what that says about it."""
+"""parameter_usage: the nodes through which each wanted parameter reaches the output, and its usage."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ Role = Literal["weight", "bias", "value"]
 
 
 Usages = dict[str, list[tuple[fx.Node, Role]]]
-"""Parameter -> the nodes that hold it, and in which slot."""
+"""Parameter -> the nodes that hold it, and their slot."""
 
 
 def parameter_uses(gm: fx.GraphModule, wanted: Iterable[str]) -> Usages:
-    """The nodes through which each wanted parameter reaches the output, and in which role."""
+    """Return the nodes through which each wanted parameter reaches the output, with its role."""
     wanted, reached, uses = set(wanted), reaching(gm), Usages()
     for node in gm.graph.nodes:
         for role in ("weight", "bias", "value"):
@@ -51,13 +51,13 @@ def parameter_uses(gm: fx.GraphModule, wanted: Iterable[str]) -> Usages:
 
 
 def reaching(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes on which the output depends differentiably."""
+    """Return the nodes on which the output depends differentiably."""
     output = output_of(gm)
     return {output} | nx.ancestors(flow_of(gm), output)
 
 
 def refusals(gm: fx.GraphModule, parameters: Iterable[str]) -> dict[str, FxcurvError]:
-    """Parameter -> why it is refused: the first refused node on a way from the parameter to the output."""
+    """Return parameter -> its refusal: the first refused node on a path from the parameter to the output."""
     found: dict[str, FxcurvError] = {}
     refused = [node for node in gm.graph.nodes if "refusal" in node.meta]
     if not refused:
@@ -70,13 +70,13 @@ def refusals(gm: fx.GraphModule, parameters: Iterable[str]) -> dict[str, FxcurvE
 
 
 def carrying(gm: fx.GraphModule, using: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes at which columns are needed: on a path from one that uses a wanted parameter to the output."""
+    """Return the nodes at which columns are needed: on a path from one that uses a wanted parameter to the output."""
     below = set[fx.Node]().union(*nx.bfs_layers(flow_of(gm), list(using)))
     return below & reaching(gm)
 
 
 def bending(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes of whose outputs the model's output is no piecewise linear function."""
+    """Return the nodes for which the model's output is not a piecewise linear function of the node's output."""
     flow, found = flow_of(gm), set[fx.Node]()
     for node in reversed(gm.graph.nodes):
         if any(user in found or rule_of(module_of(user)).nonlinear for user in flow[node]):
@@ -85,7 +85,7 @@ def bending(gm: fx.GraphModule) -> set[fx.Node]:
 
 
 def bottlenecks(gm: fx.GraphModule, using: Iterable[fx.Node]) -> list[fx.Node]:
-    """The nodes that every path from the first of these nodes to the output passes, in the order of the graph."""
+    """Return the nodes that every path from the first of these nodes to the output passes, in graph order."""
     using, output = set(using), output_of(gm)
     above = nx.immediate_dominators(flow_of(gm).reverse(copy=False), output)
     chain = [node for node in gm.graph.nodes if node in using and (node in above or node == output)][:1]
@@ -95,19 +95,19 @@ def bottlenecks(gm: fx.GraphModule, using: Iterable[fx.Node]) -> list[fx.Node]:
 
 
 def flow_of(gm: fx.GraphModule) -> nx.DiGraph[fx.Node]:
-    """Node -> its consumers, as far as they are differentiable in it."""
+    """Return node -> the consumers that are differentiable in it."""
     flow: nx.DiGraph[fx.Node] = nx.DiGraph()
     flow.add_nodes_from(gm.graph.nodes)
     for node in gm.graph.nodes:
         if node.op == "call_module" and rule_of(module_of(node)).kind != "non_differentiable":
-            # what is the same for all samples is a function of none of them, unless it is refused for being one of all
+            # a node shared by all samples depends on none of them, unless it is refused for mixing them
             shared = node.meta["samples"] is None and "refusal" not in node.meta
             flow.add_edges_from((x, node) for x in node.all_input_nodes if not shared or x.meta["samples"] is None)
     return flow
 
 
 def usage_of(name: str, uses: Usages, bent: Collection[fx.Node]) -> ParameterUsage:
-    """A parameter's description, from the shapes of its uses, and the nodes behind which the model bends."""
+    """Return a parameter's usage, from the layouts of its uses and the nodes `bent`: nonlinear after them."""
     layouts = [layout_of(node) for node, _ in uses[name]]
     node, role = uses[name][0]
     shape = tuple(getattr(module_of(node), role).shape)
@@ -124,14 +124,14 @@ def usage_of(name: str, uses: Usages, bent: Collection[fx.Node]) -> ParameterUsa
 
 
 def _use_of(node: fx.Node) -> WeightUsage:
-    """How the op of a node uses its parameters."""
+    """Return the op's usage of its parameters."""
     usage = rule_of(module_of(node)).usage
     assert usage is not None
     return usage
 
 
 def layout_of(node: fx.Node) -> tuple[int, int, int]:
-    """[s, g, o] of a use: positions, groups, outputs per group."""
+    """Return the layout [s, g, o] of a use: positions, groups, outputs per group."""
     op = module_of(node)
     if isinstance(op, ops.Parameter):
         return 1, 1, op.value.numel()
@@ -141,13 +141,13 @@ def layout_of(node: fx.Node) -> tuple[int, int, int]:
 
 
 def inputs_layout_of(node: fx.Node) -> tuple[int, int, int]:
-    """[s, g, i] of the input of a use of a weight: positions, groups, inputs per group."""
+    """Return the layout [s, g, i] of the input of a use of a weight: positions, groups, inputs per group."""
     s, g, o = layout_of(node)
     return s, g, getattr(module_of(node), "weight").numel() // (g * o)  # noqa: B009
 
 
 def _partner(name: str, uses: Usages) -> str | None:
-    """The bias that exactly the uses of this matrix add, or for that bias the matrix."""
+    """Return the bias that exactly the uses of this matrix add, or for that bias the matrix."""
     nodes = [node for node, _ in uses[name]]
     for other in uses:
         weight, bias = (name, other) if uses[name][0][1] == "weight" else (other, name)
@@ -158,6 +158,6 @@ def _partner(name: str, uses: Usages) -> str | None:
 
 
 def _is_matrix(node: fx.Node) -> bool:
-    """Whether the weight of a use maps several inputs to an output, and does not scale them one by one."""
+    """Whether the weight of a use maps several inputs to an output, rather than scaling them one by one."""
     op, usage = module_of(node), rule_of(module_of(node)).usage
     return usage is not None and usage.weight != "per_channel" and getattr(op, "weight").ndim > 1  # noqa: B009

@@ -1,7 +1,7 @@
-"""The pipeline: named passes in order, with the graph after each of them.
+"""The pipeline: named passes in order, and the graph after each of them.
 
 Every pass is a line of one of the tables below. The pipeline checks the graph that a pass returns against the grammar
-of its stage, keeps it, and logs it under `fxcurv.passes` (`FXCURV_DEBUG=passes` prints it to stderr). An error of a
+of its stage, stores it, and logs it under `fxcurv.passes` (`FXCURV_DEBUG=passes` prints it to stderr). An error of a
 pass, or a graph that breaks the grammar, names the pass.
 """
 
@@ -46,7 +46,7 @@ __all__ = ["CANONICAL", "EMITTED", "TRACED", "Emitted", "Pass", "Pipeline", "can
 
 @dataclass(frozen=True)
 class Context:
-    """What the passes read besides the graph: a traced model before it is canonical, a `setting` once it is emitted."""
+    """Arguments of the passes besides the graph: a captured model before emission, a `setting` after it."""
 
     captured: Captured | None = None
     model: nn.Module | None = None
@@ -76,7 +76,7 @@ def _functionalize(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
 
 
 def _tuned(run: Callable[[fx.GraphModule, Setting], fx.GraphModule]) -> Callable[..., fx.GraphModule]:
-    """A pass that reads the setting alone."""
+    """Return a pass that reads the setting alone."""
 
     def tuned(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
         assert context.setting is not None
@@ -92,10 +92,10 @@ TRACED = (
     Pass("eliminate_identities", lambda gm, context: fold(gm), "lowered"),
     Pass("recognize_idioms", lambda gm, context: recognize(gm), "lowered"),
 )
-"""From the traced graph to modules of the vocabulary."""
+"""Passes from the captured graph to modules of the vocabulary."""
 
 CANONICAL = (Pass("infer_batch_axes", lambda gm, context: locate(gm, context.device, context.strict), "canonical"),)
-"""From there to the canonical graph."""
+"""Passes from the lowered to the canonical graph."""
 
 EMITTED = (
     Pass("common_subexpressions", lambda gm, context: share(gm)),
@@ -105,11 +105,11 @@ EMITTED = (
     Pass("fold_scales", _tuned(fold_scales)),
     Pass("schedule", lambda gm, context: schedule(gm)),
 )
-"""What the forward graph and every backward graph go through once `augment` has emitted them."""
+"""Passes of the forward graph and every backward graph after `augment`."""
 
 
 class Pipeline:
-    """Applies passes one after the other; `stages` holds the graph after each, the latest of a stage under its name.
+    """Applies passes in order; `stages` holds the graph after each, the latest of a stage under the stage's name.
 
     The graph after a pass is called `stage:pass`, as `lowered:eliminate_identities` or `forward:schedule`.
     """
@@ -118,7 +118,7 @@ class Pipeline:
         self.stages: dict[str, fx.GraphModule] = dict(stages or {})
 
     def run(self, passes: Sequence[Pass], gm: fx.GraphModule, context: Context, stage: str | None = None) -> None:
-        """Apply the passes to a graph of a stage, by default one that is only traced, and has no grammar yet."""
+        """Apply the passes to a graph of a stage; without `stage`, the graph has only been traced."""
         for one in passes:
             stage = one.stage or stage
             gm = self._checked(one, self._applied(one, gm, context), stage)
@@ -138,7 +138,7 @@ class Pipeline:
             raise
 
     def _checked(self, one: Pass, gm: fx.GraphModule, stage: str | None) -> fx.GraphModule:
-        """The graph, if it is legal after this pass."""
+        """Return the graph, if it is valid after this pass."""
         if stage is None:
             return gm
         grammar = "backward" if stage.startswith("backward[") else cast(Stage, stage)
@@ -153,7 +153,7 @@ class Pipeline:
 
 
 def lowered(model: nn.Module, inputs: Inputs, output: Output = None) -> dict[str, fx.GraphModule]:
-    """The stages for which nothing need be computed."""
+    """Return the captured and lowered stages, without evaluating any op."""
     captured, pipeline = capture(model, inputs, output), Pipeline()
     pipeline.run(TRACED, captured.graph, Context(captured, model))
     return pipeline.stages
@@ -162,9 +162,9 @@ def lowered(model: nn.Module, inputs: Inputs, output: Output = None) -> dict[str
 def canonicalize(
     model: nn.Module, inputs: Inputs, output: Output = None, *, strict: bool = True
 ) -> dict[str, fx.GraphModule]:
-    """The stages up to the canonical graph; unless `strict`, it may have nodes that are refused."""
+    """Return the stages up to the canonical graph; unless `strict`, it may contain refused nodes."""
     pipeline, device = Pipeline(lowered(model, inputs, output)), device_of(inputs)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # ops that draw are tried, too
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # random ops are probed, too
         pipeline.run(CANONICAL, pipeline.stages["lowered"], Context(device=device, strict=strict), "lowered")
     return pipeline.stages
 
@@ -183,16 +183,16 @@ def emit(
     stages: Mapping[str, fx.GraphModule],
     selection: Selection,
     inputs: Inputs,
-    forced: str | None = None,
+    algorithms: Mapping[str, str] | None = None,
 ) -> Emitted:
-    """The graphs that compute the chosen quantities of the model's parameters, from its canonical graph.
+    """Return the graphs of the selected quantities of the model's parameters, from its canonical graph.
 
-    Algorithms are chosen for batches like `inputs`; `forced` names one to take wherever it applies.
+    Algorithms are selected for batches like `inputs`, except those that `algorithms` names (see `Setting`).
     """
     canonical = stages["canonical"]
     planned, output = plan(model, canonical, selection), output_of(canonical)
     augmented, pipeline = augment(canonical, planned), Pipeline(stages)
-    setting = Setting(batch_size(inputs), 1, device_of(inputs), output.meta["dtype"], forced=forced)
+    setting = Setting(batch_size(inputs), 1, device_of(inputs), output.meta["dtype"], algorithms=algorithms or {})
     emitted = {"forward": (augmented.forward, 1)}
     outputs = math.prod(resolve(output.meta["shape"], 1))
     for factor, gm in augmented.backwards.items():

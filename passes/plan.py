@@ -1,4 +1,4 @@
-"""plan: what every parameter gets, and the sums that it is made of, read off the canonical graph."""
+"""plan: the results of every parameter and their sums, read from the canonical graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["plan"]
 
 
 def plan(model: nn.Module, canonical: fx.GraphModule, selection: Selection) -> Plan:
-    """The plan of the chosen quantities of the model's parameters."""
+    """Return the plan of the selected quantities of the model's parameters."""
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     refused = refusals(canonical, trainable)
     uses = {

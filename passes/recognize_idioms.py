@@ -1,6 +1,6 @@
-"""recognize: activations that a model writes out as a formula are the modules that they are, with kernels of their own.
+"""recognize_idioms: idiom recognition replaces activations written as formulas by their modules, which have kernels.
 
-Their several steps, each with a slope that is kept and a product in the pullback, become one. Equal up to rounding.
+Several steps, each with a saved slope and a product in the pullback, become one. Results are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["recognize"]
 
 
 def recognize(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph with x · sigmoid(x) as SiLU, and GELU by tanh as GELU."""
+    """Return the graph with x · sigmoid(x) as SiLU, and GELU by tanh as GELU."""
     return rewrites(gm, *RECOGNIZED)
 
 
 def silu(node: fx.Node, op: nn.Module) -> fx.Node | None:
-    """x · sigmoid(x) is SiLU(x)."""
+    """Replace x · sigmoid(x) by SiLU(x)."""
     if isinstance(op, ops.Mul):
         for x, gate in _either_way(node):
             if _behind(gate, nn.Sigmoid()) is x:
@@ -33,7 +33,7 @@ def silu(node: fx.Node, op: nn.Module) -> fx.Node | None:
 
 
 def gelu(node: fx.Node, op: nn.Module) -> fx.Node | None:
-    """½x · (1 + tanh(√(2/π) (x + 0.044715 x³))) is GELU(x) by its approximation with tanh."""
+    """Replace ½x · (1 + tanh(√(2/π) (x + 0.044715 x³))) by GELU(x) in its tanh approximation."""
     if isinstance(op, ops.Mul):
         for half, gate in _either_way(node):
             x, inner = _behind(half, ops.Scale(0.5)), _behind(gate, ops.Shift(1.0), nn.Tanh(), ops.Scale(SLOPE))
@@ -65,13 +65,13 @@ def _is_cube(node: fx.Node, x: fx.Node) -> bool:
 
 
 def _either_way(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """The two inputs of a node, in both orders."""
+    """Return the two inputs of a node, in both orders."""
     a, b = inputs_of(node)
     return [(a, b), (b, a)]
 
 
 def _behind(node: fx.Node, *chain: nn.Module) -> fx.Node | None:
-    """What a chain of ops, the last of them first, is applied to, if the node is its result."""
+    """Return the argument of a chain of ops, the last of them first, if the node is its result."""
     for expected in chain:
         op = module_of(node) if node.op == "call_module" else None
         if op is None or structure_of(op) != structure_of(expected):

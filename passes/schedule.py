@@ -1,4 +1,4 @@
-"""schedule: every sum is taken once the tensors it reads exist, so that these are freed before the walk goes on."""
+"""schedule: every sum is computed once its arguments exist, so that they are freed before the pullback continues."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["schedule"]
 
 
 def schedule(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same computation in another order: behind each node of the walk the sums that can then be taken.
+    """Return the same computation in another order: each pullback is followed by the sums that can then be computed.
 
-    The generated code drops a tensor at its last use, so the order decides the peak of memory.
+    The generated code drops a tensor at its last use, so the order determines the peak memory.
     """
     needs: dict[fx.Node, set[fx.Node]] = {}
     due: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
@@ -36,14 +36,14 @@ def schedule(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_beside(node: fx.Node) -> bool:
-    """Whether a node serves a sum, rather than being a step of the walk."""
+    """Whether a node serves a sum, rather than being a step of the pullback."""
     return node.op == "call_module" and isinstance(
         module_of(node), Statistic | SaveForBackward | InputPositions | OutputPositions | ParameterPositions | Rotate
     )
 
 
 def _emit(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, fx.Node]) -> None:
-    """Copy a node, what it needs first."""
+    """Copy a node after its arguments."""
     for x in node.all_input_nodes:
         if x not in values:
             _emit(graph, x, values)

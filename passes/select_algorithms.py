@@ -1,13 +1,13 @@
-"""select_algorithms: definitions become the cheapest equal algorithm, where the graph shows that it applies.
+"""select_algorithms: definitions become the cheapest equal algorithm that applies.
 
-A statistic has several algorithms (`fxcurv.contractions`); the graph shows which of them apply, and the one that costs
-least for the batch at hand is taken. Any of them is right for every batch.
+A statistic has several algorithms (`fxcurv.contractions`). The graph determines which of them apply; the one with the
+least cost for the given batch is selected. Every algorithm is correct for every batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,18 +18,20 @@ from torch import Tensor, fx, nn
 from fxcurv.contractions import convolutions, covariances, definitions, diagonals, entries, kernels
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.convolution.patches import Patches
+from fxcurv.convolution.second_moment import ALGORITHMS
+from fxcurv.core.errors import QuantityError
 from fxcurv.ir.backward_ops import InputPositions, OutputPositions
 from fxcurv.ir.nodes import module_of
 from fxcurv.ir.rewriting import instead, rewrites
 from fxcurv.linalg.cost import Cost, copying
-from passes.setting import Setting
+from passes.setting import Setting, matches
 
-__all__ = ["Contraction", "contract"]
+__all__ = ["Contraction", "check_algorithms", "contract"]
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """What was chosen for a statistic; the costs of all forms that apply, and the seconds that they should take."""
+    """The algorithm selected for a statistic; cost and estimated seconds of every algorithm that applies."""
 
     variant: str
     costs: Mapping[str, Cost]
@@ -37,39 +39,60 @@ class Contraction:
 
     @property
     def others(self) -> dict[str, float]:
-        """The seconds of the forms that were not chosen."""
+        """The estimated seconds of the other algorithms."""
         return {variant: seconds for variant, seconds in self.seconds.items() if variant != self.variant}
 
 
 def contract(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
-    """A forward or backward graph with the cheapest diagonals."""
+    """Return a forward or backward graph with the cheapest algorithms."""
     return rewrites(gm, partial(_cheapest, setting=setting))
 
 
-# Forms ------------------------------------------------------------------------------------------------------------
+def check_algorithms(graphs: Iterable[fx.GraphModule], algorithms: Mapping[str, str]) -> None:
+    """Raise a QuantityError (FXC409) for an algorithm that applies to no statistic that its pattern matches."""
+    nodes = [node for gm in graphs for node in gm.graph.nodes if "contraction" in node.meta]
+    for pattern, name in algorithms.items():
+        matched = [node for node in nodes if matches(pattern, str(node.target))]
+        applicable = {other for node in matched for other in node.meta["contraction"].costs}
+        if name in applicable:
+            continue
+        if covariances.CovarianceOfPatches.__name__ in applicable:
+            applicable |= ALGORITHMS.keys()
+        known = ", ".join(sorted({str(node.target) for node in nodes})[:3]) or "none"
+        raise QuantityError(
+            f"algorithms: {name!r} applies to no statistic that {pattern!r} matches",
+            remedy=f"choose one of {', '.join(sorted(applicable))}"
+            if applicable
+            else f"give a module path, a parameter or a statistic, of which there are {known}",
+            code="FXC409",
+        )
+
+
+# Algorithms -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Variant:
-    """A statistic and what it is called on."""
+    """A statistic and its arguments."""
 
     statistic: Statistic
     args: tuple[Any, ...]
 
     @property
     def name(self) -> str:
-        return type(self.statistic).__name__
+        return getattr(self.statistic, "algorithm", None) or type(self.statistic).__name__
 
 
 def _cheapest(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
-    """The cheapest form of a statistic, if that is not the definition that is there."""
+    """Return the cheapest algorithm of a statistic, if it is not the present definition."""
     if not isinstance(op, Statistic) or type(op) not in _VARIANTS:
         return None
     definition = _Variant(op, node.args)
     applicable = {variant.name: variant for variant in (definition, *_VARIANTS[type(op)](op, node, setting))}
     costs = {name: _cost(variant, setting) for name, variant in applicable.items()}
     seconds = {name: cost.seconds(setting.rates) for name, cost in costs.items()}
-    chosen = setting.forced if setting.forced in applicable else min(seconds, key=seconds.__getitem__)
+    asked = (name for name in setting.asked(str(node.target)) if name in applicable)
+    chosen = next(asked, None) or min(seconds, key=seconds.__getitem__)
     node.meta["contraction"] = Contraction(chosen, costs, seconds)
     if chosen == definition.name:
         return None
@@ -77,7 +100,7 @@ def _cheapest(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
 
 
 def _cost(variant: _Variant, setting: Setting) -> Cost:
-    """What a form takes, with the patches that are formed for it."""
+    """Return the cost of an algorithm, with the patches that it reads."""
     cost = variant.statistic.cost(*fx.map_arg(variant.args, partial(_described, setting=setting)))
     nodes: list[fx.Node] = []
     fx.map_arg(variant.args, nodes.append)
@@ -88,7 +111,7 @@ def _cost(variant: _Variant, setting: Setting) -> Cost:
 
 
 def _described(node: fx.Node, setting: Setting) -> Tensor:
-    """The tensor that a node will hold, without its numbers."""
+    """Return the tensor of a node on the meta device, without values."""
     return torch.empty(setting.sizes(node), dtype=node.meta.get("dtype", torch.float32), device="meta")
 
 
@@ -103,7 +126,8 @@ def _of_inputs(op: definitions.InputCovariance, node: fx.Node, setting: Setting)
     if op.pooled:
         return
     if patches is not None:
-        yield _Variant(covariances.CovarianceOfPatches(patches, op.ones), ([raw],))
+        for name in (None, *ALGORITHMS.keys() & setting.asked(str(node.target))):
+            yield _Variant(covariances.CovarianceOfPatches(patches, op.ones, name), ([raw],))
     n, s, _, i = setting.sizes(x)
     if n * s < i:
         unfolded = patches is None or op.ones
@@ -128,20 +152,20 @@ def _of_gradient(op: definitions.Gradient, node: fx.Node, setting: Setting) -> I
     xs, Ss = _uses(node)
     (x, *more), (S, *_) = xs, Ss
     if not more and x is not None and _patches_of(x) is not None:
-        conv: Any = _positions(S).op  # that of x may be another with the same patches
+        conv: Any = _positions(S).op  # the op of x may be another with the same patches
         yield _Variant(convolutions.GradientOfConvolution(conv), ([*x.all_input_nodes], [*S.all_input_nodes]))
 
 
 def _by_convolution(variant: Callable[[Any], Statistic], node: fx.Node, setting: Setting) -> Iterator[_Variant]:
-    """A form that reads the input of a convolution and what arrives at its output, if each sample is one input.
+    """Yield the algorithm on a convolution's input and backpropagated vectors, if each sample is one input.
 
-    What it costs is known for the CPU's kernels.
+    Its cost is known for the CPU's kernels.
     """
     (x, *more), (S, *_) = _uses(node)
     if more or x is None or setting.device.type != "cpu":
         return
     inputs, outputs = module_of(x), module_of(S)
-    if isinstance(inputs, InputPositions) and isinstance(outputs, OutputPositions):  # and not rotated
+    if isinstance(inputs, InputPositions) and isinstance(outputs, OutputPositions):  # not rotated
         if _patches_of(x) is not None and inputs.place.parts == 1:
             yield _Variant(variant(outputs.op), ([*x.all_input_nodes], [*S.all_input_nodes]))
 
@@ -157,7 +181,7 @@ def _of_diagonal(op: definitions.SumOfSquares, node: fx.Node, setting: Setting) 
         return
     if not more:
         yield _Variant(diagonals.DiagonalByPairs(), node.args)
-    if setting.forced == diagonals.DiagonalFused.__name__ or kernels.available(setting.device):
+    if diagonals.DiagonalFused.__name__ in setting.asked(str(node.target)) or kernels.available(setting.device):
         yield _Variant(diagonals.DiagonalFused(), node.args)
     if setting.device.type == "cpu":
         yield _Variant(diagonals.DiagonalBySample(), node.args)
@@ -204,7 +228,7 @@ _VARIANTS: dict[type[Statistic], Callable[[Any, fx.Node, Setting], Iterator[_Var
 
 
 def _uses(node: fx.Node) -> tuple[list[fx.Node | None], list[fx.Node]]:
-    """The positions x, S of all uses that a statistic reads."""
+    """Return the positions x, S of all uses that a statistic reads."""
     xs: Any = node.args[0]
     Ss: Any = node.args[1]
     return list(xs), list(Ss)
@@ -217,6 +241,6 @@ def _positions(x: fx.Node) -> InputPositions | OutputPositions:
 
 
 def _patches_of(x: fx.Node) -> Patches | None:
-    """The patches that positions are, if an op unfolds its input."""
+    """Return the patches that form the positions, if an op unfolds its input."""
     op = _positions(x).op
     return Patches.of(op) if isinstance(op, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None

@@ -1,4 +1,4 @@
-"""vectorize: columns that autograd pulls back one by one are pulled back at once, where a trial gives the same."""
+"""vectorize: columns that autograd pulls back one by one are vectorized, where a trial gives equal results."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["vectorize"]
 
 
 def vectorize(gm: fx.GraphModule, setting: Setting) -> fx.GraphModule:
-    """A backward graph in which autograd pulls columns back at once, wherever a trial gives the same as one by one."""
+    """Return a backward graph with vectorized pullbacks by autograd, wherever a trial gives equal results."""
     return rewrites(gm, partial(vectorized, setting=setting))
 
 
 def vectorized(node: fx.Node, op: nn.Module, setting: Setting) -> fx.Node | None:
-    """Columns (and samples) that autograd pulls back one by one are pulled back at once, if that gives the same.
+    """Vectorize a pullback by autograd over columns (and samples), if a trial gives equal results.
 
-    torch's batching rules are not right for every operator, so each use of them is tried on random numbers in float64;
-    the setting remembers the outcome for equal ops on equal shapes.
+    torch's batching rules are not correct for every operator, so each use of them is tried on random numbers in
+    float64; the setting caches the outcome for equal ops on equal shapes.
     """
     if isinstance(op, PullToParameter) and not op.vectorized:
         candidate: nn.Module = PullToParameter(op.op, op.k, op.places, vectorized=True)
@@ -48,7 +48,7 @@ def _equal(op: nn.Module, candidate: nn.Module, node: fx.Node, device: torch.dev
     arguments = fx.map_arg(node.args, lambda n: _random(n, generator).to(device))
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("error")  # that an operator has no batching rule is only said by a warning
+            warnings.simplefilter("error")  # a missing batching rule only gives a warning
             expected, value = op(*arguments), candidate(*arguments)
     except Exception:  # an operator without a batching rule, or not for float64
         return False

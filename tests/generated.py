@@ -480,7 +480,8 @@ def computed(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> fxcurv.Curva
     loss, quantities = eval(case.loss).to(x.dtype), list(QUANTITIES.values())
     if case.forced is None and not case.parts:
         return fxcurv.compile(model, loss, quantities)(x, y)
-    program = Program.of(passes.emit(model, passes.canonicalize(model, x), chosen(quantities), x, case.forced))
+    algorithms = {"*": case.forced} if case.forced else None
+    program = Program.of(passes.emit(model, passes.canonicalize(model, x), chosen(quantities), x, algorithms))
     r = random.Random(case.parts)
     samples, columns = (r.randint(1, len(x)), r.randint(1, 4)) if case.parts else (len(x), 100)
     return run(

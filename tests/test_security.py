@@ -66,9 +66,9 @@ def test_a_pickle_in_the_place_of_a_result_is_refused(tmp_path: Path) -> None:
     torch.save({"loss": Intruder(mark)}, file)
     for content in (file.read_bytes(), pickle.dumps(Intruder(mark))):
         file.write_bytes(content)
-        with pytest.raises(fxcurv.FxcurvError, match="truncated, or no safetensors file"):
+        with pytest.raises(fxcurv.FxcurvError, match="truncated, or not a safetensors file"):
             fxcurv.load(file)
-        with pytest.raises(fxcurv.FxcurvError, match="truncated, or no safetensors file"):
+        with pytest.raises(fxcurv.FxcurvError, match="truncated, or not a safetensors file"):
             fxcurv.merge(file, file)
     assert not mark.exists()
 
@@ -156,18 +156,21 @@ CRAFTED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str
         lambda h, m: h["loss"].update(data_offsets=h["output"]["data_offsets"]),
         "truncated or inconsistent",
     ),
-    "another type": (lambda h, m: h["loss"].update(dtype="I64"), "is not what the file holds"),
+    "another type": (lambda h, m: h["loss"].update(dtype="I64"), "differs from the file"),
     "integers": (
         lambda h, m: (h["loss"].update(dtype="I64"), m["tensors"]["loss"].__setitem__(0, "torch.int64")),
-        "is of no floating-point type",
+        "does not have a floating-point dtype",
     ),
     "unknown type": (lambda h, m: h["loss"].update(dtype="X99"), "truncated or inconsistent"),
     "infinite divisor": (lambda h, m: m.update(divisor=math.inf), "its JSON is malformed"),
     "superscript version": (
         lambda h, m: h["__metadata__"].update(format="fxcurv \N{SUPERSCRIPT TWO}"),
-        "holds no result of fxcurv",
+        "does not contain a result of fxcurv",
     ),
-    "long version": (lambda h, m: h["__metadata__"].update(format="fxcurv " + "9" * 5000), "no result of fxcurv"),
+    "long version": (
+        lambda h, m: h["__metadata__"].update(format="fxcurv " + "9" * 5000),
+        "not contain a result of fxcurv",
+    ),
     "negative count": (lambda h, m: block(m).update(averaged=-2), "averaged is negative"),
     "reduction": (lambda h, m: m.update(reduction="none"), "reduction is neither mean nor sum"),
     "parameter twice": (
@@ -176,7 +179,7 @@ CRAFTED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str
     ),
     "a tensor of another file": (
         lambda h, m: m["values"][0]["tensors"].update(value="../other.safetensors"),
-        "names '../other.safetensors', which is not there",
+        "names '../other.safetensors', which does not exist",
     ),
     "no manifest": (lambda h, m: h["__metadata__"].update(manifest=None), "its JSON is malformed"),
 }
@@ -216,22 +219,22 @@ def test_a_crafted_file_is_refused(file: Path, name: str) -> None:
 
 PROGRESS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "nothing": (dict.clear, "progress lacks 'asked'"),
-    "asked": (lambda p: p.update(asked=[]), "progress.asked is no dict"),
-    "batches": (lambda p: p.update(batches="3"), "progress.batches is no int"),
-    "digest": (lambda p: p.update(digest=None), "progress.digest is no str"),
-    "generator": (lambda p: p.update(generator="AAAA"), "progress.generator is no state of a generator"),
-    "generator that is no text": (lambda p: p.update(generator="x"), "progress.generator is no state of a generator"),
+    "asked": (lambda p: p.update(asked=[]), "progress.asked is not of type dict"),
+    "batches": (lambda p: p.update(batches="3"), "progress.batches is not of type int"),
+    "digest": (lambda p: p.update(digest=None), "progress.digest is not of type str"),
+    "generator": (lambda p: p.update(generator="AAAA"), "progress.generator is not a generator state"),
+    "generator that is no text": (lambda p: p.update(generator="x"), "progress.generator is not a generator state"),
     "weights": (
         lambda p: p["standard_error"].update(weights=[0.0] * 9),
-        "progress.standard_error has other sums than a stopping rule",
+        "progress.standard_error does not have the sums of a stopping rule",
     ),
     "sums": (
         lambda p: p["standard_error"].update(sums=[[0.0]]),
-        "progress.standard_error has other sums than a stopping rule",
+        "progress.standard_error does not have the sums of a stopping rule",
     ),
     "deep": (
         lambda p: p["standard_error"].update(sums=[[[[]], 0.0, 0.0]]),
-        r"progress.standard_error.sums\[0\]\[0\] is no float",
+        r"progress.standard_error.sums\[0\]\[0\] is not of type float",
     ),
 }
 
@@ -261,7 +264,7 @@ def test_many_keys_are_compared_in_one_pass(tmp_path: Path) -> None:
     file = tmp_path / "c.safetensors"
     text = ("{" + ",".join(f'"{k}":0' for k in range(200_000)) + ',"199999":1}').encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(fxcurv.FxcurvError, match="the key '199999' is there twice"):
+    with pytest.raises(fxcurv.FxcurvError, match="the key '199999' is duplicated"):
         fxcurv.load(file)
 
 

@@ -1,7 +1,7 @@
 """Block: the interface of every kind of block.
 
-A block B is used with a damping δ ≥ 0, in the units of the curvature: what is solved, sampled and inverted is B + δI.
-Its tensors are not to be written into, since decompositions are cached with it.
+Blocks B are used with a damping δ ≥ 0, in the units of the curvature: solving, sampling and inverting use B + δI. Do
+not write into a block's tensors: decompositions are cached with it.
 """
 
 from __future__ import annotations
@@ -25,41 +25,40 @@ __all__ = ["Block", "Damping", "Function"]
 
 
 Damping = Literal["plain", "pi", "exact"]
-"""How an inverse of Kronecker factors is damped; the forms without factors have one way, `exact`."""
+"""How the inverse of Kronecker factors is damped; kinds without factors support `exact` only."""
 
 
 Function = Callable[[Tensor], Tensor]
-"""Of eigenvalues, elementwise."""
+"""A function of eigenvalues, elementwise."""
 
 
 KINDS: dict[str, type[Block]] = {}
-"""Every kind of block by the name of its class; a subclass of `Block` registers itself."""
+"""All kinds of block by class name; a subclass of `Block` registers itself."""
 
 
 Component = Tensor | LazyGram
-"""A tensor that a block holds, or a second moment kept as its vectors."""
+"""A tensor of a block, or a lazy Gram."""
 
 
 @dataclass(frozen=True, eq=False)
 class Block(LinearOperator, ABC):
     """An operator on vectors of `shape` (the parameter's, or `[o, i+1]` or `[i+1, o]` for a joint weight and bias).
 
-    `parameters` says whose block it is, `status` whether it is exact to its definition, and `reduction` how the loss
-    scales it.
+    `parameters` are the names of its parameters, `status` says whether it is exact to its definition, and `reduction`
+    how the loss scales it.
 
-    A kind of block is a dataclass that says what it holds: `fields`, the parts by their names in files, and `options`,
-    plain numbers. What it may do with another of its kind follows from these: files, processes, merging and running
-    averages ask nothing else.
+    A kind of block is a dataclass that declares its contents: `fields`, the parts by their names in files, and
+    `options`, plain numbers. Files, processes, merging and running averages use only these.
     """
 
     fields: ClassVar[Mapping[str, str]] = {}
-    """The name of every part in a file, and the attribute that holds it."""
+    """Maps the name of each part in a file to the attribute that holds it."""
     options: ClassVar[Mapping[str, type]] = {}
     """The attributes that are plain numbers, and their types."""
     symmetric: ClassVar[bool] = False
-    """Whether every part is a symmetric matrix, or one for each group."""
+    """Whether every part is a symmetric matrix, or one per group."""
     additive: ClassVar[bool] = True
-    """Whether the block of two batches is made of those of each, part by part."""
+    """Whether the blocks of two batches combine part by part."""
 
     shape: tuple[int, ...] = field()  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
     parameters: tuple[str, ...] = field(default=(), kw_only=True)
@@ -69,10 +68,10 @@ class Block(LinearOperator, ABC):
     def __init_subclass__(cls) -> None:
         known = KINDS.get(cls.__name__, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise SpecError(f"a second kind of block is called {cls.__name__}", remedy="rename it", code="FXC302")
+            raise SpecError(f"a second kind of block is named {cls.__name__}", remedy="rename it", code="FXC302")
         KINDS[cls.__name__] = cls
 
-    # What a form defines ----------------------------------------------------------------------------------------------
+    # Defined by each kind ---------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -98,7 +97,7 @@ class Block(LinearOperator, ABC):
     @property
     @abstractmethod
     def _like(self) -> Tensor:
-        """A tensor of the block's type and place."""
+        """A tensor of the block's dtype and device."""
 
     @abstractmethod
     def eigvalsh(self) -> Tensor:
@@ -117,7 +116,7 @@ class Block(LinearOperator, ABC):
     def __mul__(self, factor: float) -> Self:
         """The block times a number ≥ 0."""
 
-    # Its parts --------------------------------------------------------------------------------------------------------
+    # Parts ------------------------------------------------------------------------------------------------------------
 
     @property
     def parts(self) -> tuple[Component, ...]:
@@ -129,29 +128,29 @@ class Block(LinearOperator, ABC):
         return replace(self, **dict(zip(self.fields.values(), parts, strict=True)))
 
     def mapped(self, change: Callable[[Component], Component]) -> Self:
-        """The block with every part changed."""
+        """Apply `change` to every part."""
         return self.with_parts(map(change, self.parts))
 
     @property
     def layout(self) -> object:
-        """What two blocks of one kind must share to be added part by part, besides their shape."""
+        """Settings that two blocks must share, besides their shape, to be added part by part."""
         return None
 
     @property
     def count(self) -> int | None:
-        """How many inputs a part averages over, 0 where that is not known; None for a kind without such a part."""
+        """Number of inputs that a part averages, 0 if unknown; None for a kind without such a part."""
         return None
 
     def counted(self, count: int) -> Self:
-        """The block whose part averages over so many inputs."""
+        """The block whose part averages `count` inputs."""
         return self
 
     def weights(self, terms: float, inputs: float) -> tuple[float, ...]:
-        """The weight of each part in a sum over batches: of loss terms, or of inputs for what averages over these."""
+        """The weight of each part in a sum over batches: of loss terms, or of inputs for a part that averages these."""
         return (terms,) * len(self.fields)
 
     def weighted_sum(self, other: Self, terms: tuple[float, float], inputs: tuple[float, float] | None) -> Self:
-        """terms[0] · self + terms[1] · other, part by part; without `inputs`, all parts by the weights of terms."""
+        """terms[0] · self + terms[1] · other, part by part; without `inputs`, all parts use the weights of terms."""
         ours, theirs = (self.weights(t, t if inputs is None else inputs[k]) for k, t in enumerate(terms))
         pairs = zip(self.parts, other.parts, ours, theirs, strict=True)
         total = self.with_parts(_sum(a if v == 1 else a * v, b if w == 1 else b * w) for a, b, v, w in pairs)
@@ -166,16 +165,16 @@ class Block(LinearOperator, ABC):
         """Multiplications of a decomposition or inverse, up to a factor: Σ d³ over the matrices of side d."""
         return sum(size.numel() * size[-1] for size in self.sizes.values()) if self.symmetric else self.numel
 
-    # What follows -----------------------------------------------------------------------------------------------------
+    # Derived ----------------------------------------------------------------------------------------------------------
 
     @cached_property
     def domain(self) -> Space:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The vectors that the block acts on, under the names of its parameters."""
+        """The space of vectors that the block acts on, under the names of its parameters."""
         return Space({" + ".join(self.parameters) or "block": self.shape})
 
     @property
     def codomain(self) -> Space:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The vectors that it returns: those that it acts on."""
+        """The space of its results: the same as `domain`."""
         return self.domain
 
     @property
@@ -185,32 +184,32 @@ class Block(LinearOperator, ABC):
 
     @property
     def numel(self) -> int:
-        """Entries of the vectors that the block acts on."""
+        """Number of entries of a vector."""
         return math.prod(self.shape)
 
     @property
     def invariants(self) -> dict[str, Tensor]:
-        """Tensors that the operator determines, by which two blocks are compared."""
+        """Tensors that the operator determines, for comparing two blocks."""
         return self.tensors
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Where its tensors are."""
+        """The device of its tensors."""
         return self._like.device
 
     @property
     def dtype(self) -> torch.dtype:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The type of its tensors."""
+        """The dtype of its tensors."""
         return self._like.dtype
 
     @property
     def sizes(self) -> dict[str, torch.Size]:
-        """The shapes of the stored tensors; nothing is formed for it."""
+        """The shapes of the stored tensors, without forming any."""
         return {name: t.shape for name, t in self.tensors.items()}
 
     @property
     def name(self) -> str:
-        """Whose block it is, in words."""
+        """The block's name in messages, from its parameters."""
         return f"the block of {' and '.join(map(repr, self.parameters)) or 'no parameter'}"
 
     def trace(self) -> Tensor:
@@ -226,7 +225,7 @@ class Block(LinearOperator, ABC):
     @overload
     def mv(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
     def mv(self, v: Vector) -> Tensor | dict[str, Tensor]:
-        """B v for a vector of the block's shape, or flat, or a dict; the result has the form of `v`."""
+        """B v for a vector of the block's shape, a flat one or a dict; the result has the structure of `v`."""
         if not isinstance(v, Tensor):
             return super().mv(v)
         return self._mm(self._column(v)).reshape(v.shape)
@@ -255,7 +254,7 @@ class Block(LinearOperator, ABC):
         return self._mapped(lambda x: 1 / (x + damping))._mm(columns)
 
     def inverse(self, damping: float = 0.0, method: Damping = "exact") -> Block:
-        """(B + δI)⁻¹ as a block of its own; what the methods are is said at `Kronecker.inverse`."""
+        """(B + δI)⁻¹ as a block; `Kronecker.inverse` describes the methods."""
         if method not in get_args(Damping):
             raise InputError(f"method={method!r}", remedy=f"choose one of {get_args(Damping)}", code="FXC421")
         return self._inverse(self._damped(damping), method)
@@ -265,7 +264,7 @@ class Block(LinearOperator, ABC):
         return self._mapped(lambda x: 1 / (x + damping))
 
     def decomposed(self) -> Block:
-        """The same operator with nothing left to decompose: its matrix, or factors, in their eigenvectors."""
+        """The same operator, already decomposed: the matrix, or the factors, in their eigenvectors."""
         return self
 
     def sqrt(self) -> Block:
@@ -273,7 +272,7 @@ class Block(LinearOperator, ABC):
         return self.power(0.5)
 
     def power(self, exponent: float) -> Block:
-        """Bᵖ of the same form, for any real p; for p < 0 of a block that is not singular. B⁰ = I."""
+        """Bᵖ of the same kind, for any real p; p < 0 needs a nonsingular block. B⁰ = I."""
         if exponent < 0:
             self._require_regular(0.0)
         return self._mapped(lambda x: x**exponent)
@@ -286,18 +285,18 @@ class Block(LinearOperator, ABC):
         return values.new_full((), -math.inf) if singular else (values.clamp(min=0) + damping).log().sum()
 
     def det(self, damping: float = 0.0) -> Tensor:
-        """det(B + δI), a scalar tensor, which overflows where `logdet` does not."""
+        """det(B + δI), a scalar tensor; may overflow where `logdet` does not."""
         return self.logdet(damping).exp()
 
     def sample(self, generator: torch.Generator | None = None, damping: float = 0.0) -> Tensor:
-        """A draw of N(0, (B + δI)⁻¹), of the block's shape: B + δI is the precision, as in a Laplace approximation."""
+        """Draw from N(0, (B + δI)⁻¹), of the block's shape: B + δI is the precision, as in a Laplace approximation."""
         damping = self._damped(damping)
         self._require_regular(damping)
         noise = torch.randn(self.numel, 1, dtype=self.dtype, device=self.device, generator=generator)
         return self._mapped(lambda x: (x + damping).rsqrt())._mm(noise).reshape(self.shape)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """The block elsewhere, or in another floating-point type."""
+        """The block on another device, or in another floating-point dtype."""
         return self.mapped(lambda t: t.to(device=device, dtype=dtype))
 
     def as_dense(self) -> Block:
@@ -310,9 +309,9 @@ class Block(LinearOperator, ABC):
     @overload
     def __add__(self, other: LinearOperator) -> LinearOperator: ...
     def __add__(self, other: LinearOperator) -> LinearOperator:
-        """The sum of two blocks of a form that is closed under it; others are added as `a.as_dense() + b.as_dense()`.
+        """The sum of two blocks of a kind that is closed under addition; add others as `a.as_dense() + b.as_dense()`.
 
-        The sum of two Kronecker products is none, unless they share a factor.
+        The sum of two Kronecker products is not a Kronecker product, unless they share a factor.
         """
         if not isinstance(other, Block):
             return super().__add__(other)
@@ -325,14 +324,14 @@ class Block(LinearOperator, ABC):
         total = self.plus(other)
         if total is None:
             raise InputError(
-                f"the sum of a {type(self).__name__} and a {type(other).__name__} block is of neither form",
+                f"the sum of a {type(self).__name__} and a {type(other).__name__} block is of neither kind",
                 remedy="add a.as_dense() + b.as_dense()",
                 code="FXC422",
             )
         return total
 
     def plus(self, other: Block) -> Block | None:
-        """The sum in a form of its own, if it has one."""
+        """The sum as a block of the same kind, if it is one; else None."""
         if type(other) is not type(self) or not self.additive or len(self.fields) > 1:
             return None
         return self.weighted_sum(other, (1, 1), None)
@@ -341,7 +340,7 @@ class Block(LinearOperator, ABC):
         return self * factor
 
     def _factor(self, factor: float) -> float:
-        """What a block may be multiplied with."""
+        """Check a factor to multiply a block with."""
         if not 0 <= factor < math.inf:
             raise InputError(
                 f"a block times {factor!r}", remedy="blocks are positive semi-definite: give 0 or more", code="FXC422"
@@ -362,13 +361,13 @@ class Block(LinearOperator, ABC):
         return v.reshape(-1, 1)
 
     def _require_regular(self, damping: float) -> None:
-        """An error where the block has no inverse."""
+        """Raise an error if the block is singular."""
         for what, found, side in () if damping else self._ranks():
             if found < side:
                 raise singular(what, found, side)
 
     def _ranks(self) -> Iterator[tuple[str, int, int]]:
-        """What is singular if the block is: its name, rank and side; stored eigenvalues stand for themselves."""
+        """The name, rank and side of each matrix to test for singularity; stored eigenvalues are used directly."""
         yield self.name, int((self.eigvalsh() > 0).sum()), self.numel
 
     @property

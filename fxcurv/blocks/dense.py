@@ -1,4 +1,4 @@
-"""Dense: a block that is a matrix."""
+"""Dense: a block stored as a matrix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Dense"]
 
 @dataclass(frozen=True, eq=False)
 class Dense(Block):
-    """A matrix `[numel, numel]`, or what it is made of while that is smaller; `.matrix` is formed when it is read."""
+    """A matrix `[numel, numel]`, or a lazy Gram while that is smaller; `.matrix` is formed when it is read."""
 
     fields: ClassVar = {"matrix": "moment"}
     symmetric: ClassVar = True
@@ -67,7 +67,7 @@ class Dense(Block):
 
     @cached_property
     def eigenbasis(self) -> Eigenbasis:
-        """The block in its own eigenvectors."""
+        """The block in its eigenvectors."""
         values, vectors = moment_of(self.moment).eigen(self.name)
         one = values.new_ones(1, 1, 1)
         return Eigenbasis(self.shape, one, vectors, values.unsqueeze(-1), **self.labels)
@@ -92,7 +92,7 @@ class Dense(Block):
         return torch.linalg.eigh(self.matrix)
 
     def _solve(self, columns: Tensor, damping: float) -> Tensor:
-        """By Cholesky's decomposition, of as many equations as there are vectors or entries."""
+        """By Cholesky decomposition, with as many equations as the smaller of the numbers of vectors and entries."""
         return moment_of(self.moment).solve(columns.unsqueeze(0), damping, self.name)[0]
 
     def _inverse(self, damping: float, method: Damping) -> Dense:

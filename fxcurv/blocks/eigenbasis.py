@@ -23,9 +23,9 @@ T = TypeVar("T")
 class Eigenbasis(Block):
     """Q diag(values) Qᵀ + rest (I - Q Qᵀ) with Q = blockdiag_g(Q_g ⊗ U_g) of orthonormal columns.
 
-    `input_vectors` are U `[g,i,a]`, `output_vectors` Q `[g,o,b]`, `values` `[g,b,a]`; `rest` is the eigenvalue of what
-    the columns do not span (George et al. 2018 call it the Kronecker-factored eigenbasis). With `inputs_first` Q is
-    U_g ⊗ Q_g. The damped inverse and every function of a Kronecker product are of this form.
+    `input_vectors` are U `[g,i,a]`, `output_vectors` Q `[g,o,b]`, `values` `[g,b,a]`; `rest` is the null-space
+    eigenvalue, outside the span of the columns (George et al. 2018: the Kronecker-factored eigenbasis). With `in_out` Q
+    is U_g ⊗ Q_g. The damped inverse and every function of a Kronecker product have this form.
     """
 
     fields: ClassVar = {"U": "input_vectors", "Q": "output_vectors", "values": "values"}
@@ -57,7 +57,7 @@ class Eigenbasis(Block):
         return self.in_out
 
     def averaged_with(self, old: Self, weight: float) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """In the columns of this block, in which the diagonal of `old` is the nearest to it in Frobenius norm."""
+        """Average in the columns of this block, with the diagonal of `old` in them (nearest in Frobenius norm)."""
         outputs = (self.output_vectors.mT @ old.output_vectors).square()
         inputs = (self.input_vectors.mT @ old.input_vectors).square()
         projected = old.null_eigenvalue + outputs @ (old.values - old.null_eigenvalue) @ inputs.mT
@@ -72,17 +72,17 @@ class Eigenbasis(Block):
 
     @property
     def _full(self) -> bool:
-        """Whether the columns span everything."""
+        """Whether the columns span the whole space."""
         return self.values.numel() == self.numel
 
     @property
     def _vectors(self) -> tuple[Tensor, Tensor]:
-        """Q and U in the order of the product."""
+        """Q and U in the order of the Kronecker product."""
         return in_layout_order(self.in_out, self.input_vectors, self.output_vectors)
 
     @property
     def _values(self) -> Tensor:
-        """The values in the order of the product: `[g,b,a]` or `[g,a,b]`."""
+        """The values in the order of the Kronecker product: `[g,b,a]` or `[g,a,b]`."""
         return self.values.mT if self.in_out else self.values
 
     def _mm(self, matrix: Tensor) -> Tensor:
@@ -130,14 +130,14 @@ class Eigenbasis(Block):
 
 
 def in_layout_order(in_out: bool, inputs: T, outputs: T) -> tuple[T, T]:
-    """The parts of a block that belong to its inputs and outputs, in the order of its Kronecker product."""
+    """The input part and the output part of a block, in the order of its Kronecker product."""
     return (inputs, outputs) if in_out else (outputs, inputs)
 
 
 def kronecker_product(
     matrix: Tensor, sides: tuple[int, int], first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """(first ⊗ second) of columns `[g·p·q, k]`, each a function from `[g,d,m]` to `[g,d',m]`."""
+    """Apply first ⊗ second to columns `[g·p·q, k]`, each a function from `[g,d,m]` to `[g,d',m]`."""
     p, q = sides
     k = matrix.shape[-1]
     right = second(matrix.reshape(-1, p, q, k).transpose(1, 2).flatten(2))  # [g, q', p·k]

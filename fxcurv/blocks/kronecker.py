@@ -1,4 +1,4 @@
-"""Kronecker: a block G ⊗ A, one pair of factors for each group."""
+"""Kronecker: a block G ⊗ A, with one pair of factors per group."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ __all__ = ["Kronecker"]
 class Kronecker(Block):
     """G ⊗ A with `A[i,i]` and `G[o,o]`, or blockdiag_g(G_g ⊗ A_g) with a leading group axis on both.
 
-    With `inputs_first` it is A ⊗ G: the block of a weight that lies as `W[i,o]`. A factor with fewer vectors than
-    entries is kept as these vectors; `.A` and `.G` are formed when they are read. `averaged` is the number of input
-    vectors whose mean A is, 0 where that is not known.
+    With `in_out` it is A ⊗ G, for a weight stored as `W[i,o]`. A factor with fewer vectors than entries is stored as a
+    lazy Gram; `.A` and `.G` are formed when they are read. `averaged` is the number of input vectors that A averages, 0
+    if unknown.
     """
 
     fields: ClassVar = {"A": "input_moment", "G": "output_moment"}
@@ -118,11 +118,11 @@ class Kronecker(Block):
 
     @cached_property
     def eigenbasis(self) -> Eigenbasis:
-        """The block in the eigenvectors of its factors, where it is diagonal: eigenvalues are products of theirs."""
+        """The block in the eigenvectors of its factors, where it is diagonal; eigenvalues are products of theirs."""
         return self._in_eigenvectors(*self._eigen)
 
     def _in_eigenvectors(self, inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> Eigenbasis:
-        """The block in eigenvectors of A and of G, from these and their eigenvalues."""
+        """The block in the eigenvectors of A and G, from their eigenvalues and eigenvectors."""
         (a, U), (g, Q) = inputs, outputs
         values = g.unsqueeze(-1) * a.unsqueeze(-2)
         return Eigenbasis(self.shape, U, Q, values, in_out=self.in_out, **self.labels)
@@ -135,7 +135,7 @@ class Kronecker(Block):
 
     @cached_property
     def _eigen(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Eigenvalues and eigenvectors of A and of G."""
+        """Eigenvalues and eigenvectors of A and G."""
         A, G = self._factors
         return A.eigen(f"the factor A of {self.name}"), G.eigen(f"the factor G of {self.name}")
 
@@ -158,10 +158,10 @@ class Kronecker(Block):
     def inverse(self, damping: float = 0.0, method: Damping = "exact") -> Block:
         """(G ⊗ A + δI)⁻¹, exactly or with damped factors, per group.
 
-        - `exact`: an `Eigenbasis` block, through the eigendecompositions of both factors.
-        - `plain`: a `Kronecker` block (G + √δ I)⁻¹ ⊗ (A + √δ I)⁻¹, which adds √δ (G ⊗ I + I ⊗ A) too.
-        - `pi`: (G + √δ/π I)⁻¹ ⊗ (A + π√δ I)⁻¹ with π² = (tr A / i) / (tr G / o), which makes what is added too as small
-          as its bound (Martens & Grosse 2015, §6.3); π = 1 where a trace is zero.
+        - `exact`: an `Eigenbasis` block, from the eigendecompositions of both factors.
+        - `plain`: a `Kronecker` block (G + √δ I)⁻¹ ⊗ (A + √δ I)⁻¹, which adds the extra term √δ (G ⊗ I + I ⊗ A).
+        - `pi`: (G + √δ/π I)⁻¹ ⊗ (A + π√δ I)⁻¹ with π² = (tr A / i) / (tr G / o), which minimizes a bound on the extra
+          term (Martens & Grosse 2015, §6.3); π = 1 where a trace is zero.
         """
         return super().inverse(damping, method)
 
@@ -183,7 +183,7 @@ class Kronecker(Block):
         return replace(self, input_moment=inputs, output_moment=outputs, averaged=0)
 
     def __mul__(self, factor: float) -> Self:
-        """Scales G."""
+        """Scale G."""
         return replace(self, output_moment=self.output_moment * self._factor(factor))
 
     def plus(self, other: Block) -> Block | None:

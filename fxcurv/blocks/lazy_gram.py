@@ -1,8 +1,4 @@
-"""Blocks: the curvature of one parameter as a symmetric positive semi-definite operator on it, flattened row-major.
-
-A block B is used with a damping δ ≥ 0, in the units of the curvature: what is solved, sampled and inverted is B + δI.
-Its tensors are not to be written into: decompositions are kept with it.
-"""
+"""Symmetric matrices Σ X Xᵀ, per group: `LazyGram` stores the vectors X, `Matrix` the entries."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.convolution.patches import Patches
-from fxcurv.convolution.second_moment import cheapest
+from fxcurv.convolution.second_moment import second_moment
 from fxcurv.linalg.factorizations import cholesky, decomposed, singular
 from fxcurv.linalg.matmul import transpose_times
 
@@ -21,7 +17,7 @@ __all__ = ["LazyGram", "Matrix", "Moment", "formed", "moment_of"]
 
 
 def damped_inverse(moment: Moment, damping: Tensor | float, what: str) -> Tensor:
-    """The matrices (moment + damping I)⁻¹, `[g,d,d]`."""
+    """Return (moment + damping I)⁻¹, `[g,d,d]`."""
     if isinstance(moment, Matrix):
         return torch.cholesky_inverse(cholesky(moment.entries, damping, what))
     like = moment.vectors[0]
@@ -30,32 +26,32 @@ def damped_inverse(moment: Moment, damping: Tensor | float, what: str) -> Tensor
 
 
 def ungrouped(matrices: Tensor) -> Tensor:
-    """`[d,d]`, or `[g,d,d]` of several groups."""
+    """Return `[d,d]`, or `[g,d,d]` for several groups."""
     return matrices[0] if len(matrices) == 1 else matrices
 
 
 def matrix_of(moment: Tensor | LazyGram) -> Tensor:
-    """The matrix `[d,d]`, or `[g,d,d]` of several groups."""
+    """Return the matrix `[d,d]`, or `[g,d,d]` for several groups."""
     return ungrouped(moment_of(moment).dense())
 
 
 def an_entry(moment: Tensor | LazyGram) -> Tensor:
-    """A tensor that it holds."""
+    """Return one of its tensors."""
     return moment.vectors[0] if isinstance(moment, LazyGram) else moment
 
 
 def shape_of(moment: Tensor | LazyGram) -> torch.Size:
-    """The shape of `matrix_of`."""
+    """Shape of `matrix_of`."""
     shape = moment_of(moment).shape
     return shape[1:] if shape[0] == 1 else shape
 
 
 @dataclass(frozen=True, eq=False)
 class LazyGram:
-    """scale · Σ_m X_m X_mᵀ for every group, `[g,d,d]`, as the vectors X that it sums over.
+    """scale · Σ_m X_m X_mᵀ per group, `[g,d,d]`, stored as the vectors X.
 
-    They are the positions `[*, s, g, d]` that are kept, or with `patches` the patches of the inputs that are kept. With
-    fewer vectors than entries, r < d, it takes r·d numbers or fewer for d², and a system is solved with r equations.
+    The vectors are stored as positions `[*, s, g, d]`, or with `patches` as inputs whose patches they are. With fewer
+    vectors than entries, r < d, it stores at most r·d numbers in place of d², and a system is solved with r equations.
     """
 
     vectors: tuple[Tensor, ...]
@@ -63,7 +59,7 @@ class LazyGram:
     scale: float = 1.0
 
     def smaller(self) -> LazyGram | Tensor:
-        """The same, as matrices if they take less."""
+        """Return this, or the matrices if they are smaller."""
         return self if self.count < self.side else self.dense()
 
     def rows(self) -> Tensor:
@@ -79,7 +75,7 @@ class LazyGram:
 
     @property
     def count(self) -> int:
-        """How many vectors each group has."""
+        """Number of vectors per group."""
         if self.patches is None:
             return sum(x.shape[:-2].numel() for x in self.vectors)
         return sum(len(z) * self.patches.pixels(z) for z in self.vectors)
@@ -92,16 +88,16 @@ class LazyGram:
 
     def dense(self) -> Tensor:
         """The matrices, `[g,d,d]`."""
-        if self.scale <= 0:  # of a difference
+        if self.scale <= 0:  # for a difference
             return replace(self, scale=1.0).dense().mul_(self.scale)
-        vectors = [t if self.scale == 1 else t * self.scale**0.5 for t in self.vectors]  # smaller than the matrices are
+        vectors = [t if self.scale == 1 else t * self.scale**0.5 for t in self.vectors]  # smaller than the matrices
         if self.patches is not None:
-            return cheapest(self.patches, torch.cat(vectors)).covariance()
+            return second_moment(self.patches, torch.cat(vectors)).covariance()
         rows = replace(self, vectors=tuple(vectors)).rows()
         return transpose_times(rows[0], rows[0]).unsqueeze(0) if len(rows) == 1 else rows.mT @ rows
 
     def __add__(self, other: LazyGram | Tensor) -> LazyGram | Tensor:
-        """The sum, kept in this form as long as that is smaller."""
+        """The sum, as a lazy Gram while that is smaller."""
         if isinstance(other, Tensor):
             return self.dense() + other
         if self.patches != other.patches or self.count + other.count >= self.side or self.scale <= 0:
@@ -118,11 +114,11 @@ class LazyGram:
         return replace(self, scale=self.scale / divisor)
 
     def clone(self) -> LazyGram:
-        """The same in memory of its own."""
+        """A copy in its own memory."""
         return replace(self, vectors=tuple(t.clone() for t in self.vectors))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LazyGram:
-        """The same elsewhere, or in another type."""
+        """The lazy Gram on another device or in another dtype."""
         return replace(self, vectors=tuple(t.to(device=device, dtype=dtype) for t in self.vectors))
 
     def diagonal(self) -> Tensor:
@@ -135,14 +131,14 @@ class LazyGram:
         return rows.mT @ (rows @ matrix) * self.scale
 
     def frobenius_norm(self) -> Tensor:
-        """The Frobenius norms, `[g]`, of r × r products."""
+        """The Frobenius norms, `[g]`, from r × r products."""
         rows = self.rows()
         return torch.linalg.matrix_norm(rows @ rows.mT) * self.scale
 
     def eigen(self, what: str = "the matrix") -> tuple[Tensor, Tensor]:
-        """Eigenvalues `[g,r]` and orthonormal eigenvectors `[g,d,r]`; 0 belongs to what they do not span.
+        """Eigenvalues `[g,r]` and orthonormal eigenvectors `[g,d,r]`; the null-space eigenvalue is 0.
 
-        They are the singular vectors of the r × d matrix of the vectors, so that nothing is squared.
+        They come from the singular value decomposition of the r × d matrix of vectors, so nothing is squared.
         """
         if self.count >= self.side:
             return Matrix(self.dense()).eigen(what)
@@ -152,7 +148,7 @@ class LazyGram:
     def solve(self, matrix: Tensor, damping: Tensor | float, what: str = "the matrix") -> Tensor:
         """(A + damping·I)⁻¹ matrix, `[g,d,k]` (Woodbury's identity: r equations in place of d); damping may be `[g]`.
 
-        Without damping it is an error, in which `what` names the matrix, unless there are as many vectors as entries.
+        Without damping it raises an error, naming the matrix by `what`, unless there are as many vectors as entries.
         """
         shift = torch.as_tensor(damping, dtype=matrix.dtype, device=matrix.device).reshape(-1, 1, 1)
         if self.count >= self.side:
@@ -166,7 +162,7 @@ class LazyGram:
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """Second moments that are formed: `[g,d,d]`."""
+    """Formed matrices, `[g,d,d]`."""
 
     entries: Tensor
 
@@ -192,7 +188,7 @@ class Matrix:
         return torch.linalg.matrix_norm(self.entries)
 
     def eigen(self, what: str = "the matrix") -> tuple[Tensor, Tensor]:
-        """Eigenvalues `[g,d]`, those below zero by rounding as zero, and orthonormal eigenvectors `[g,d,d]`."""
+        """Eigenvalues `[g,d]`, negative rounding errors set to zero, and orthonormal eigenvectors `[g,d,d]`."""
         values, vectors = decomposed(torch.linalg.eigh, self.entries, what)
         return values.clamp(min=0), vectors
 
@@ -211,19 +207,19 @@ Moment = Matrix | LazyGram
 
 
 def formed(value: Tensor | LazyGram) -> Tensor:
-    """A sum as a tensor."""
+    """Return a sum as a tensor."""
     return value.dense() if isinstance(value, LazyGram) else value
 
 
 def moment_of(value: Tensor | LazyGram) -> Moment:
-    """A moment, from a sum: `[d,d]` or `[g,d,d]`."""
+    """Return a sum `[d,d]` or `[g,d,d]` as a `Moment`."""
     if isinstance(value, LazyGram):
         return value
     return Matrix(value if value.ndim == 3 else value.unsqueeze(0))
 
 
 def grouped_sides(sizes: Sequence[torch.Size]) -> list[tuple[int, int]]:
-    """(g, d) of symmetric matrices `[d,d]` or `[g,d,d]`; none at all where one is not such a matrix."""
+    """(g, d) of symmetric matrices `[d,d]` or `[g,d,d]`; an empty list if any has another shape."""
     if not all(len(size) in (2, 3) and size[-1] == size[-2] for size in sizes):
         return []
     return [(1 if len(size) == 2 else size[0], size[-1]) for size in sizes]

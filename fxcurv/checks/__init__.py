@@ -1,4 +1,4 @@
-"""Checks: is a model curvature-compatible, and did a change break it? Findings, codes, formats, configuration."""
+"""Checks of curvature compatibility, for a model and for a change to it: findings, codes, formats, policy."""
 
 from fxcurv.checks.levels import check as check
 from fxcurv.checks.policy import Allowance as Allowance

@@ -1,7 +1,7 @@
-"""Where a finding is shown: a line inside of the repository, which a forge can annotate.
+"""Anchors: the source line at which a finding is shown.
 
-Libraries lie in site-packages, which no forge shows. A finding is anchored at the innermost line of the model inside of
-the repository; else at the factory that built the model; else at the line of pyproject.toml that names the target.
+Forges annotate only lines inside the repository, not in site-packages. A finding is anchored at the innermost line of
+the model inside the repository; else at the factory of the model; else at the target's line in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ __all__ = ["Anchors", "defined_at", "repository"]
 
 @dataclass(frozen=True)
 class Anchors:
-    """The repository's root, and the lines to fall back to, the best first."""
+    """The repository root and the fallback lines, in order of preference."""
 
     root: Path = field(default_factory=lambda: repository(Path.cwd()))
     fallbacks: tuple[Frame, ...] = ()
 
     def place(self, location: Location) -> dict[str, Any]:
-        """`file`, `line`, `column` and `stack` of a row."""
+        """Return `file`, `line`, `column` and `stack` of a row."""
         stack = tuple(f"{self.shown(frame.file)}:{frame.line} in {frame.function}" for frame in location[:2])
         found = next((f for f in (*location, *self.fallbacks) if self._holds(f.file)), None)
         if found is None:
@@ -33,7 +33,7 @@ class Anchors:
         return {"file": self.shown(found.file), "line": found.line, "column": _column(found), "stack": stack}
 
     def shown(self, file: str) -> str:
-        """The path from the root on, with slashes; of a file elsewhere the whole path."""
+        """Return the path relative to the root, with slashes; for a file elsewhere, the absolute path."""
         path = Path(file).resolve()
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.as_posix()
 
@@ -43,7 +43,7 @@ class Anchors:
 
 
 def repository(folder: Path) -> Path:
-    """The root of the repository that holds the folder; else of the project; else the folder itself."""
+    """Return the root of the repository that contains the folder; else of the project; else the folder itself."""
     here = folder.resolve()
     for mark in (".git", "pyproject.toml"):
         for place in (here, *here.parents):
@@ -53,7 +53,7 @@ def repository(folder: Path) -> Path:
 
 
 def defined_at(thing: object) -> tuple[Frame, ...]:
-    """The line on which a class or a function is defined, if it has a source file."""
+    """Return the line that defines a class or function, if it has a source file."""
     made = inspect.unwrap(thing) if callable(thing) else type(thing)
     try:
         file, (_, line) = inspect.getsourcefile(made), inspect.getsourcelines(made)
@@ -63,6 +63,6 @@ def defined_at(thing: object) -> tuple[Frame, ...]:
 
 
 def _column(frame: Frame) -> int:
-    """Where the code of the line begins, counted from 1."""
+    """Return the column at which the code of the line begins, counted from 1."""
     text = linecache.getline(frame.file, frame.line)
     return len(text) - len(text.lstrip()) + 1

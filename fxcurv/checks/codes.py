@@ -1,4 +1,4 @@
-"""The closed table of codes, read from codes.toml: meaning, kind, severity and remedy. Codes are never reused.
+"""The fixed table of codes, read from codes.toml: meaning, kind, severity and remedy. Codes are never reused.
 
 FXC0xx usage and environment, 1xx capture, 2xx lowering, 3xx rules, 4xx semantics, 5xx cost, 9xx defects.
 """
@@ -23,12 +23,12 @@ Severity = Literal["error", "warning", "note"]
 
 
 Category = Literal["unsupportable", "not-yet", "replace", "misconfigured", "defect", "information"]
-"""Who can mend it: nobody (it has no meaning), fxcurv later, the model, the call, fxcurv now; or nothing is broken."""
+"""Place of the fix: none (undefined), fxcurv later, the model, the call, fxcurv now; or nothing is broken."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """One thing that an error or a finding can say."""
+    """A code of an error or a finding."""
 
     code: str
     title: str
@@ -43,7 +43,7 @@ class Code:
 
 
 def explain(code: str) -> Code:
-    """The row of a code, in any case."""
+    """Return the row of a code; upper or lower case."""
     if code.upper() in CODES:
         return CODES[code.upper()]
     close = difflib.get_close_matches(code.upper(), CODES, n=3)
@@ -52,12 +52,12 @@ def explain(code: str) -> Code:
 
 
 def as_json(codes: Iterable[Code]) -> str:
-    """The table for machines."""
+    """Return the table as JSON."""
     return json.dumps([asdict(code) for code in codes], indent=2)
 
 
 def read(text: str) -> dict[str, Code]:
-    """The rows of a table in TOML, by code."""
+    """Parse a TOML table into rows by code."""
     rows = tomllib.loads(text).items()
     return {code: Code(code, severity=row.pop("severity", "error"), **row) for code, row in rows}
 

@@ -1,4 +1,4 @@
-"""The formats of reports: a function from reports to text for each."""
+"""Report formats: one function from reports to text per format."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["FORMATS", "markdown", "text"]
 Reports = Sequence[Report]
 
 
-# For people -------------------------------------------------------------------------------------------------------
+# Human-readable -----------------------------------------------------------------------------------------------------
 
 
 def markdown(reports: Reports) -> str:
-    """A line per target, and below it what was found: the summary of a job."""
+    """Return a job summary in Markdown: a row per target, then a table of findings."""
     quantities = list(dict.fromkeys(quantity for report in reports for quantity in report.quantities))
     shares = [[f"{r.coverage(q):.1%}" if q in r.quantities else "" for q in quantities] for r in reports]
     lines = [
@@ -46,21 +46,21 @@ def _cells(rows: Sequence[Row]) -> list[str]:
     return [f"`{rows[0].target}`", code, severity, f"`{where}`" if where else "", escaped]
 
 
-# For machines -----------------------------------------------------------------------------------------------------
+# Machine-readable -------------------------------------------------------------------------------------------------
 
 
 def as_json(reports: Reports) -> str:
-    """The document that `schema.json` describes."""
+    """Return the JSON document described by `schema.json`."""
     return json.dumps(document(reports), indent=2, ensure_ascii=False)
 
 
 def as_jsonl(reports: Reports) -> str:
-    """One row a line."""
+    """Return one row per line."""
     return "\n".join(json.dumps(row.to_dict(), ensure_ascii=False) for report in reports for row in report.rows)
 
 
 def as_csv(reports: Reports) -> str:
-    """One line per target, as timm writes its results."""
+    """Return one line per target, in the format of timm's results."""
     quantities = list(dict.fromkeys(quantity for report in reports for quantity in report.quantities))
     statuses = [f"{quantity}_{status}" for quantity in quantities for status in STATUSES]
     out = io.StringIO()
@@ -75,7 +75,7 @@ def as_csv(reports: Reports) -> str:
 
 
 def as_github(reports: Reports) -> str:
-    """Workflow commands, which GitHub shows beside the lines, ten errors and ten warnings a step: one per reason."""
+    """Return GitHub workflow commands, one per reason; GitHub annotates ten errors and ten warnings per step."""
     return "\n".join(_annotation(rows) for report in reports for rows in grouped(report.findings))
 
 
@@ -90,14 +90,14 @@ def _annotation(rows: Sequence[Row]) -> str:
 
 
 def _escaped(text: str, more: str = "") -> str:
-    """What the workflow command's syntax takes, as the runner undoes it."""
+    """Escape the special characters of workflow commands; the runner unescapes them."""
     for character in f"%\r\n{more}":
         text = text.replace(character, f"%{ord(character):02X}")
     return text
 
 
 def as_junit(reports: Reports) -> str:
-    """A suite per target, a case per parameter × quantity; what is frozen or suppressed is skipped."""
+    """Return a suite per target, a case per parameter × quantity; frozen and suppressed rows are skipped."""
     suites = ET.Element("testsuites", name="fxcurv check")
     for report in reports:
         suites.append(_suite(report))
@@ -143,4 +143,4 @@ FORMATS: dict[str, Callable[[Reports], str]] = {
     "junit": as_junit,
     "markdown": markdown,
 }
-"""What `--format` can name."""
+"""Formats by name, for `--format`."""

@@ -1,8 +1,8 @@
-"""check(): is a model curvature-compatible? One row per parameter × quantity, at one of three levels.
+"""check(): curvature compatibility of a model. One row per parameter × quantity, at one of three levels.
 
-static    capture, lowering, rules and uses on the meta device: no memory, no arithmetic
-shape     all that compiling does before graphs are emitted: it probes where samples are
-numeric   compiled in float64 and run on a tiny batch, each value compared with autograd on the model itself
+static    capture, lowering, rules and usage on the meta device: no memory, no arithmetic
+shape     all of compilation before graphs are emitted; infers batch axes by probing
+numeric   compiled in float64 and run on a tiny batch; each value is compared with autograd on the model itself
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["CheckTarget", "Request", "check", "examine"]
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of every target."""
+    """Request: the same settings for every target."""
 
     selection: Selection
     loss: Loss
@@ -41,12 +41,12 @@ class Request:
     on_unsupported: OnUnsupported = "skip"
     policy: Policy = field(default_factory=Policy)
     raising: bool = False
-    """Whether an exception that no check foresaw is raised instead of reported."""
+    """Whether an unexpected exception is raised instead of reported."""
 
 
 @dataclass(frozen=True)
 class CheckTarget:
-    """A model, inputs like those that it takes, and where its findings are shown."""
+    """A model, example inputs, and the anchors of its findings."""
 
     name: str
     model: nn.Module
@@ -68,9 +68,9 @@ def check(
     policy: Policy | None = None,
     **renamed: Any,
 ) -> Report:
-    """Report what every parameter of `model` would get, for inputs of this shape; the model is left as it is.
+    """Report the status of every parameter of `model` for inputs of this shape; the model is not changed.
 
-    `level` is "static", "shape" or "numeric"; only the last computes anything. `on_unsupported` is that of `compile`;
+    `level` is "static", "shape" or "numeric"; only "numeric" computes values. `on_unsupported` is as in `compile`;
     "error" refuses the model where "skip" refuses parameters. `policy` decides which findings fail.
     """
     if set(renamed) - {"demands"}:
@@ -84,9 +84,9 @@ def check(
 
 
 def examine(target: CheckTarget, request: Request) -> Report:
-    """The report on one target; what goes wrong while it is checked is a finding."""
+    """Return the report on one target; an error during the check becomes a finding."""
     started = time.perf_counter()
-    compiled = _compiled(target, request)  # refuses what is no question about the model
+    compiled = _compiled(target, request)  # raises for an invalid request
     place, nodes = Place(target.name, target.model, target.anchors), 0
     try:
         found = _LEVELS[request.level](target, request, compiled)

@@ -1,7 +1,7 @@
-"""The numeric level: compiled values against those of autograd on the model itself, in float64, on a tiny batch.
+"""The numeric level: compares compiled values with autograd on the model itself, in float64, on a tiny batch.
 
-A model that converts to a shorter type inside is followed in float64 by both, so that what is left is error, not
-rounding.
+If the model converts to a shorter type internally, both computations stay in float64. The remaining difference is an
+error, not rounding.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ SEED = 0
 
 
 NEGLIGIBLE = 1e-6
-"""Values this much smaller than the largest of their quantity are rounding, such as gradients that cancel to zero."""
+"""Relative size, to the largest value of the quantity, below which values are rounding (e.g. cancelled gradients)."""
 
 
 def doubled(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any]:
-    """The model and the first samples in float64, both copies."""
+    """Return copies of the model and of the first samples in float64."""
 
     def in_double(t: Tensor) -> Tensor:
         return t[:SAMPLES].double() if t.is_floating_point() else t[:SAMPLES]
@@ -46,7 +46,7 @@ def doubled(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any]:
 
 
 class _InDouble(TorchFunctionMode):
-    """Whatever would be converted to, or made in, a shorter floating-point type is of float64."""
+    """Replace every shorter floating-point type by float64, in conversions and factory functions."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -62,7 +62,7 @@ def _longer(dtype: torch.dtype) -> torch.dtype:
 
 
 def disagreements(compiled: Compiled, inputs: Inputs) -> dict[tuple[str, str], float]:
-    """Relative error by quantity and parameter; NaN where the two values have different forms."""
+    """Return the relative error by quantity and parameter; NaN where the two values have different forms."""
     with _InDouble():
         target = _targets(compiled, inputs)
         found = compiled(inputs, target, torch.Generator().manual_seed(SEED))
@@ -79,7 +79,7 @@ def disagreements(compiled: Compiled, inputs: Inputs) -> dict[tuple[str, str], f
 
 
 def _scales(entries: list[Entry]) -> dict[str, float]:
-    """The largest number of each kind of tensor."""
+    """Return the largest absolute value of each kind of tensor."""
     largest: defaultdict[str, float] = defaultdict(float)
     for entry in entries:
         for kind, t in _compared(entry).items():
@@ -99,12 +99,12 @@ def _error(found: Entry, expected: Entry, scales: dict[str, float]) -> float:
 
 
 def _compared(entry: Entry) -> dict[str, Tensor]:
-    """The tensors that are compared: what the value determines, whatever basis it is held in."""
+    """Return the tensors to compare: invariants of the value, independent of its basis."""
     return entry.value.invariants if isinstance(entry.value, Block) else entry.tensors()
 
 
 def _targets(compiled: Compiled, inputs: Inputs) -> Tensor:
-    """Random targets of the shape that the loss takes."""
+    """Return random targets of a valid shape for the loss."""
     args, kwargs = as_call(inputs)
     with torch.no_grad():
         output = selector(compiled.options.output)(compiled.model(*args, **kwargs))

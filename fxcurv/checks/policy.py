@@ -1,4 +1,4 @@
-"""What is demanded of a model: which statuses pass, how much must be covered, and which findings do not count."""
+"""Policy of a check: passing statuses, required coverage, and findings that do not count."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _PASSING: dict[Require, tuple[str, ...]] = {
 }
 
 
-_WITHOUT_VALUE = ("frozen", "unreached")  # rightly: nothing was asked for, or it is zero
+_WITHOUT_VALUE = ("frozen", "unreached")  # correctly: not requested, or zero
 
 
 def base(status: str) -> str:
-    """`approx` of `approx(diagonal)`."""
+    """Return `approx` for `approx(diagonal)`."""
     return status.partition("(")[0]
 
 
 class Finding(Protocol):
-    """What a demand reads of a row."""
+    """Fields of a row that a policy reads."""
 
     @property
     def target(self) -> str: ...
@@ -55,7 +55,7 @@ class Finding(Protocol):
 
 @dataclass(frozen=True)
 class Allowance:
-    """A finding that is accepted, and why; `parameter` is a pattern."""
+    """An accepted finding, with the reason; `parameter` is a pattern."""
 
     code: str
     reason: str
@@ -63,16 +63,16 @@ class Allowance:
     target: str | None = None
 
     def covers(self, row: Finding) -> bool:
-        """Whether the finding is this one."""
+        """Whether this allowance covers the finding."""
         here = self.target is None or self.target == row.target
         return here and row.code == self.code and fnmatchcase(row.parameter, self.parameter)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """`require` is the worst status that passes, for at least `min_coverage` of the trainable entries.
+    """Policy of a check: `require`, the worst passing status, for at least `min_coverage` of the trainable entries.
 
-    A finding fails from severity `fail_on` on, unless its code is not selected, is ignored or allowed, or its
+    A finding fails at severity `fail_on` or above, unless its code is not selected, is ignored or allowed, or its
     fingerprint is `known` from a baseline.
     """
 
@@ -86,15 +86,15 @@ class Policy:
 
     @property
     def fatal(self) -> tuple[Severity, ...]:
-        """The severities that make a check fail."""
+        """Severities that make a check fail."""
         return ("error",) if self.fail_on == "error" else ("error", "warning")
 
     def met(self, status: str) -> bool:
-        """Whether a status is as good as required."""
+        """Whether a status meets the requirement."""
         return base(status) in _PASSING[self.require]
 
     def coverage(self, rows: Sequence[Finding]) -> float:
-        """The share of trainable entries whose status is as good as required; 0 where a target failed as a whole."""
+        """Return the share of trainable entries whose status meets the requirement; 0 if the whole target failed."""
         trainable = [row for row in rows if row.parameter and base(row.status) not in _WITHOUT_VALUE]
         if any(not row.parameter for row in rows):
             return 0.0
@@ -102,7 +102,7 @@ class Policy:
         return covered / sum(row.numel for row in trainable) if trainable else 1.0
 
     def severity(self, status: str, code: str, enough: bool) -> Severity | None:
-        """How bad a row is, where `enough` others cover what is demanded; None if there is nothing to say."""
+        """Return the severity of a row, or None without a finding; `enough`: the coverage meets the policy."""
         if base(status) == "error":
             return "error"
         if not self.met(status) and base(status) not in _WITHOUT_VALUE:
@@ -110,7 +110,7 @@ class Policy:
         return CODES[code].severity if code else None
 
     def suppressed(self, row: Finding) -> str:
-        """Why a finding does not count, or nothing."""
+        """Return the reason why a finding does not count, or an empty string."""
         if self.ignore and row.code.startswith(self.ignore):
             return "ignored"
         if self.select and not row.code.startswith(self.select):

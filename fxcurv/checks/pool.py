@@ -1,4 +1,4 @@
-"""Targets in processes of their own: several at once, each with a time limit; one that dies is a finding."""
+"""Targets in separate processes: several at once, each with a time limit; a crash is a finding."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ __all__ = ["Outcome", "Task", "perform", "perform_all"]
 
 
 Outcome = Report | FxcurvError
-"""What came of a target: its report, or why it is none."""
+"""Outcome of a target: its report, or the error that prevented it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One target, what is asked of it, and where its findings are shown."""
+    """One target, its request, and the anchors of its findings."""
 
     name: str
     request: Request
@@ -46,12 +46,12 @@ class Task:
 
     @property
     def anchors(self) -> Anchors:
-        """The anchors that are known without building the model."""
+        """Anchors known without building the model."""
         return Anchors(self.root, self.listed)
 
 
 def perform(task: Task) -> Outcome:
-    """Build the model and check it. What the model prints, and torch where it fails, is dropped."""
+    """Build the model and check it; discard the output of the model and of torch."""
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), _rare_collections():
             target = targets.resolve(task.name, seed=task.seed)
@@ -65,7 +65,7 @@ def perform(task: Task) -> Outcome:
 
 @contextmanager
 def _rare_collections() -> Generator[None]:
-    """Collect garbage seldom: graphs are many small objects that live until the end."""
+    """Reduce the frequency of garbage collection: graphs are many small, long-lived objects."""
     before = gc.get_threshold()
     gc.set_threshold(100_000, 20, 100)
     try:
@@ -78,7 +78,7 @@ def _rare_collections() -> Generator[None]:
 
 
 def perform_all(tasks: Sequence[Task], jobs: int = 1, timeout: float | None = None) -> list[Outcome]:
-    """What came of every target, in their order; a bar shows how far it is, on a terminal."""
+    """Return the outcome of every target, in order; show a progress bar on a terminal."""
     results: dict[int, Outcome] = {}
     alone = timeout is None and (jobs == 1 or len(tasks) == 1)
     done = ((k, perform(task)) for k, task in enumerate(tasks)) if alone else _in_processes(tasks, jobs, timeout)
@@ -89,7 +89,7 @@ def perform_all(tasks: Sequence[Task], jobs: int = 1, timeout: float | None = No
 
 @dataclass(frozen=True)
 class _Running:
-    """A process at work on a task; its time begins when it says so, after its imports."""
+    """A process that runs a task; its time limit starts at its first message, after its imports."""
 
     index: int
     process: Any
@@ -101,7 +101,7 @@ class _Running:
 
 
 def _in_processes(tasks: Sequence[Task], jobs: int, timeout: float | None) -> Iterator[tuple[int, Outcome]]:
-    """Outcomes as they come, of at most `jobs` processes at a time; none outlives the loop."""
+    """Yield outcomes as they arrive, from at most `jobs` processes at a time; all end with the loop."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
@@ -130,7 +130,7 @@ def _started(context: Any, index: int, task: Task, threads: int) -> _Running:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(task, sender, threads), daemon=True)
     process.start()
-    sender.close()  # so that the end of the process is the end of the pipe
+    sender.close()  # then the pipe closes when the process ends
     return _Running(index, process, receiver)
 
 
@@ -139,12 +139,12 @@ def _work(task: Task, sender: Connection, threads: int) -> None:
     sender.send(None)
     try:
         sender.send(perform(task))
-    except Exception as error:  # what cannot be pickled, or what `perform` raises on purpose
+    except Exception as error:  # not picklable, or raised by `perform` on purpose
         sender.send(FxcurvError(f"{task.name}: {type(error).__name__}: {error}", code="FXC904"))
 
 
 def _received(r: _Running, task: Task, timeout: float | None) -> Outcome | None:
-    """What a process sent: first that it has begun, then the outcome; a finding if it sends nothing more."""
+    """Receive a message: first None (started), then the outcome; a finding if the process is silent."""
     try:
         return r.results.recv() if r.results.poll() else _failed(task, "FXC501", f"not checked within {timeout:g} s")
     except EOFError:
@@ -159,7 +159,7 @@ def _end(r: _Running) -> None:
 
 
 def _failed(task: Task, code: str, message: str) -> Report:
-    """The report on a target of which only that is known."""
+    """Return the report on a target that failed without a result."""
     place, remedy = task.anchors.place(()), CODES[code].remedy
     row = Row(task.name, "", "", "error", code=code, message=message, suggestion=remedy, **place)
     request = task.request

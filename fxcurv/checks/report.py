@@ -1,4 +1,4 @@
-"""What a check finds: a row per parameter × quantity, a report per target, one document for all of them."""
+"""Results of a check: a row per parameter × quantity, a report per target, one document for all targets."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["STATUSES", "Report", "Row", "document", "finding_of", "grouped", "ju
 
 
 STATUSES = ("exact", "approx", "fallback", "frozen", "unreached", "unsupported", "error")
-"""The closed set, without the names of approximations."""
+"""All statuses, without the names of approximations."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter × quantity: what it gets and why not more; without a parameter, of the target as a whole.
+    """One parameter × quantity: its status and the reason for it; without a parameter, the target as a whole.
 
-    `file`, `line`, `column` say where to look inside of the repository, `stack` the innermost lines of the model
-    wherever they are. `suppressed` says why a finding does not count: ignored, allowed with a reason, or known.
+    `file`, `line`, `column` are a location inside the repository; `stack` has the innermost lines of the model,
+    in any file. `suppressed` says why a finding does not count: ignored, allowed with a reason, or known.
     """
 
     target: str
@@ -54,18 +54,18 @@ class Row:
 
     @property
     def approximation(self) -> str:
-        """`diagonal` of the status `approx(diagonal)`."""
+        """Name of the approximation: `diagonal` for the status `approx(diagonal)`."""
         return self.status.partition("(")[2].removesuffix(")")
 
     @property
     def fingerprint(self) -> str:
-        """What makes a finding the same finding after an edit: no line numbers."""
+        """Identity of a finding across edits; independent of line numbers."""
         identity = "\0".join((self.target, self.parameter, self.op, self.quantity, self.code))
         return hashlib.sha256(identity.encode()).hexdigest()
 
     @property
     def where(self) -> str:
-        """`file:line` to look at."""
+        """Location as `file:line`."""
         if self.file is not None:
             return f"{self.file}:{self.line}"
         return self.stack[0].partition(" in ")[0] if self.stack else ""
@@ -76,14 +76,14 @@ class Row:
         return f"{self.message}; {self.suggestion}" if self.suggestion else self.message
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers."""
+        """Return plain containers."""
         extra = {"approximation": self.approximation, "fingerprint": self.fingerprint}
         return {**asdict(self), "shape": list(self.shape), "stack": list(self.stack), **extra}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found for one target."""
+    """Result of `check` for one target."""
 
     target: str
     rows: tuple[Row, ...]
@@ -96,30 +96,30 @@ class Report:
 
     @property
     def findings(self) -> tuple[Row, ...]:
-        """The rows that have something to say, and are not suppressed."""
+        """Rows with a severity that are not suppressed."""
         return tuple(row for row in self.rows if row.severity is not None and not row.suppressed)
 
     @property
     def failures(self) -> tuple[Row, ...]:
-        """The findings that make the check fail."""
+        """Findings that make the check fail."""
         return tuple(row for row in self.findings if row.severity in self.policy.fatal)
 
     @property
     def ok(self) -> bool:
-        """Whether something was checked and nothing fails."""
+        """Whether the report has rows and no failures."""
         return bool(self.rows) and not self.failures
 
     @property
     def numel(self) -> int:
-        """Entries of all parameters."""
+        """Number of entries of all parameters."""
         return sum({row.parameter: row.numel for row in self.rows}.values())
 
     def coverage(self, quantity: str) -> float:
-        """The share of trainable entries that get the quantity as it is required."""
+        """Return the share of trainable entries that get the quantity as required."""
         return self.policy.coverage([row for row in self.rows if row.quantity in (quantity, "")])
 
     def statuses(self, quantity: str) -> dict[str, int]:
-        """How many parameters have each status, all of the closed set."""
+        """Return the number of parameters with each status, including zeros."""
         counts = Counter(base(row.status) for row in self.rows if row.quantity == quantity)
         return {status: counts[status] for status in STATUSES}
 
@@ -129,11 +129,11 @@ class Report:
             raise FxcurvError(row.message, remedy=row.suggestion or None, code=row.code)
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of this report alone."""
+        """Return the document of this report alone."""
         return document([self])
 
     def summary(self) -> dict[str, Any]:
-        """The target's line in the document."""
+        """Return the target's entry in the document."""
         return {
             "name": self.target,
             "ok": self.ok,
@@ -153,7 +153,7 @@ class Report:
 
 
 def document(reports: Sequence[Report]) -> dict[str, Any]:
-    """Plain containers, as the JSON format prints them and `schema.json` beside this file describes them."""
+    """Return the JSON document as plain containers; `schema.json` in this folder is its schema."""
     rows = [row for report in reports for row in report.rows]
     return {
         "schema_version": 1,
@@ -178,7 +178,7 @@ def document(reports: Sequence[Report]) -> dict[str, Any]:
 
 
 def judged(report: Report) -> Report:
-    """The report with a severity on every row that has something to say, as its demands see it."""
+    """Return the report with the severity and suppression of every row, by its policy."""
     rows: list[Row] = []
     for quantity in dict.fromkeys(row.quantity for row in report.rows):
         own = [row for row in report.rows if row.quantity == quantity]
@@ -197,7 +197,7 @@ def _judged(rows: Sequence[Row], policy: Policy) -> Iterable[Row]:
 
 
 def text(reports: Sequence[Report]) -> str:
-    """A table per target, each reason once, and a verdict."""
+    """Return a table per target, each reason once, and a verdict."""
     return "\n\n".join(map(_text, reports))
 
 
@@ -209,7 +209,7 @@ def _text(report: Report) -> str:
 
 
 def parameter_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """A line per parameter; codes and places only where something is found."""
+    """Return headers and a line per parameter; codes and locations only if there are findings."""
     status = {(row.parameter, row.quantity): row.status for row in report.rows}
     rows = {row.parameter: row for row in report.rows if row.parameter}
     found = {row.parameter: row for row in reversed(report.findings)}
@@ -222,7 +222,7 @@ def parameter_table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def grouped(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows that say the same about several parameters and quantities."""
+    """Group rows with the same finding about several parameters and quantities."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.target, row.code, row.severity, row.where, row.text), []).append(row)
@@ -230,12 +230,12 @@ def grouped(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def finding_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Code, severity, place and text of rows that say the same."""
+    """Return code, severity, location and text of a group of rows."""
     return rows[0].code, str(rows[0].severity), rows[0].where, f"{names_of(rows)}{rows[0].text}"
 
 
 def names_of(rows: Sequence[Row]) -> str:
-    """The first of their parameters, before what is said about them."""
+    """Return the first parameter and the number of others, as a prefix of the message."""
     names = list(dict.fromkeys(row.parameter for row in rows if row.parameter))
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{more}: " if names else ""

@@ -1,4 +1,4 @@
-"""Rows out of what compiling says: a status and a use per parameter, or the one error that refuses them all."""
+"""Rows from the outcome of compilation: a status and a usage per parameter, or one error for all of them."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ __all__ = ["TOLERANCE", "Outcome", "Place", "computed", "described", "fallen_bac
 
 
 _CODES = {"approx": "FXC320", "fallback": "FXC321", "unsupported": "FXC322", "unreached": "FXC430"}
-"""What a status says by itself."""
+"""Codes by status."""
 
 
 TOLERANCE = 1e-8
-"""The relative error that rounding in float64 explains."""
+"""Largest relative error due to rounding in float64."""
 
 
 _DEFECTS = "FXC9"
-"""Codes with which a check went wrong, so that it says nothing about the model."""
+"""Prefix of codes for a failed check, which says nothing about the model."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """The target, its model, and where findings about it are shown."""
+    """The target, its model, and the anchors of its findings."""
 
     target: str
     model: nn.Module
     anchors: Anchors
 
     def row(self, name: str, quantity: str, status: str) -> Row:
-        """The row of a parameter, without a finding."""
+        """Return the row of a parameter, without a finding."""
         module, parameter = name.rpartition(".")[0], self.model.get_parameter(name)
         kind = type(self.model.get_submodule(module)).__name__
         return Row(self.target, name, quantity, status, module, kind, tuple(parameter.shape), parameter.numel())
@@ -51,7 +51,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What each parameter gets, the graph that says where it is used, why it is refused, how wrong its numbers are."""
+    """Status of each parameter, the canonical graph with its usage, reasons of refusals, and relative errors."""
 
     statuses: Mapping[str, Mapping[str, str]]
     canonical: fx.GraphModule
@@ -60,7 +60,7 @@ class Outcome:
 
 
 def computed(place: Place, found: Outcome) -> list[Row]:
-    """A row per parameter × quantity, with the op that uses the parameter first."""
+    """Return a row per parameter × quantity, with the first op that uses the parameter."""
     uses = parameter_uses(found.canonical, {name for statuses in found.statuses.values() for name in statuses})
     rows: list[Row] = []
     for quantity, statuses in found.statuses.items():
@@ -72,7 +72,7 @@ def computed(place: Place, found: Outcome) -> list[Row]:
 
 
 def _used(place: Place, row: Row, node: fx.Node | None) -> Row:
-    """The row with the node that uses its parameter, and with what its status says by itself."""
+    """Return the row with the node that uses its parameter, and with the code of its status."""
     told = place.anchors.place(frames_of(node) if node is not None else ())
     if node is not None:
         told |= {"node": describe(node), "op": type(module_of(node)).__name__}
@@ -85,7 +85,7 @@ def _coded(row: Row, code: str) -> Row:
 
 
 def _verified(row: Row, error: float) -> Row:
-    """The row, as an error where its value disagrees with that of autograd."""
+    """Return the row; as an error if its value disagrees with autograd."""
     if math.isnan(error):
         return _coded(row, "FXC905")
     if error <= TOLERANCE:
@@ -95,7 +95,7 @@ def _verified(row: Row, error: float) -> Row:
 
 
 def fallen_back(row: Row) -> Row:
-    """An unsupported row as the value that autograd gives it instead, with the reason."""
+    """Return an unsupported row with the status of its autograd fallback, and the reason."""
     if row.status != "unsupported":
         return row
     fallback = _coded(replace(row, status="fallback"), "FXC321")
@@ -103,7 +103,7 @@ def fallen_back(row: Row) -> Row:
 
 
 def refused(place: Place, asked: Mapping[str, Iterable[str]], error: Exception) -> list[Row]:
-    """A row per parameter × quantity of a model that is refused as a whole; frozen ones ask for nothing."""
+    """Return a row per parameter × quantity of a refused model; frozen parameters have no finding."""
     finding, rows = whole(place, error), list[Row]()
     for quantity, names in asked.items():
         for name in names:
@@ -114,7 +114,7 @@ def refused(place: Place, asked: Mapping[str, Iterable[str]], error: Exception) 
 
 
 def _told(finding: Row) -> dict[str, Any]:
-    """What a finding says, apart from what it is about."""
+    """Return the fields of a finding, without its subject."""
     return {key: getattr(finding, key) for key in _SAID}
 
 
@@ -122,7 +122,7 @@ _SAID = ("node", "code", "message", "suggestion", "file", "line", "column", "sta
 
 
 def whole(place: Place, error: Exception) -> Row:
-    """The finding that an error is, about no parameter in particular."""
+    """Convert an error to a finding about the whole target."""
     if not isinstance(error, FxcurvError):
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         cause = f"{type(error).__name__}: {first}"
@@ -134,7 +134,7 @@ def whole(place: Place, error: Exception) -> Row:
 
 
 def described(inputs: Inputs) -> str:
-    """`2x3x224x224:float32`, several joined by commas, keywords by name."""
+    """Describe inputs as `2x3x224x224:float32`; several are joined by commas, keywords have names."""
     args, kwargs = as_call(inputs)
     named = [(f"{key}=", value) for key, value in kwargs.items()]
     parts = [(name, t) for name, value in (*(("", a) for a in args), *named) for t in pytree.tree_leaves(value)]

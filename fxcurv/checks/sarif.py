@@ -1,4 +1,4 @@
-"""SARIF 2.1.0: findings in the form that code scanning reads."""
+"""SARIF 2.1.0: findings in the format of code scanning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sar
 
 
 def as_sarif(reports: Sequence[Report]) -> str:
-    """One run with a result per finding; suppressed ones are there, as suppressed."""
+    """Return one run with a result per finding; suppressed findings are included and marked."""
     rows = [row for report in reports for row in report.rows if row.severity is not None]
     usage = sorted({row.code for row in rows})
     driver = {"name": "fxcurv", "version": __version__, "rules": [_rule(CODES[code]) for code in usage]}

@@ -1,7 +1,7 @@
-"""The static level: what every parameter would get, from the graph alone, on the meta device.
+"""The static level: the status of every parameter, from the graph alone, on the meta device.
 
-Where the samples of a tensor lie is what compiling probes with random numbers; here it is assumed that they stay apart,
-so a model that passes may still be refused by the level above, for samples that mix.
+Compilation infers batch axes by probing with random numbers. This level assumes that samples do not mix, so a model
+that passes may still be refused by the shape level for samples that mix.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["static_found"]
 
 
 def static_found(model: nn.Module, inputs: Inputs, output: Output, selection: Selection) -> Outcome:
-    """What each parameter would get, and the graph that it is read off."""
+    """Return the status of each parameter, and the lowered graph."""
     on_meta: Any = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
     gm = _assumed_apart(lowered(_without_memory(model), on_meta, output)["lowered"])
     return Outcome(plan(model, gm, selection).statuses, gm)
 
 
 def _without_memory(model: nn.Module) -> nn.Module:
-    """A copy of the modules whose tensors have shapes and types, but no entries."""
+    """Return a copy of the modules with meta tensors: shapes and dtypes, no data."""
     tensors = (*model.parameters(), *model.buffers())
     memo: dict[int, Any] = {id(t): _on_meta(t) for t in tensors}
     return copy.deepcopy(model, memo)
@@ -44,7 +44,7 @@ def _on_meta(t: Tensor) -> Tensor:
 
 
 def _assumed_apart(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph with the samples of whatever depends on the input along the first axis of the batch's size."""
+    """Return the graph with assumed batch axes: the first axis of batch size, for nodes that depend on the input."""
     gm = copied(gm)
     for node in gm.graph.nodes:
         shared = node.op != "placeholder" and all(x.meta["samples"] is None for x in node.all_input_nodes)
@@ -53,6 +53,6 @@ def _assumed_apart(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _first(shape: Shape) -> Samples | None:
-    """All samples one behind the other along the first axis whose size is a multiple of their number."""
+    """Return the layout with samples in order along the first axis whose size is a multiple of the batch size."""
     sizes = ((axis, size.multiple) for axis, size in enumerate(shape) if isinstance(size, BatchSize))
     return next((Samples(axis, multiple) for axis, multiple in sizes), None)

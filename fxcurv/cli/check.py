@@ -1,6 +1,6 @@
-"""fxcurv check | explain | codes: settings in, reports and an exit code out.
+"""fxcurv check | explain | codes: from settings to reports and an exit code.
 
-0 passed, 1 findings, 2 wrong use, a broken configuration, or a target that cannot be built.
+0 passed, 1 findings, 2 wrong usage, a broken configuration, or a target that cannot be built.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["add_check", "add_codes", "add_explain"]
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
-    """The options of `fxcurv check`."""
+    """Add the options of `fxcurv check`."""
     parser.set_defaults(command=_check)
     parser.add_argument("target", nargs="*", metavar="TARGET", help="default: every [[tool.fxcurv.target]]")
     for option in config.options():
@@ -41,7 +41,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
             shown = option.metavar if option.choices is None else None
             parser.add_argument(name, default=unset, help=option.help, metavar=shown, choices=option.choices)
     parser.add_argument(
-        "--write-baseline", action="store_true", help="take what fails now as known, drop what is fixed"
+        "--write-baseline", action="store_true", help="record current failures as known, remove fixed findings"
     )
     parser.add_argument("--isolated", action="store_true", help="read neither pyproject.toml nor FXCURV_… variables")
 
@@ -69,7 +69,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _tasks(arguments: argparse.Namespace, read: config.Config, known: baseline.Baseline) -> list[Task]:
-    """A task per target: those named, with the settings that the project gives them, else all of the project's."""
+    """Return a task per target: the named targets with their project settings, or all targets of the project."""
     listed = {target.name: target for target in read.targets}
     asked = [listed.get(name, config.TargetSettings(name)) for name in arguments.target] or list(read.targets)
     if not asked:
@@ -91,7 +91,7 @@ def _tasks(arguments: argparse.Namespace, read: config.Config, known: baseline.B
 
 
 def _baseline(settings: config.Settings, write: bool) -> tuple[baseline.Baseline, Path]:
-    """What is known, and the file that says or will say so."""
+    """Return the baseline and its file, which may not exist yet."""
     file = settings.baseline or baseline.FILE
     if file.is_file() or not write:
         named_or_there = settings.baseline is not None or file.is_file()
@@ -100,7 +100,7 @@ def _baseline(settings: config.Settings, write: bool) -> tuple[baseline.Baseline
 
 
 def _stale(known: baseline.Baseline, reports: Sequence[Report], file: Path) -> list[Mapping[str, str]]:
-    """The known findings that are fixed, which are said on stderr."""
+    """Return the known findings that are fixed, and print them to stderr."""
     fixed: list[Mapping[str, str]] = list(known.fixed(reports))
     for entry in fixed:
         said = f"{entry['code']} {entry['target']} {entry['parameter']} {entry['quantity']}"
@@ -109,15 +109,15 @@ def _stale(known: baseline.Baseline, reports: Sequence[Report], file: Path) -> l
 
 
 def _forgiving(report: Report, known: baseline.Baseline) -> Report:
-    """The report as the next check will see it."""
+    """Return the report under the new baseline."""
     return judged(replace(report, policy=replace(report.policy, known=known.fingerprints)))
 
 
-# What is written --------------------------------------------------------------------------------------------------
+# Output -----------------------------------------------------------------------------------------------------------
 
 
 def _publish(reports: Sequence[Report], settings: config.Settings) -> None:
-    """The report to stdout or a file; the summary of the job where GitHub wants one."""
+    """Write the report to stdout or a file, and the job summary for GitHub."""
     if not reports:
         return
     text = formats.FORMATS[settings.format](reports)
@@ -150,7 +150,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def add_explain(parser: argparse.ArgumentParser) -> None:
-    """The options of `fxcurv explain`."""
+    """Add the options of `fxcurv explain`."""
     parser.set_defaults(command=_explain)
     parser.add_argument("code", nargs="+", metavar="CODE", help="such as FXC401")
 
@@ -161,7 +161,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def add_codes(parser: argparse.ArgumentParser) -> None:
-    """The options of `fxcurv codes`."""
+    """Add the options of `fxcurv codes`."""
     parser.set_defaults(command=_codes)
     parser.add_argument("--format", default="text", choices=("text", "json"), help="default text")
 

@@ -1,4 +1,4 @@
-"""What a check is asked: the command line, before FXCURV_… variables, before [tool.fxcurv] of pyproject.toml.
+"""Settings of a check, by precedence: command line, FXCURV_… variables, [tool.fxcurv] of pyproject.toml.
 
 Every field of `Settings` is an option `--like-this`, a key `like_this` and a variable FXCURV_LIKE_THIS.
 """
@@ -29,7 +29,7 @@ __all__ = ["Config", "Option", "Settings", "TargetSettings", "load", "options"]
 PREFIX = "FXCURV_"
 
 
-# Readers: each takes a string, or what TOML holds -----------------------------------------------------------------
+# Readers: each takes a string or a TOML value ---------------------------------------------------------------------
 
 
 def _words(value: object) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def _one_of(*choices: str) -> Callable[[object], str]:
 
 @dataclass(frozen=True)
 class Option:
-    """How an option is read, and what its help says."""
+    """An option: its reader and its help text."""
 
     name: str
     read: Callable[[object], Any]
@@ -117,7 +117,7 @@ def _among(choices: Iterable[str], help: str) -> dict[str, Any]:
     return {"read": _one_of(*known), "help": help, "choices": known}
 
 
-_INPUT = "one sample: 3x32x32, ids=16:int64,mask=16:bool, or @module:function (default: what the model says)"
+_INPUT = "one sample: 3x32x32, ids=16:int64,mask=16:bool, or @module:function (default: shape given by the model)"
 
 
 _LEVEL = "static: on the meta device; shape: compiled (default); numeric: compared with autograd"
@@ -125,7 +125,7 @@ _LEVEL = "static: on the meta device; shape: compiled (default); numeric: compar
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that can be set for a check, or for one of its targets."""
+    """All settings of a check, or of one of its targets."""
 
     quantities: tuple[str, ...] = field(
         default=("kfac", "diag_ggn"), metadata=_as(_words, f"of {', '.join(NAMES)} (default kfac,diag_ggn)", "Q,…")
@@ -141,32 +141,34 @@ class Settings:
         default=1.0, metadata=_as(_number(0, 1), "share of trainable entries that must pass (default 1)", "SHARE")
     )
     fail_on: FailOn = field(default="error", metadata=_among(get_args(FailOn), "severity that fails (default error)"))
-    exit_zero: bool = field(default=False, metadata=_as(_flag, "exit with 0 even if something is found"))
+    exit_zero: bool = field(default=False, metadata=_as(_flag, "exit with 0 even with findings"))
     mode: str = field(default="eval", metadata=_among(("eval", "train"), "mode of the model (default eval)"))
     select: tuple[str, ...] = field(default=(), metadata=_as(_codes, "only findings of these codes", "PREFIX,…"))
     ignore: tuple[str, ...] = field(default=(), metadata=_as(_codes, "no findings of these codes", "PREFIX,…"))
     baseline: Path | None = field(default=None, metadata=_as(_path, "known findings, which do not fail", "FILE"))
-    strict_baseline: bool = field(default=False, metadata=_as(_flag, "fail where known findings are fixed"))
-    jobs: int = field(default=1, metadata=_as(_number(1, whole=True), "processes, a target each (default 1)", "N"))
-    timeout: float | None = field(default=None, metadata=_as(_number(0.001), "seconds for one target", "S"))
+    strict_baseline: bool = field(default=False, metadata=_as(_flag, "fail if known findings are fixed"))
+    jobs: int = field(
+        default=1, metadata=_as(_number(1, whole=True), "number of processes, one target each (default 1)", "N")
+    )
+    timeout: float | None = field(default=None, metadata=_as(_number(0.001), "time limit per target, in seconds", "S"))
     format: str = field(default="text", metadata=_among(FORMATS, "default text"))
     output: Path | None = field(default=None, metadata=_as(_path, "write the report to a file", "FILE"))
     also: tuple[tuple[str, Path], ...] = field(
         default=(),
-        metadata=_as(_reports, "further reports, into files: sarif=check.sarif,junit=check.xml", "FORMAT=FILE,…"),
+        metadata=_as(_reports, "more reports, to files: sarif=check.sarif,junit=check.xml", "FORMAT=FILE,…"),
     )
     statistics: bool = field(default=False, metadata=_as(_flag, "count findings by code, on stderr"))
-    seed: int = field(default=0, metadata=_as(_number(0, whole=True), "of weights and inputs (default 0)", "N"))
+    seed: int = field(default=0, metadata=_as(_number(0, whole=True), "seed of weights and inputs (default 0)", "N"))
     allow: tuple[Allowance, ...] = ()
 
     @property
     def policy(self) -> Policy:
-        """What passes, without a baseline."""
+        """Policy of these settings, without a baseline."""
         return Policy(self.require, self.min_coverage, self.fail_on, self.select, self.ignore, self.allow)
 
 
 def options() -> tuple[Option, ...]:
-    """Every option that the command line, the environment and the project can set."""
+    """Return every option of the command line, the environment and the project."""
     declared = (f for f in dataclasses.fields(Settings) if f.metadata)
     return tuple(Option(f.name, **f.metadata) for f in declared)
 
@@ -179,7 +181,7 @@ _OF_TARGETS = ("quantities", "loss", "input", "level", "on_unsupported", "requir
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """A [[tool.fxcurv.target]]: its name, the line that names it, and what it sets differently."""
+    """A [[tool.fxcurv.target]]: its name, its line, and its own values of settings."""
 
     name: str
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -188,7 +190,7 @@ class TargetSettings:
 
 @dataclass(frozen=True)
 class Config:
-    """The layers of settings, and the targets that the project lists."""
+    """The layers of settings, and the targets of the project."""
 
     project: Mapping[str, Any]
     over: Mapping[str, Any]
@@ -197,18 +199,18 @@ class Config:
 
     @property
     def common(self) -> Settings:
-        """What holds for all targets."""
+        """Settings of all targets."""
         return Settings(**{**self.project, **self.over})
 
     def of(self, target: TargetSettings) -> Settings:
-        """What holds for one of them."""
+        """Return the settings of one target."""
         allow = (*self.project.get("allow", ()), *target.values.get("allow", ()))
         values: dict[str, Any] = {**self.project, **target.values, **self.over, "allow": allow}
         return Settings(**values)
 
 
 def load(given: Mapping[str, object], environment: Mapping[str, str], folder: Path | None) -> Config:
-    """The settings of a command line, an environment, and the project that holds `folder` (none: no project)."""
+    """Load the settings of a command line, an environment, and the project around `folder` (None: no project)."""
     known = {option.name: option for option in options()}
     variables = {k.removeprefix(PREFIX).lower(): v for k, v in environment.items() if k.startswith(PREFIX)}
     over = _values(variables, known, PREFIX) | _values(given, known, "--")
@@ -224,7 +226,7 @@ def load(given: Mapping[str, object], environment: Mapping[str, str], folder: Pa
 
 
 def _values(table: Mapping[str, object], known: Mapping[str, Option], source: str) -> dict[str, Any]:
-    """The values of a table, as their options read them; `source` begins the name in errors."""
+    """Read the values of a table by their options; `source` is the prefix of names in errors."""
     values: dict[str, Any] = {}
     for key, value in table.items():
         _expect(key, known, source)
@@ -241,7 +243,7 @@ def _expect(key: str, known: Iterable[str], source: str) -> None:
     if key in known:
         return
     close = difflib.get_close_matches(key, list(known), n=1)
-    remedy = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    remedy = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
     raise InputError(f"{source}{key}: there is no such key", remedy=remedy, code="FXC008")
 
 
@@ -251,12 +253,12 @@ def _project_file(folder: Path) -> Path | None:
 
 
 def _table(file: Path) -> tuple[dict[str, Any], str]:
-    """[tool.fxcurv], and the text of the file."""
+    """Return the table [tool.fxcurv], and the text of the file."""
     text = file.read_text(encoding="utf-8")
     try:
         return dict(tomllib.loads(text).get("tool", {}).get("fxcurv", {})), text
     except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{file} is no TOML: {error}", remedy="correct it", code="FXC008") from error
+        raise InputError(f"{file} is not valid TOML: {error}", remedy="correct it", code="FXC008") from error
 
 
 def _targets(tables: Any, known: Mapping[str, Option], file: Path, text: str) -> tuple[TargetSettings, ...]:
@@ -283,6 +285,6 @@ def _allowance(entry: Any, file: Path) -> Allowance:
         _expect(key, ("code", "parameter", "reason"), source)
     if not entry.get("reason"):
         remedy = 'add reason = "…": why the finding is accepted'
-        raise InputError(f"{file.name}: allow {entry} gives no reason", remedy=remedy, code="FXC008")
+        raise InputError(f"{file.name}: allow {entry} has no reason", remedy=remedy, code="FXC008")
     _expect(str(entry.get("code")), CODES, source)
     return Allowance(entry["code"], entry["reason"], entry.get("parameter", "*"))

@@ -1,7 +1,7 @@
-"""`fxcurv demo`: train a small residual network on real handwritten digits, then look at it through its curvature.
+"""`fxcurv demo`: train a small residual network on handwritten digits, and analyze its curvature.
 
 It computes KFAC and the exact diagonal of the GGN over the training data, checks entries of the diagonal against
-autograd, draws pictures, and asks what the diagonal is good for: which weights can be set to zero?
+autograd, draws pictures, and uses the diagonal for pruning: which weights can be set to zero?
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ PRUNING_DIGITS = 512
 
 
 class DemoError(FxcurvError):
-    """The demo found something that must not be: a network that did not learn, or curvature that is wrong."""
+    """Failure of the demo: a network that did not learn, or wrong curvature."""
 
 
 def run(output: Path, *, seed: int = 0, say: Callable[[str], None] = print) -> DemoReport:
-    """The whole demo: its files go to `output`, what it finds to `say`, its progress bars to a terminal's stderr."""
+    """Run the demo: write files to `output`, pass text to `say`, show progress bars on a terminal's stderr."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,7 +83,7 @@ def run(output: Path, *, seed: int = 0, say: Callable[[str], None] = print) -> D
 
 @contextmanager
 def _one_thread() -> Generator[None]:
-    """Tensors this small gain nothing from a second thread, and one adds in the same order on every machine."""
+    """Use one thread: faster for small tensors, and the order of summation is the same on every machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -164,7 +164,7 @@ class _Digits:
 
 
 def _digits(seed: int) -> _Digits:
-    """scikit-learn's 1,797 digits in the seed's order; the last of them are for testing."""
+    """Return scikit-learn's 1,797 digits, shuffled by the seed; the last `TEST_DIGITS` are the test set."""
     every = data.load("digits", 1797, (1, 8, 8), 10, seed)
     assert every.targets is not None
     cut = len(every.inputs) - TEST_DIGITS
@@ -172,7 +172,7 @@ def _digits(seed: int) -> _Digits:
 
 
 def _trained(digits: _Digits, seed: int) -> nn.Module:
-    """A network in eval mode after `EPOCHS` of AdamW with one cycle of the learning rate."""
+    """Train a network for `EPOCHS` epochs of AdamW with one cycle of the learning rate; return it in eval mode."""
     from tqdm import tqdm
 
     with torch.random.fork_rng(devices=[]):
@@ -186,7 +186,7 @@ def _trained(digits: _Digits, seed: int) -> nn.Module:
     with torch.enable_grad(), tqdm(total=steps, desc="training", file=sys.stderr, disable=None, leave=False) as bar:
         for _ in range(EPOCHS):
             for chosen in torch.randperm(len(digits.train), generator=generator).split(MINIBATCH):
-                # smoothed labels keep p away from 0 and 1, where one sampled label says little about diag(p) − ppᵀ
+                # smoothed labels keep p away from 0 and 1, where one sampled label is a poor estimate of diag(p) − ppᵀ
                 scores, labels = model(digits.train[chosen]), digits.train_labels[chosen]
                 loss = F.cross_entropy(scores, labels, label_smoothing=SMOOTHING)
                 optimizer.zero_grad()
@@ -200,13 +200,13 @@ def _trained(digits: _Digits, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def _accuracy(model: nn.Module, digits: _Digits, weights: Mapping[str, Tensor] | None = None) -> float:
-    """The share of test digits that are classified correctly, with some of the weights replaced."""
+    """Return the share of correctly classified test digits, with some of the weights replaced."""
     scores = functional_call(model, dict(weights or {}), (digits.test,))
     return (scores.argmax(1) == digits.test_labels).double().mean().item()
 
 
 def _curvature(model: nn.Module, digits: _Digits, seed: int) -> DataCurvature:
-    """DiagGGN (exact) and KFAC (one label sampled per digit) of the mean loss over the training digits."""
+    """Return DiagGGN (exact) and KFAC (one sampled label per digit) of the mean loss over the training digits."""
     curv = api.compile(model, loss=nn.CrossEntropyLoss(), quantities=["kfac", "diag_ggn"])
     batches = zip(digits.train.split(CURVATURE_BATCH), digits.train_labels.split(CURVATURE_BATCH), strict=True)
     result = curv.accumulate(batches, generator=torch.Generator().manual_seed(seed), progress=False)
@@ -237,7 +237,7 @@ def _rows(model: nn.Module, curvature: DataCurvature) -> tuple[Row, ...]:
 
 
 def _checked(model: nn.Module, digits: _Digits, seed: int) -> tuple[CheckedEntry, ...]:
-    """Entries of the diagonal drawn at random, each computed in float64 by fxcurv and by autograd; they must agree."""
+    """Compare random entries of the diagonal in float64 between fxcurv and autograd; raise if they disagree."""
     exact = copy.deepcopy(model).double()
     x, y = digits.train[:CHECKED_SAMPLES].double(), digits.train_labels[:CHECKED_SAMPLES]
     curv = api.compile(exact, loss=nn.CrossEntropyLoss(reduction="sum"), quantities=["diag_ggn"])
@@ -252,13 +252,13 @@ def _checked(model: nn.Module, digits: _Digits, seed: int) -> tuple[CheckedEntry
         entries.append(CheckedEntry(name, index, diagonals[name][index].item(), expected))
     worst = max(entries, key=lambda entry: entry.error)
     if worst.error > ERROR_ALLOWED:
-        found = f"diag_ggn{list(worst.index)} is {worst.computed!r}, autograd says {worst.expected!r}"
-        raise DemoError(found, node=worst.name, remedy="this is a defect of fxcurv, please report it", code="FXC903")
+        found = f"diag_ggn{list(worst.index)} is {worst.computed!r}, autograd gives {worst.expected!r}"
+        raise DemoError(found, node=worst.name, remedy="this is a defect of fxcurv; please report it", code="FXC903")
     return tuple(entries)
 
 
 def _diagonal_entry(model: nn.Module, x: Tensor, name: str, index: tuple[int, ...]) -> float:
-    """Σ_n jᵀ(diag(p) − ppᵀ)j, j[n,c] = ∂f[n,c]/∂θ[index]: a column of the per-sample Jacobians, in forward mode."""
+    """Σ_n jᵀ(diag(p) − ppᵀ)j, j[n,c] = ∂f[n,c]/∂θ[index]: a column of the per-sample Jacobians, by forward mode."""
     parameter = model.get_parameter(name).detach()
     direction = torch.zeros_like(parameter)
     direction[index] = 1
@@ -267,7 +267,7 @@ def _diagonal_entry(model: nn.Module, x: Tensor, name: str, index: tuple[int, ..
         columns: Any = torch.func.jvp(lambda w: functional_call(model, {name: w}, (x,)), (parameter,), (direction,))
     f, j = columns
     p = f.softmax(1)
-    # jᵀ(diag(p) − ppᵀ)j is the variance of j under p, and written so it has no cancellation
+    # jᵀ(diag(p) − ppᵀ)j is the variance of j under p; this formula avoids cancellation
     return (p * (j - (p * j).sum(1, keepdim=True)).square()).sum().item()
 
 
@@ -275,7 +275,7 @@ def _diagonal_entry(model: nn.Module, x: Tensor, name: str, index: tuple[int, ..
 
 
 def _pruned(model: nn.Module, digits: _Digits, diagonal: Mapping[str, Tensor], seed: int) -> Pruning:
-    """Accuracy without the weights of lowest score: the saliency ½·diag·w² (LeCun et al. 1990), |w|, or noise."""
+    """Return accuracies after pruning by lowest score: the saliency ½·diag·w² (LeCun et al. 1990), |w|, or noise."""
     weights = _weights(model)
     generator = torch.Generator().manual_seed(seed)
     scores = {
@@ -295,7 +295,7 @@ def _pruned(model: nn.Module, digits: _Digits, diagonal: Mapping[str, Tensor], s
 
 
 def _pruned_in_steps(model: nn.Module, digits: _Digits, diagonal: Mapping[str, Tensor]) -> tuple[float, ...]:
-    """The same with the saliency of what is left, computed again at every step: one compile sees all of them."""
+    """Prune by the saliency of the remaining weights, recomputed at every step with one compiled model."""
     from tqdm import tqdm
 
     sparse = copy.deepcopy(model)
@@ -303,7 +303,7 @@ def _pruned_in_steps(model: nn.Module, digits: _Digits, diagonal: Mapping[str, T
     curv = api.compile(sparse, loss=nn.CrossEntropyLoss(reduction="sum"), quantities=["diag_ggn"])
     x, y = digits.train[:PRUNING_DIGITS], digits.train_labels[:PRUNING_DIGITS]
     for sparsity in tqdm(SPARSITIES[1:], desc="pruning", file=sys.stderr, disable=None, leave=False):
-        # a weight that is gone has the saliency 0, the lowest there is, and stays gone
+        # a pruned weight has the lowest saliency, 0, and remains pruned
         mask = masks(_saliency(weights, diagonal), sparsity)
         for name, w in weights.items():
             w.mul_(mask[name])
@@ -313,12 +313,12 @@ def _pruned_in_steps(model: nn.Module, digits: _Digits, diagonal: Mapping[str, T
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of convolutions and linear layers, detached but live."""
+    """Return the weights of convolutions and linear layers, detached views of the parameters."""
     return {name: p.detach() for name, p in model.named_parameters() if p.ndim > 1}
 
 
 def _saliency(weights: Mapping[str, Tensor], diagonal: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """½·diag·w²: how much the loss rises, to second order and without cross terms, when w becomes 0."""
+    """½·diag·w²: increase of the loss when w becomes 0, to second order and without cross terms."""
     return {name: diagonal[name] * w.square() / 2 for name, w in weights.items()}
 
 

@@ -1,4 +1,4 @@
-"""The demo's report: tables, pictures and texts."""
+"""Report of the demo: tables, pictures and texts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TEST_DIGITS = 360
 RANDOM_DRAWS = 5
 
 
-# What it reports -----------------------------------------------------------------------------------------------------
+# Report --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: the traces of its blocks, and the status of either quantity."""
+    """One parameter: the trace and status of both quantities."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class CheckedEntry:
-    """One entry of the diagonal as fxcurv and as autograd compute it in float64."""
+    """One entry of the diagonal, computed in float64 by fxcurv and by autograd."""
 
     name: str
     index: tuple[int, ...]
@@ -45,25 +45,25 @@ class CheckedEntry:
 
     @property
     def error(self) -> float:
-        """The relative error; where autograd says 0, the absolute one."""
+        """Relative error; absolute if autograd gives 0."""
         return abs(self.computed - self.expected) / (abs(self.expected) or 1.0)
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """Test accuracy `kept[method][k]` after the share `sparsities[k]` of the weights was set to zero, not retrained."""
+    """Test accuracy `kept[method][k]` with the share `sparsities[k]` of the weights set to zero, without retraining."""
 
     weights: int
     sparsities: tuple[float, ...]
     kept: Mapping[str, tuple[float, ...]]
 
     def mean(self, method: str) -> float:
-        """The accuracy averaged over the sparsities above zero."""
+        """Return the accuracy averaged over the sparsities above zero."""
         pruned = self.kept[method][1:]
         return sum(pruned) / len(pruned)
 
     def tolerated(self, method: str, loss: float = 0.01) -> float:
-        """The largest sparsity up to which no more than `loss` of the accuracy is lost."""
+        """Return the largest sparsity up to which the accuracy drops by at most `loss`."""
         kept, last = self.kept[method], 0.0
         for sparsity, accuracy in zip(self.sparsities, kept, strict=True):
             if accuracy < kept[0] - loss - 1e-9:
@@ -74,7 +74,7 @@ class Pruning:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo found, and the files that show it; `str()` is the last paragraph."""
+    """Results of the demo, and its files; `str()` is the conclusion."""
 
     accuracy: float
     rows: tuple[Row, ...]
@@ -121,7 +121,7 @@ SPARSITIES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 QUOTED_SPARSITY = 0.7
 
 
-# What it writes ------------------------------------------------------------------------------------------------------
+# Output --------------------------------------------------------------------------------------------------------------
 
 
 def _tabulated(rows: Sequence[Sequence[str]], headers: Sequence[str], fmt: str) -> str:
@@ -135,7 +135,7 @@ _ALIGNED = {4: ("right",) * 3, 5: ("right",) * 4, 6: ("left", "right", "left", "
 
 
 def parameter_table(rows: Sequence[Row], fmt: str = "simple") -> str:
-    """A line per parameter, and the total."""
+    """Return a line per parameter, and the total."""
     headers = ("parameter", "shape", "trace of diag_ggn", "status", "trace of kfac", "status")
     lines = [
         (
@@ -169,7 +169,7 @@ def pruning_table(pruning: Pruning, fmt: str = "simple") -> str:
 
 
 def conclusion(accuracy: float, rows: Sequence[Row], curvature: DataCurvature, pruning: Pruning) -> str:
-    """One paragraph of what was found; every number and every verdict in it is computed."""
+    """Return the conclusion, one paragraph; every number and verdict in it is computed."""
     top = max(rows, key=lambda row: row.diag_ggn_trace)
     size, trace = (sum(f(row) for row in rows) for f in (_numel, lambda row: row.diag_ggn_trace))
     convolutions = _trace_ratio([row for row in rows if len(row.shape) == 4])
@@ -197,7 +197,7 @@ def _trace_ratio(rows: Sequence[Row]) -> float:
 
 
 def _verdict(pruning: Pruning) -> str:
-    """Which method keeps the most accuracy on average, or that two are level (within one test digit)."""
+    """Return the method with the highest mean accuracy, or the two that are level (within one test digit)."""
     first, second, *_ = sorted(pruning.kept, key=pruning.mean, reverse=True)
     means = ", ".join(f"{method} {pruning.mean(method):.1%}" for method in pruning.kept)
     margin = pruning.mean(first) - pruning.mean(second)
@@ -228,7 +228,7 @@ def pictures(output: Path, rows: Sequence[Row], curvature: DataCurvature, prunin
 def texts(
     output: Path, rows: Sequence[Row], checked: Sequence[CheckedEntry], pruning: Pruning, conclusion: str
 ) -> tuple[Path, Path]:
-    """`table.txt` and `report.md`."""
+    """Write `table.txt` and `report.md`."""
     entries = [
         (f"{e.name}{list(e.index)}", f"{e.computed:.12g}", f"{e.expected:.12g}", f"{e.error:.1e}") for e in checked
     ]
@@ -237,7 +237,7 @@ def texts(
         conclusion,
         "## Curvature per parameter",
         "Of the mean cross entropy over the training digits: `diag_ggn` is exact, `kfac` samples one label per digit."
-        " `exact` says that a value equals its definition.",
+        " `exact` means that a value equals its definition.",
         parameter_table(rows, "github"),
         "![trace per parameter](traces.png)",
         "![Kronecker factors](factors.png)",

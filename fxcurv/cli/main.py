@@ -37,7 +37,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; errors are one line on stderr, and 2, so that they are not taken for findings."""
+    """Run one command; on an error, print one line to stderr and return 2, to distinguish it from findings."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["rules"]:
         print("fxcurv rules is now called fxcurv codes", file=sys.stderr)
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = command(arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read the output has seen enough, as `| head` has
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except FxcurvError as error:
@@ -77,7 +77,7 @@ def _compute(arguments: argparse.Namespace) -> int:
     with process_group() as (rank, size):
         if size == 1:
             result = compiled(inputs, y, generator, progress=True)
-        else:  # every process computes a share, and the first one speaks
+        else:  # every process computes a share; only rank 0 prints
             share = [(inputs[rank::size], y[rank::size])] if rank < len(y) else []
             result = compiled.accumulate(share, generator=generator.manual_seed(arguments.seed + rank))
     if rank:
@@ -96,7 +96,7 @@ def _show(arguments: argparse.Namespace) -> int:
         arguments.loss,
         _names(arguments.quantities),
         example_inputs=example(target, arguments.input),
-        on_unsupported="error" if arguments.format == "text" else "skip",  # a picture shows what is refused
+        on_unsupported="error" if arguments.format == "text" else "skip",  # a picture shows refused parameters
     )
     if arguments.cost:
         return _written(f"{compiled.explain()}\n", arguments.output)
@@ -116,7 +116,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _written(text: str, file: Path | None) -> int:
-    """Print a text, or write it to a file."""
+    """Print the text, or write it to a file."""
     if file is None:
         print(text, end="")
         return 0
@@ -156,7 +156,7 @@ def _env(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# What commands share ----------------------------------------------------------------------------------------------
+# Shared by commands -----------------------------------------------------------------------------------------------
 
 
 def _names(quantities: str) -> list[str]:
@@ -203,13 +203,15 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, add: Callable[[argparse.ArgumentParser], None], help: str, epilog: str = "") -> None:
         sub = commands.add_parser(name, help=help, description=help, epilog=epilog)
-        sub.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
+        sub.add_argument("--traceback", action="store_true", help="show the traceback of an unexpected error")
         add(sub)
 
     command("compute", _add_compute, "compute curvature of a model on a batch and print it per parameter", _TARGET)
     command("show", _add_show, "print the rewritten graphs of a model, forward and backward", _TARGET)
-    command("check", add_check, "say for every parameter and quantity whether it is exact, named or refused", _CHECK)
-    command("explain", add_explain, "say what a code means, and what to do")
+    command(
+        "check", add_check, "report for every parameter and quantity: exact, named approximation, or refused", _CHECK
+    )
+    command("explain", add_explain, "explain a code and its remedy")
     command("codes", add_codes, "list all codes")
     command("demo", _add_demo, "train a small residual CNN on handwritten digits and look at its curvature")
     command("env", lambda sub: sub.set_defaults(command=_env), "print versions for a bug report")
@@ -226,7 +228,7 @@ def _add_compute(parser: argparse.ArgumentParser) -> None:
         "--data", default="random", choices=get_args(data.DataName), help="real or random inputs (default random)"
     )
     parser.add_argument(
-        "--memory-budget", metavar="SIZE", help="how far memory may rise, e.g. 2GiB (default: no limit)"
+        "--memory-budget", metavar="SIZE", help="limit of additional memory, e.g. 2GiB (default: no limit)"
     )
     parser.add_argument("--save", type=Path, metavar="FILE.safetensors", help="write every tensor to a file")
 
@@ -239,22 +241,26 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
         help="captured, lowered, canonical, forward, backward (default canonical,backward)",
     )
     parser.add_argument("--code", action="store_true", help="print generated Python code instead of tables")
-    parser.add_argument("--cost", action="store_true", help="print what every node will cost, and the other ways")
+    parser.add_argument(
+        "--cost", action="store_true", help="print the estimated cost of every node, and the alternatives"
+    )
     parser.add_argument(
         "--format", default="text", choices=("text", *get_args(Format)), help="tables, or a picture of the modules"
     )
-    parser.add_argument("--depth", type=int, metavar="N", help="names of a module path that a picture shows")
+    parser.add_argument("--depth", type=int, metavar="N", help="depth of module paths in a picture")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write to a file")
 
 
 def _add_model(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
-    """What every command on one model takes."""
+    """Add the options of commands on one model."""
     parser.set_defaults(command=run)
     parser.add_argument("target", metavar="TARGET")
     quantities = f"of {', '.join(NAMES)} (default kfac,diag_ggn)"
     parser.add_argument("--quantities", default="kfac,diag_ggn", metavar="Q,…", help=quantities)
     parser.add_argument("--loss", default="cross_entropy", choices=list(LOSSES))
-    parser.add_argument("--input", metavar="SHAPE", help="of one sample, e.g. 3x32x32 (default: what the model says)")
+    parser.add_argument(
+        "--input", metavar="SHAPE", help="shape of one sample, e.g. 3x32x32 (default: shape given by the model)"
+    )
     _add_seed(parser)
 
 
@@ -267,4 +273,4 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_seed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of untrained weights, data and samples (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of untrained weights, data and samples (default 0)")

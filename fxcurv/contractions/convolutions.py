@@ -1,4 +1,4 @@
-"""Algorithms for a convolution's weight that form no patches: per-sample entries as weight gradients of torch."""
+"""Algorithms for a convolution's weight that form no patches: per-sample entries as torch's weight gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class ColumnsBySample(Statistic):
-    """`Columns` of one use of a convolution's weight, from its input `z[n,c,…]`: the patches of one sample at a time.
+    """`Columns` for one use of a convolution's weight, from its input `z[n,c,…]`: the patches of one sample at a time.
 
     It applies where every sample is one input of the convolution.
     """
@@ -40,7 +40,7 @@ class ColumnsBySample(Statistic):
         self.patches = patches
 
     def empty(self, zs: Sequence[Tensor], Ss: Ss) -> Tensor:
-        """The result without its numbers."""
+        """Allocate the result."""
         (z,), (S,) = zs, Ss
         return new_empty(S, *S.shape[:2], *S.shape[3:], z.shape[1] // self.patches.groups * self.patches.taps)
 
@@ -95,8 +95,8 @@ class GradientOfConvolution(PerOutput):
 class _ByConvolution(Statistic):
     """A statistic of the per-sample entries of one convolution, from its input `z[n,c,…]` and S[v,n,o,…].
 
-    They are the weight gradients of one convolution that has a group per sample, whose outputs are those of all
-    columns; no patch is formed. It applies where every sample is one input of the convolution.
+    The entries are the weight gradients of one convolution with a group per sample and the outputs of all columns; no
+    patch is formed. It applies where every sample is one input of the convolution.
     """
 
     def __init__(self, op: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
@@ -116,7 +116,7 @@ class _ByConvolution(Statistic):
         return gradient.view(n, op.groups, v, S.shape[2] // op.groups, -1).permute(2, 0, 1, 3, 4)
 
     def size(self) -> int:
-        """The entries of a sample and column."""
+        """Number of entries per sample and column."""
         return self.op.weight.numel()
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
@@ -132,7 +132,7 @@ class _ByConvolution(Statistic):
         )
 
     def _temporary(self, z: Tensor, S: Tensor) -> float:
-        """Bytes of copies of both sides, in the kernel's order too, and of a chunk of entries and their squares."""
+        """Bytes of copies of both sides, also in the kernel's layout, and of a chunk of entries and their squares."""
         v, n = S.shape[:2]
         chunk = 2 * min(v * n * self.size(), max(CHUNK, self.size()))
         return S.element_size() * (2 * S.numel() + 2 * z.numel() + chunk)
@@ -142,13 +142,14 @@ class _ByConvolution(Statistic):
 
 
 WRITTEN = 16
-"""Passes over the entries that writing them costs, which a kernel orders by blocks of channels first."""
+"""Cost of writing the entries, in passes over them: a kernel first writes them by blocks of channels."""
 
 
 def _slowness(op: nn.Conv1d | nn.Conv2d | nn.Conv3d, columns: int, size: int) -> float:
-    """How much slower a weight gradient is than a product of large matrices: the more so the fewer channels and taps.
+    """Slowdown of a weight gradient relative to a large matrix product: larger for few channels and taps.
 
-    oneDNN's kernels of single precision have a way of their own for one input and one output, which likes few taps.
+    oneDNN's single-precision kernels have a separate algorithm for one input and one output, which is fast for few
+    taps.
     """
     inputs, outputs, wide = op.in_channels // op.groups, columns * op.out_channels // op.groups, max(op.kernel_size) > 3
     if inputs == outputs == 1 and size <= 4:
@@ -169,7 +170,7 @@ class ColumnsByConvolution(_ByConvolution, Columns):
 
 
 class _SquaresByConvolution(_ByConvolution, SquaredEntries):
-    """Squared entries of one convolution, chunk by chunk."""
+    """Squared entries of one convolution, in chunks."""
 
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         return self.total(self.entries, (xs, Ss), self.size())

@@ -1,4 +1,4 @@
-"""Algorithms for covariances of inputs and outputs: from patches, pooled, or kept as vectors."""
+"""Algorithms for covariances of inputs and outputs: from patches, pooled, or as lazy Grams."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.contractions.entries import entries_of, per_sample, widened, with_ones
 from fxcurv.contractions.statistic import Ss, Statistic, StatisticValue, Xs
 from fxcurv.convolution.patches import Patches
-from fxcurv.convolution.second_moment import cheapest
+from fxcurv.convolution.second_moment import second_moment
 from fxcurv.linalg.cost import Cost, copying, moment
 
 __all__ = ["CovarianceOfPatches", "KeptEntries", "KeptInputs", "KeptOutputs", "PooledPatches"]
 
 
-# Of the inputs ----------------------------------------------------------------------------------------------------
+# Inputs -----------------------------------------------------------------------------------------------------------
 
 
 class _OfPatches(Statistic):
-    """A sum over the patches of one convolution, with `ones` of the constant 1 behind them too."""
+    """A sum over the patches of one convolution, with the constant 1 appended if `ones`."""
 
     reads = "x"
 
@@ -34,11 +34,15 @@ class _OfPatches(Statistic):
 
 
 class CovarianceOfPatches(_OfPatches):
-    """`InputCovariance` of one convolution, from its input `z[n,c,…]`: by the way that is cheapest."""
+    """`InputCovariance` of one convolution, from its input `z[n,c,…]`, by `algorithm` or the cheapest one."""
+
+    def __init__(self, patches: Patches, ones: bool = False, algorithm: str | None = None) -> None:
+        super().__init__(patches, ones)
+        self.algorithm = algorithm
 
     def forward(self, zs: Sequence[Tensor]) -> Tensor:
         (z,) = map(widened, zs)
-        A = cheapest(self.patches, z).covariance()
+        A = second_moment(self.patches, z, self.algorithm).covariance()
         if not self.ones:
             return A
         sums = self.patches.sums(z.sum(0, keepdim=True))[0].unsqueeze(-1)  # [g,i,1]
@@ -46,13 +50,13 @@ class CovarianceOfPatches(_OfPatches):
         return torch.cat([torch.cat([A, sums], 2), torch.cat([sums.mT, count], 2)], 1)
 
     def cost(self, zs: Sequence[Tensor]) -> Cost:
-        return cheapest(self.patches, zs[0]).cost()
+        return second_moment(self.patches, zs[0], self.algorithm).cost()
 
 
 class PooledPatches(_OfPatches):
     """`InputCovariance(pooled=True)` of one convolution, from its input: sums over windows, no patches.
 
-    It applies where every sample is one input of the convolution, and not several, as the frames of a film are.
+    It applies where every sample is one input of the convolution, not several (as with the frames of a film).
     """
 
     def forward(self, zs: Sequence[Tensor]) -> Tensor:
@@ -71,7 +75,7 @@ class PooledPatches(_OfPatches):
 
 
 class KeptInputs(Statistic):
-    """`InputCovariance` of one use, kept as the input of a convolution, or as the positions `x[n,s,g,i]`."""
+    """`InputCovariance` of one use as a lazy Gram, from the input of a convolution or the positions `x[n,s,g,i]`."""
 
     reads = "x"
     grows = True
@@ -94,11 +98,11 @@ class KeptInputs(Statistic):
         return f"{self.patches}, ones={self.ones}"
 
 
-# Of the cotangents ------------------------------------------------------------------------------------------------
+# Cotangents -------------------------------------------------------------------------------------------------------
 
 
 class KeptOutputs(Statistic):
-    """`OutputCovariance` of one use, kept as the positions S[v,n,s,g,o], or with `pooled` as their sums over s."""
+    """`OutputCovariance` of one use as a lazy Gram of positions S[v,n,s,g,o], or with `pooled` of their sums over s."""
 
     reads = "S"
     grows = True
@@ -125,11 +129,11 @@ class KeptOutputs(Statistic):
         return f"pooled={self.pooled}"
 
 
-# Of both ----------------------------------------------------------------------------------------------------------
+# Inputs and cotangents --------------------------------------------------------------------------------------------
 
 
 class KeptEntries(Statistic):
-    """`Gram`, kept as the per-sample entries J[v,n,1,1,g·o·i]."""
+    """`Gram` as a lazy Gram of the per-sample entries J[v,n,1,1,g·o·i]."""
 
     reads = "xS"
     grows = True

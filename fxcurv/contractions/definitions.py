@@ -1,9 +1,9 @@
-"""The definitions of what is summed, over samples n and columns v, from the positions of a parameter's uses.
+"""Definitions of the statistics, sums over samples n and columns v of the positions of a parameter's uses.
 
 A use is a pair `x[n,s,g,i]`, `S[v,n,s,g,o]`; for a bias `x` is None and stands for 1. Every statistic takes the uses of
-one parameter as two lists, so that a parameter used twice keeps its cross terms. Batches, chunks of columns and data
-sets simply add, unless a statistic keeps samples or columns apart: then it says along which axis they are laid side by
-side. forms.py has cheaper equal forms; passes/contract.py chooses.
+one parameter as two lists, so that a parameter used twice has its cross terms. Batches, chunks of columns and data sets
+add, unless a statistic keeps samples or columns separate: then it names the axis of their concatenation. The other
+files have cheaper equal algorithms; passes/select_algorithms.py selects them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Gradient(PerOutput):
     def _of_use(self, x: Tensor | None, S: Tensor) -> Tensor:
         if x is None:
             return S.sum((0, 1)).unsqueeze(-1)
-        if x.shape[-1] == S.shape[-1] == 1:  # a product per channel
+        if x.shape[-1] == S.shape[-1] == 1:  # one product per channel
             return (S * x).sum((0, 1)).unsqueeze(-1)
         return _product(S, x)
 
@@ -85,7 +85,7 @@ def _second_moment(X: Tensor) -> Tensor:
         return _product(X, X)
     if X.ndim > 4 and X.numel() > CHUNK:
         return sum((_second_moment(column) for column in X[1:]), start=_second_moment(X[0]))
-    X = X.movedim((-2, -1), (0, 1)).flatten(2)  # [g,d,m]: positions lie side by side, as a convolution leaves them
+    X = X.movedim((-2, -1), (0, 1)).flatten(2)  # [g,d,m]: positions are contiguous, as in a convolution's output
     if X.shape[0] == 1:
         rows = X[0]
         return times_transpose(rows, rows).unsqueeze(0)
@@ -99,9 +99,9 @@ class SumOfSquares(SquaredEntries, PerOutput):
 
 
 class RotatedDiagonal(SumOfSquares):
-    """`Diagonal` of U_Aᵀ x and U_Gᵀ S, with the eigenvectors of the sums called "A" and "G", in a second pass.
+    """`Diagonal` of U_Aᵀ x and U_Gᵀ S in a second pass, with the eigenvectors of the sums named "A" and "G".
 
-    With `ones` the constant 1 stands behind x. The arguments of a call are rotated already.
+    With `ones` the constant 1 is appended to x. The arguments of a call are already rotated.
     """
 
     def __init__(self, ones: bool = False) -> None:
@@ -139,7 +139,7 @@ class Covariance(Statistic):
         self.pooled = pooled
 
     def covariance(self, Xs: Sequence[Tensor]) -> Tensor:
-        """`Xs` are `[*, s, g, d]`, one per use."""
+        """Sum over the uses' `Xs`, `[*, s, g, d]` each."""
         if self.pooled:
             pooled = sum((X.sum(-3, keepdim=True) for X in Xs[1:]), start=Xs[0].sum(-3, keepdim=True))
             return _product(pooled, pooled)
@@ -160,7 +160,7 @@ class Covariance(Statistic):
 
 
 class InputCovariance(Covariance):
-    """`Covariance` of the inputs, with `ones` that of the constant 1 behind them too: the factor A, unscaled."""
+    """`Covariance` of the inputs, with the constant 1 appended if `ones`: the factor A, unscaled."""
 
     reads = "x"
 
@@ -189,13 +189,13 @@ class OutputCovariance(Covariance):
         return self.covariance(Ss)
 
 
-# Samples and columns apart ------------------------------------------------------------------------------------------
+# Separate samples and columns ---------------------------------------------------------------------------------------
 
 
 class Columns(Statistic):
-    """J[v,n,g,o,i] = Σ_s S[v,n,s,g,o] x[n,s,g,i]: the columns of every sample; in memory [v,n,g,i,o] if `inputs_first`.
+    """J[v,n,g,o,i] = Σ_s S[v,n,s,g,o] x[n,s,g,i], per sample; stored as [v,n,g,i,o] if `in_out`.
 
-    That is how a weight that lies as `W[i,o]` takes them.
+    This is the in–out layout, of a weight stored as `W[i,o]`.
     """
 
     reads = "xS"
@@ -208,10 +208,10 @@ class Columns(Statistic):
     def forward(self, xs: Xs, Ss: Ss) -> Tensor:
         if not self.in_out or len(Ss) > 1 or len(Ss[0]) > 1 or xs[0] is None:
             return per_sample(xs, Ss).contiguous()
-        return per_sample([Ss[0][0]], [xs[0].unsqueeze(0)]).mT  # x and S change places
+        return per_sample([Ss[0][0]], [xs[0].unsqueeze(0)]).mT  # x and S exchange roles
 
     def extra_repr(self) -> str:
-        return f"inputs_first={self.in_out}"
+        return f"in_out={self.in_out}"
 
     def cost(self, xs: Xs, Ss: Ss) -> Cost:
         return entries_cost(xs, Ss)
@@ -230,7 +230,7 @@ class SquaredNorms(SquaredEntries):
 
 
 class Inputs(Statistic):
-    """x[n,s,g,i] itself, the positions of all uses one behind the other."""
+    """x[n,s,g,i], the positions of all uses concatenated."""
 
     reads = "x"
     samples, grows = 0, True
@@ -243,7 +243,7 @@ class Inputs(Statistic):
 
 
 class Outputs(Statistic):
-    """S[v,n,s,g,o] itself, the positions of all uses one behind the other."""
+    """S[v,n,s,g,o], the positions of all uses concatenated."""
 
     reads = "S"
     samples, columns, grows = 1, 0, True
@@ -256,7 +256,7 @@ class Outputs(Statistic):
 
 
 class HessianDiagonal(Statistic):
-    """diag ∂²loss/∂θ², `[*θ]`, or with `per_sample` that of each sample's part of the loss, `[n, *θ]`."""
+    """diag ∂²loss/∂θ², `[*θ]`, or with `per_sample` the diagonal per sample's part of the loss, `[n, *θ]`."""
 
     reads = "loss"
 
@@ -269,7 +269,7 @@ class HessianDiagonal(Statistic):
 
 
 class Recursive(Statistic):
-    """What KFRA's recursion gives: G `[g,o,o]` ("kronecker"), a "dense" block or its "diagonal"."""
+    """Results of KFRA's recursion: G `[g,o,o]` ("kronecker"), a "dense" block or its "diagonal"."""
 
     reads = "loss"
 

@@ -48,12 +48,12 @@ class DiagonalOfSinglePositions(PerOutput):
 
 
 def _stacked(groups: Sequence[Tensor]) -> Tensor:
-    """The results of all groups; one alone is not copied."""
+    """Stack the results of all groups; a single one is not copied."""
     return groups[0].unsqueeze(0) if len(groups) == 1 else torch.stack(list(groups))
 
 
 class DiagonalBySample(PerOutput):
-    """`Diagonal` of weights, each product of a sample and column squared while it is in the cache."""
+    """`Diagonal` of weights: each sample and column's product is squared while it is in the cache."""
 
     power = 2
 
@@ -94,7 +94,7 @@ def _entries(Ss: Sequence[Tensor], xs: Sequence[Tensor]) -> Tensor:
 
 
 class DiagonalFused(PerOutput):
-    """`Diagonal` on a GPU, in one kernel that writes no entry of a column and sample to memory (kernels.py)."""
+    """`Diagonal` on a GPU, in one fused kernel that does not write per-sample entries to memory (kernels.py)."""
 
     power = 2
 
@@ -111,13 +111,13 @@ class DiagonalFused(PerOutput):
 
 
 TILES = 3
-"""How much slower the kernel's tiles multiply than a library that uses TF32 or larger tiles."""
+"""Slowdown of the kernel's tiled products relative to a library that uses TF32 or larger tiles."""
 
 
 class DiagonalByPairs(PerOutput):
     """`Diagonal` of one use by pairs of positions: Σ_n Σ_{s≤t} (2-δ_st) (Σ_v S_vns S_vnt) (x_ns x_nt), one product.
 
-    It forms nothing per column and weight: for few positions, or many columns (design §6.2's Gram trick).
+    It forms nothing per column and weight: for few positions, or many columns (the Gram trick, design §6.2).
     """
 
     power = 2
@@ -173,7 +173,7 @@ class DiagonalPerSampleOfSinglePositions(Statistic):
 class DiagonalPerSampleByPairs(Statistic):
     """`DiagonalPerSample` of one use by pairs of positions: Σ_{s≤t} (2-δ_st) (Σ_v S_vns S_vnt) (x_ns x_nt).
 
-    Each entry is written once, whatever the number of columns: for few positions.
+    Each entry is written once, for any number of columns: for few positions.
     """
 
     reads = "xS"

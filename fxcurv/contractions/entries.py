@@ -1,4 +1,4 @@
-"""Per-sample entries J[v,n,g,o,i] = Σ_s S[v,n,s,g,o] x[n,s,g,i], their squares in chunks, and what they cost.
+"""Per-sample entries J[v,n,g,o,i] = Σ_s S[v,n,s,g,o] x[n,s,g,i], their squares in chunks, and their cost.
 
 A use is a pair `x[n,s,g,i]`, `S[v,n,s,g,o]`; for a bias `x` is None and stands for 1.
 """
@@ -19,7 +19,7 @@ __all__ = ["CHUNK", "PerOutput", "SquaredEntries", "entries_of", "per_sample", "
 
 
 CHUNK = 1 << 22
-"""Entries of the largest temporary of per-sample quantities."""
+"""Maximum number of entries of a temporary of per-sample quantities."""
 
 
 def per_sample(xs: Xs, Ss: Ss) -> Tensor:
@@ -33,13 +33,13 @@ def per_sample(xs: Xs, Ss: Ss) -> Tensor:
 def _per_sample(x: Tensor | None, S: Tensor) -> Tensor:
     if x is None:
         return S.sum(2).unsqueeze(-1)
-    if x.shape[-1] == S.shape[-1] == 1:  # a product per channel: no matrix is multiplied
+    if x.shape[-1] == S.shape[-1] == 1:  # one product per channel, without matrix products
         return _per_channel(x, S)
     v, n, s, g, o = S.shape
-    if s == 1:  # outer products: written once, and nothing is summed
+    if s == 1:  # outer products: written once, without a sum
         result = new_empty(S, v, n, g, o, x.shape[-1])
         return torch.mul(S[:, :, 0].unsqueeze(-1), x[:, 0].unsqueeze(-2), out=result)
-    if v == 1:  # one matrix product per sample and group, [o,s] @ [s,i], written where it stays
+    if v == 1:  # one matrix product per sample and group, [o,s] @ [s,i], written in place
         result = new_empty(S, 1, n, g, o, x.shape[-1])
         left, right = S[0].permute(0, 2, 3, 1).flatten(0, 1), x.transpose(1, 2).flatten(0, 1)
         torch.bmm(left, right, out=result.view(n * g, o, -1))
@@ -50,7 +50,7 @@ def _per_sample(x: Tensor | None, S: Tensor) -> Tensor:
 
 
 def _per_channel(x: Tensor, S: Tensor) -> Tensor:
-    """Σ_s S[v,n,s,g,1] x[n,s,g,1], `[v,n,g,1,1]`; many products part by part, each in the memory of the one before."""
+    """Σ_s S[v,n,s,g,1] x[n,s,g,1], `[v,n,g,1,1]`; many products are computed in parts that reuse one buffer."""
     n, s, g = S.shape[1:4]
     if S.device.type != "cpu" or torch.compiler.is_compiling() or S.numel() <= CACHE:
         return (S * x).sum(2).unsqueeze(-1)
@@ -64,7 +64,7 @@ def _per_channel(x: Tensor, S: Tensor) -> Tensor:
 
 
 def entries_cost(xs: Xs, Ss: Ss) -> Cost:
-    """`per_sample`, and one more pass over its entries."""
+    """Cost of `per_sample`, plus one pass over its entries."""
     cost = Cost()
     for x, S in zip(xs, Ss, strict=True):
         v, n, s, g, o = S.shape
@@ -74,7 +74,7 @@ def entries_cost(xs: Xs, Ss: Ss) -> Cost:
 
 
 class PerOutput(Statistic):
-    """A statistic of S to some `power`, `[g,o,i]`."""
+    """A statistic `[g,o,i]` that is homogeneous in S of degree `power`."""
 
     reads = "xS"
     scales = True
@@ -85,7 +85,7 @@ class PerOutput(Statistic):
 
 
 class SquaredEntries(Statistic):
-    """Σ J[v,n,g,o,i]² over some axes of the per-sample entries, of which no more than a chunk are there at once."""
+    """Σ J[v,n,g,o,i]² over some axes of the per-sample entries, formed one chunk at a time."""
 
     reads = "xS"
     over: ClassVar[tuple[int, ...]]
@@ -94,7 +94,7 @@ class SquaredEntries(Statistic):
         return self.total(per_sample, (xs, Ss), entries_of(xs, Ss)[1])
 
     def total(self, entries: Callable[[Xs, Ss], Tensor], uses: tuple[Xs, Ss], size: int) -> Tensor:
-        """The sums over what `entries` gives for a cut of the uses along n and v: `size` entries for each of them."""
+        """Sum the squares of `entries` over chunks of the uses along n and v, with `size` entries per n and v."""
         parts = ((cut, self._summed(entries(xs, Ss).square_())) for cut, xs, Ss in _chunks(*uses, size))
         (_, result), samples = next(parts), uses[1][0].shape[1]
         if self.samples is not None and len(result) < samples:
@@ -117,7 +117,7 @@ class SquaredEntries(Statistic):
 
 
 def _chunks(xs: Xs, Ss: Ss, size: int) -> Iterator[tuple[tuple[int, int], list[Tensor | None], list[Tensor]]]:
-    """The uses cut along n and v, and their first n and v, so that `size` entries for each n and v are in `CHUNK`."""
+    """Split the uses along n and v, so that `size` entries per n and v fit in `CHUNK`; also yield the first n and v."""
     v, n = Ss[0].shape[:2]
     samples = max(1, min(n, CHUNK // max(1, size * v)))
     columns = max(1, min(v, CHUNK // max(1, size * samples)))
@@ -134,10 +134,10 @@ def entries_of(xs: Xs, Ss: Ss) -> tuple[int, int]:
 
 
 def widened(t: Tensor) -> Tensor:
-    """Half precision as float32: it is widened before anything is summed."""
+    """Convert half precision to float32, before any sum."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def with_ones(x: Tensor) -> Tensor:
-    """x with the constant 1 behind the entries of its last axis."""
+    """x with the constant 1 appended along the last axis."""
     return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)

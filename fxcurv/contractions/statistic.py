@@ -1,4 +1,4 @@
-"""Statistic: the interface of what is summed over samples n and columns v."""
+"""Statistic: the interface of sums over samples n and columns v."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ StatisticValue = Tensor | LazyGram
 
 
 class Statistic(nn.Module):
-    """A sum over samples and columns; `reads` says of what: "x" (once a batch), "S" or "xS" (once a chunk of v).
+    """A sum over samples and columns; `reads` names its argument: "x" (once a batch), "S" or "xS" (once a chunk of v).
 
-    One that reads "loss" is in no graph: see fxcurv/hessian.py and fxcurv/kfra.py.
+    Statistics that read "loss" are not in a graph: see fxcurv/runtime/second_derivatives.py and fxcurv/runtime/kfra.py.
 
-    `samples` and `columns` are the axes along which the parts of a batch, and chunks of columns, are laid side by side;
-    where they are None, these add.
+    `samples` and `columns` are the axes along which parts of a batch, and chunks of columns, are concatenated; where
+    they are None, the parts are added.
     """
 
     reads: Literal["x", "S", "xS", "loss"]
     scales: ClassVar = False
-    """Whether `scaled` is there."""
+    """Whether this statistic implements `scaled`."""
     grows: ClassVar = False
-    """Whether what a call returns is larger for more samples or columns."""
+    """Whether the returned tensor grows with the number of samples or columns."""
     samples: ClassVar[int | None] = None
     columns: ClassVar[int | None] = None
 
     def scaled(self, returned: Tensor, scale: Tensor) -> Tensor:
-        """What a call would have returned for S[v,n,s,g,o] · scale[g·o]."""
+        """Convert the result for S to the result for S[v,n,s,g,o] · scale[g·o]."""
         raise NotImplementedError
 
     cost: Callable[..., Cost]
-    """What a call takes, from the shapes of its arguments."""
+    """Cost of a call, from the shapes of its arguments."""
 
     def sum_of(self, returned: Tensor) -> StatisticValue:
-        """The sum that a call returned: the tensor itself, or what it stands for."""
+        """The sum as a value: the returned tensor itself, or a lazy Gram of it."""
         return returned
 
 
 def combined(sums: dict[str, StatisticValue], key: str, part: StatisticValue, axis: int | None) -> None:
-    """Put one more part to what is there under `key`: add it, or lay it beside along an axis."""
+    """Accumulate `part` into `sums[key]`: add it, or concatenate along `axis`."""
     if key not in sums:
         sums[key] = part
     elif axis is None:

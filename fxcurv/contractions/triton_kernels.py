@@ -1,4 +1,4 @@
-"""The kernels in Triton; `fxcurv.kernels` imports this file where Triton is installed and they are needed."""
+"""The Triton kernels; `fxcurv.contractions.kernels` imports this file on first use, where Triton is installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["blocks_for", "splits_for", "sum_of_squared_products", "tiles"]
 def tiles(inputs: tl.tuple, out: tl.tensor, sizes: tl.tuple, strides: tl.tuple, OPTIONS: tl.constexpr):
     """out[split,g,o,i] = Σ_vn (Σ_s S[v,n,s,g,o] x[n,s,g,i])², over the pairs (v,n) of one split, for a tile of (o,i).
 
-    A program owns its tile of `out`: nothing is added atomically, so that equal inputs give equal bits.
+    Each program owns its tile of `out`: there are no atomic additions, so that equal inputs give equal bits.
     """
     V, N, P, G, O, I, splits = sizes
     S, x = inputs
@@ -74,19 +74,19 @@ def _(S: Tensor, x: Tensor) -> Tensor:
 
 
 def blocks_for(outputs: int, inputs: int, positions: int) -> tuple[tuple[int, int, int], int]:
-    """The tile's sides along o, i and s, and the number of warps: by sizes alone, so that results are reproducible."""
+    """The tile's sides along o, i and s, and the number of warps: from sizes alone, so results are reproducible."""
     o, i = (min(64, max(16, triton.next_power_of_2(size))) for size in (outputs, inputs))
     s = min(32, max(16, triton.next_power_of_2(positions)))
     return (o, i, s), 8 if o * i >= 4096 else 4
 
 
 def splits_for(tiles_in_all: int, pairs: int, device: torch.device) -> int:
-    """Into how many programs the pairs (v,n) of each tile are cut, for two programs per multiprocessor."""
+    """Number of programs to split the pairs (v,n) of each tile into, for two programs per multiprocessor."""
     programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
     share = triton.cdiv(pairs, max(1, min(pairs, triton.cdiv(programs, tiles_in_all))))
     return triton.cdiv(pairs, share)  # no split without a pair
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """As matrix products of float32 are asked for; narrower types have one precision only."""
+    """Triton's precision of products, from torch's setting for float32; narrower types have only one."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

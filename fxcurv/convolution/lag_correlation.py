@@ -1,10 +1,10 @@
-"""What two taps of a convolution meet: every different sum of products once, however many pairs of taps share it.
+"""Lag correlations of a convolution's input: each distinct sum of products of two taps is computed once.
 
-From the output pixels from which both see the input, two taps meet entries of it pair by pair, at one displacement.
-Away from the border that is all that tells pairs of taps apart, and the border makes few more kinds: of the 81 pairs of
-a padded 3 × 3 kernel 49 differ, half of them the transposes of others. Those at one displacement follow from the widest
-of them, less the few rows and columns at the border that they do not meet. None reads padding, and pairs that on a
-small map never see the input from the same pixel are zero.
+The overlap of two taps is the set of pairs of entries that they see, from the output pixels where both see the input;
+each pair has the same offset. Overlaps differ by offset, and otherwise only at the border: of the 81 pairs of taps of a
+padded 3 × 3 kernel 49 differ, and half of these are transposes of others. Overlaps at one offset follow from the widest
+one by subtracting the few rows and columns at the border outside them. No overlap reads padding. Pairs of taps without
+an overlap, as on a small map, give zero.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ __all__ = ["LagCorrelations"]
 
 
 PART = 2 * CACHE
-"""Entries of the samples whose windows are laid out and multiplied at a time."""
+"""Number of entries of the samples whose windows are copied and multiplied at a time."""
 
 
 WRITING = 2
-"""Passes over the matrix that putting it together costs."""
+"""Cost of assembling the matrix, in passes over it."""
 
 
 SHORT = 64
-"""Inner size below which a product is made faster than the transpose of another."""
+"""Inner size below which computing a product is faster than transposing another."""
 
 
 class Overlap(NamedTuple):
-    """Entries along an axis that two taps meet: `first + k·stride` with `other + k·stride`, k < length."""
+    """Overlap of two taps along an axis: pairs `first + k·stride` and `other + k·stride`, k < length."""
 
     first: int
     other: int
@@ -54,21 +54,21 @@ class Overlap(NamedTuple):
 
     @property
     def last(self) -> int:
-        """The last entry that the first of the taps meets."""
+        """Last entry of the first tap."""
         return self.first + self.stride * (self.length - 1)
 
     @property
     def window(self) -> slice:
-        """The entries that the first of the taps meets."""
+        """Entries of the first tap."""
         return slice(self.first, self.last + 1, self.stride)
 
     def part(self, start: int, stop: int) -> Overlap:
-        """What is met with start ≤ k < stop."""
+        """Return the pairs with start ≤ k < stop."""
         shift = self.stride * start
         return Overlap(self.first + shift, self.other + shift, stop - start, self.stride)
 
     def without(self, part: Overlap) -> list[Overlap]:
-        """What is met before and behind a part."""
+        """Return the pairs before and after a part."""
         start = (part.first - self.first) // self.stride
         outside = self.part(0, start), self.part(start + part.length, self.length)
         return [one for one in outside if one.length]
@@ -78,31 +78,31 @@ EMPTY = Overlap(0, 0, 0, 1)
 
 
 Overlaps = tuple[Overlap, ...]
-"""What two taps meet along every axis."""
+"""Overlap of two taps along every axis."""
 
 
 class AxisOverlaps(NamedTuple):
-    """What the taps of one axis meet."""
+    """Overlaps of all pairs of taps of one axis."""
 
     pairs: list[list[Overlap]]
-    """The meeting of each with each."""
+    """Overlap of each pair of taps."""
     follows: dict[Overlap, list[Overlap]]
-    """From a meeting to a wider one at its displacement and, behind it, what that has too much, if this is less."""
+    """Maps an overlap to the widest one at its offset, followed by the strips to subtract, where that is cheaper."""
 
     @property
     def different(self) -> set[Overlap]:
-        """The meetings of all pairs that meet anything."""
+        """The distinct overlaps of all pairs, without the empty one."""
         return set(itertools.chain(*self.pairs)) - {EMPTY}
 
     @property
     def multiplied(self) -> list[Overlap]:
-        """The meetings from which all others follow."""
+        """The overlaps to multiply, from which all others follow."""
         return sorted((self.different | set(itertools.chain(*self.follows.values()))) - set(self.follows))
 
 
 @lru_cache
 def axis_overlaps(axis: Axis, length: int) -> AxisOverlaps:
-    """What the taps of an axis meet of an input of this length."""
+    """Overlaps of the taps of an axis, for an input of this length."""
     pairs = [[_overlap(axis, a, b, length) for b in range(axis.size)] for a in range(axis.size)]
     groups: defaultdict[tuple[int, int], set[Overlap]] = defaultdict(set)
     for overlap in set(itertools.chain(*pairs)) - {EMPTY}:
@@ -119,7 +119,7 @@ def axis_overlaps(axis: Axis, length: int) -> AxisOverlaps:
 
 
 def _overlap(axis: Axis, a: int, b: int, length: int) -> Overlap:
-    """What two taps meet from the output pixels from which both see the input."""
+    """Overlap of two taps, over the output pixels from which both see the input."""
     offsets = [axis.dilation * tap - axis.padding for tap in (a, b)]
     first = max(0, -(min(offsets) // axis.stride))
     stop = min(axis.outputs(length), (length - 1 - max(offsets)) // axis.stride + 1)
@@ -130,7 +130,7 @@ def _overlap(axis: Axis, a: int, b: int, length: int) -> Overlap:
 
 
 class LagCorrelations:
-    """The meetings of all pairs of taps in one batch `z[n, g·c, …]`."""
+    """Lag correlations of all pairs of taps in one batch `z[n, g·c, …]`."""
 
     def __init__(self, patches: Patches, z: Tensor) -> None:
         self.groups, self.taps, self.z = patches.groups, patches.taps, z
@@ -138,7 +138,7 @@ class LagCorrelations:
         self.axes = [axis_overlaps(axis, length) for axis, length in zip(patches.axes, z.shape[2:], strict=True)]
 
     def cost(self) -> Cost:
-        """What `covariance` takes."""
+        """Cost of `covariance`."""
         z, size, c, g = self.z, self.z.element_size(), self.channels, self.groups
         multiplied = [axis.multiplied for axis in self.axes]
         seen = len(z) * math.prod(sum(one.length for one in axis) for axis in multiplied)
@@ -165,22 +165,22 @@ class LagCorrelations:
 
     @property
     def _rows(self) -> int:
-        """How many channels are put together at a time, in the cache."""
+        """Number of channels to assemble at a time, in the cache."""
         return max(1, CACHE // (self.taps * self.channels))
 
     @property
     def _samples(self) -> int:
-        """How many samples are multiplied at a time."""
+        """Number of samples to multiply at a time."""
         count = len(self.z)
         return count if torch.compiler.is_compiling() else at_once(self.z, self.z[0].numel(), count, PART)
 
     def _met(self, a: Sequence[int], b: Sequence[int]) -> Overlaps:
-        """The meetings of two taps along every axis; without one along some axis they meet nothing."""
+        """Overlaps of two taps along every axis; if one is empty, the taps do not overlap."""
         overlap = tuple(axis.pairs[i][j] for axis, i, j in zip(self.axes, a, b, strict=True))
         return (EMPTY,) * len(overlap) if EMPTY in overlap else overlap
 
     def _products(self) -> dict[Overlaps, Tensor]:
-        """Σ z[g,c,q] z[g,c',q'] over the q and q' of meetings from which all others follow: `[g·c, c']`."""
+        """Σ z[g,c,q] z[g,c',q'] over q and q' of the overlaps from which all others follow: `[g·c, c']`."""
         sums: dict[Overlaps, Tensor] = {}
         multiplied = list(itertools.product(*(axis.multiplied for axis in self.axes)))
         for part in self.z.split(self._samples):
@@ -188,7 +188,7 @@ class LagCorrelations:
             for overlap in multiplied:
                 mirrored = _mirrored(overlap)
                 if mirrored < overlap and len(self.z) * math.prod(one.length for one in overlap) >= SHORT:
-                    continue  # its transpose is made
+                    continue  # computed as a transpose
                 left = _window(entries, overlap)
                 right = left if mirrored == overlap else _window(entries, mirrored)
                 products = batched_times_transpose(left, right).flatten(0, 1)
@@ -196,7 +196,7 @@ class LagCorrelations:
         return sums
 
     def _sum(self, overlap: Overlaps, sums: dict[Overlaps, Tensor]) -> Tensor:
-        """The sum of products of any meeting, kept among the others."""
+        """Sum of products of any overlap, cached in `sums`."""
         if overlap not in sums:
             sums[overlap] = self._following(overlap, sums)
         return sums[overlap]
@@ -216,12 +216,12 @@ def _mirrored(overlap: Overlaps) -> Overlaps:
 
 
 def _window(entries: Tensor, overlap: Overlaps) -> Tensor:
-    """What the first taps meet of `[g, c, …, n]`: `[g, c, q·n]`."""
+    """Entries of the first taps, from `[g, c, …, n]`: `[g, c, q·n]`."""
     return entries[(slice(None), slice(None), *(one.window for one in overlap))].flatten(2)
 
 
 def _interleaved(rows: Tensor, taps: int) -> Tensor:
-    """`[r, t·c] -> [r, c·t]`: what torch calls a shuffle of channels, by far its fastest transpose of narrow blocks."""
+    """`[r, t·c] -> [r, c·t]`, by torch's channel shuffle, its fastest transpose of narrow blocks."""
     count, width = rows.shape
     pixels = rows.as_strided((count, width, 1, 1), (width, 1, width, width))
     return torch.native_channel_shuffle(pixels, taps).view(count, width)

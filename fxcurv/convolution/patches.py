@@ -1,4 +1,4 @@
-"""Patches: where a convolution's weight meets its input, formed as windows; and their sums, without forming them."""
+"""Patches of a convolution's input, formed as windows, and their sums without forming them."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Axis:
 
     @property
     def reach(self) -> int:
-        """From the first tap to the last."""
+        """Distance from the first tap to the last."""
         return self.dilation * (self.size - 1)
 
     def outputs(self, length: int) -> int:
-        """Output pixels along an input of this length."""
+        """Number of output pixels along an input of this length."""
         return (length + 2 * self.padding - self.reach - 1) // self.stride + 1
 
     def behind(self, length: int) -> int:
-        """Entries of padding that the kernel sees behind an input of this length; negative for those it never sees."""
+        """Entries of padding seen after an input of this length; negative for unseen entries of the input."""
         return self.stride * (self.outputs(length) - 1) - self.padding + self.reach + 1 - length
 
     def window(self, tap: int, length: int) -> slice:
-        """The entries of the input that a tap meets, over all output pixels."""
+        """The entries of the input that a tap sees, over all output pixels."""
         first = self.dilation * tap - self.padding
         start = first % self.stride if first < 0 else first
         stop = min(length, first + self.stride * (self.outputs(length) - 1) + 1)
@@ -45,13 +45,13 @@ class Axis:
 
 
 def margins(axes: Sequence[Axis], lengths: Sequence[int]) -> list[int]:
-    """The padding before and behind each axis that the kernel sees, in `F.pad`'s order: the last axis first."""
+    """The padding before and after each axis that the kernel sees, in `F.pad`'s order: the last axis first."""
     seen = ((axis.padding, axis.behind(length)) for axis, length in zip(axes, lengths, strict=True))
     return [*itertools.chain(*reversed(list(seen)))]
 
 
 def unfolded(padded: Tensor, axes: Sequence[Axis], first: int) -> Tensor:
-    """The axes from `first` on as output pixels; what their taps see is appended, one axis for each: a view."""
+    """Unfold the axes from `first` on into output pixels, with one axis appended for the taps of each: a view."""
     for k, axis in enumerate(axes, first):
         padded = padded.unfold(k, axis.reach + 1, axis.stride)[..., :: axis.dilation]
     return padded
@@ -69,7 +69,7 @@ class Patches:
 
     @classmethod
     def of(cls, op: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Patches:
-        """The patches that an op of the vocabulary, which pads with zeros alone, sees."""
+        """The patches of a convolution of the op vocabulary, which pads with zeros only."""
         padding = tuple(int(p) for p in op.padding)
         return cls(tuple(op.kernel_size), tuple(op.stride), padding, tuple(op.dilation), op.groups)
 
@@ -82,21 +82,21 @@ class Patches:
         return math.prod(self.kernel)
 
     def outputs(self, z: Tensor) -> tuple[int, ...]:
-        """The output pixels along each axis."""
+        """Number of output pixels along each axis."""
         return tuple(axis.outputs(length) for axis, length in zip(self.axes, z.shape[2:], strict=True))
 
     def pixels(self, z: Tensor) -> int:
-        """The output pixels of one input."""
+        """Number of output pixels of one input."""
         return math.prod(self.outputs(z))
 
     def positions(self, z: Tensor) -> Tensor:
-        """x[n,s,g,i], what the kernel sees at output pixel s, as in `weight.flatten(1)`; in memory [n,g,i,s]."""
+        """Patches x[n,s,g,i] at each output pixel s, in the order of `weight.flatten(1)`; in memory [n,g,i,s]."""
         count, windows = len(self.axes), self._windows(z)
         windows = windows.movedim(tuple(range(2, 2 + count)), tuple(range(2 + count, 2 + 2 * count)))
         return windows.reshape(len(z), self.groups, -1, windows.shape[2 + count :].numel()).permute(0, 3, 1, 2)
 
     def _windows(self, z: Tensor) -> Tensor:
-        """What the kernel sees: a view `[n, g·c, *pixels, *taps]` of the padded input."""
+        """Windows of the kernel: a view `[n, g·c, *pixels, *taps]` of the padded input."""
         return unfolded(F.pad(z, margins(self.axes, z.shape[2:])), self.axes, 2)
 
     def sums(self, z: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products of the rows of a convolution's input with one another, of which Σ_ns x xᵀ is made: for few channels."""
+"""Σ_ns x xᵀ from products of the rows of a convolution's input with one another: for few channels."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__ = ["RowProducts"]
 
 
 BATCHED = 2.5
-"""How much slower small matrices are multiplied, one per group, than a large one."""
+"""Slowdown of small matrix products, one per group, relative to a large one."""
 
 
 SCATTERED = 30
-"""How much slower entries far apart are added than those of a matrix are multiplied."""
+"""Slowdown of adding strided entries relative to a matrix product."""
 
 
 WRITING = 8
-"""Passes over the matrix that its writing costs, at strides."""
+"""Cost of writing the matrix with strides, in passes over it."""
 
 
 class RowProducts:
-    """Products of the rows of one batch: a row is what one entry of the first axis holds, over all other axes.
+    """Products of the rows of one batch: a row is one entry along the first axis, over all other axes.
 
-    Two taps of the first axis meet pairs of rows. The sum of these rows' products, P[c,x,c',x'], holds all that the
-    taps of the other axes see: along each of them, sums of x and x' that move on together. Rows in the padding are not
-    there; and pairs of taps at one distance share most of their rows.
+    Two taps of the first axis see pairs of rows. The sum of these rows' products, P[c,x,c',x'], contains the sums for
+    all taps of the other axes: along each axis, sums over x and x' with a common shift. Rows in the padding are
+    skipped; pairs of taps at one distance share most of their rows.
     """
 
     def __init__(self, patches: Patches, z: Tensor) -> None:
@@ -43,7 +43,7 @@ class RowProducts:
         self.patches, self.channels = patches, z.shape[1] // patches.groups
 
     def cost(self) -> Cost:
-        """What `covariance` takes."""
+        """Cost of `covariance`."""
         z, g, c, size, axis = self.z, self.patches.groups, self.channels, self.z.element_size(), self.axis
         side, pairs = z[0, :, 0].numel() // g, axis.size * (axis.size + 1) // 2
         summed = (c * math.prod(other.size for other in self.others)) ** 2 * math.prod(self.patches.outputs(z)[1:])
@@ -78,7 +78,7 @@ class RowProducts:
         return A.view(p.groups, c * p.taps, c * p.taps)
 
     def _products(self, distance: int) -> Iterator[tuple[int, Tensor]]:
-        """Each tap with Σ_n of the products of all rows that it and the tap at a distance meet: `[g, c·x, c·x]`."""
+        """Yield each tap with Σ_n of the products of all its rows with rows at a distance: `[g, c·x, c·x]`."""
         met: defaultdict[int, dict[int, range]] = defaultdict(dict)
         for tap in range(self.axis.size - distance):
             phase, rows = self._met(tap, distance)
@@ -94,7 +94,7 @@ class RowProducts:
                 yield tap, products
 
     def _met(self, tap: int, distance: int) -> tuple[int, range]:
-        """The phase that a tap meets, and its rows while a tap at a distance meets rows of the input too."""
+        """The phase of a tap, and its rows for which a tap at a distance also sees rows of the input."""
         axis, shift = self.axis, self.axis.dilation * distance
         own, other = axis.window(tap, self.length), axis.window(tap + distance, self.length)
         start, stop = max(own.start, other.start - shift), min(own.stop, other.stop - shift)
@@ -103,14 +103,14 @@ class RowProducts:
         return phase, range(first, max(first, end))
 
     def _factors(self, phase: int, rows: range, distance: int) -> tuple[Tensor, Tensor]:
-        """Rows of a phase, and those at a distance, for a product that sums over them: `[g, c·x, m], [g, m, c·x]`."""
+        """Rows of a phase and rows at a distance, as factors of a sum over them: `[g, c·x, m], [g, m, c·x]`."""
         shift, other = divmod(phase + self.axis.dilation * distance, self.axis.stride)
         left = self.phases[phase][:, rows.start : rows.start + len(rows)]
         right = self.phases[other][:, rows.start + shift : rows.start + shift + len(rows)]
         return left.flatten(1, 2).mT, right.flatten(1, 2)
 
     def _seen(self, products: Tensor) -> Tensor:
-        """P[g, c·x, c'·x'] -> what the taps of the other axes see of it: `[g, c, c', *tap, *tap']`."""
+        """Sum P[g, c·x, c'·x'] over output pixels per pair of taps of the other axes: `[g, c, c', *tap, *tap']`."""
         count, lengths = len(self.others), self.z.shape[3:]
         P = products.view(-1, *(self.channels, *lengths) * 2)
         if not count:
@@ -119,6 +119,6 @@ class RowProducts:
         P = F.pad(P, [*padding, 0, 0, *padding])
         for first in (2, 3 + count):
             P = unfolded(P, self.others, first)
-        for k in range(count):  # x and x' from one output pixel
+        for k in range(count):  # x and x' of one output pixel
             P = P.diagonal(0, 2, 3 + count - k)
         return P.sum(tuple(range(-count, 0)))

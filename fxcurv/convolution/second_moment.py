@@ -1,4 +1,4 @@
-"""Σ_ns x xᵀ over the patches of a convolution, by the way that costs least: all are equal up to rounding."""
+"""Algorithms for Σ_ns x xᵀ over the patches of a convolution, equal up to rounding, and the choice among them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fxcurv.convolution.row_products import RowProducts
 from fxcurv.convolution.unfold import Unfolding
 from fxcurv.linalg.cost import Cost, rates_of
 
-__all__ = ["WAYS", "Algorithm", "cheapest"]
+__all__ = ["ALGORITHMS", "Algorithm", "second_moment"]
 
 
 class Algorithm(Protocol):
-    """Σ_ns x xᵀ for the patches of one input `z[n, g·c, …]`; the cost reads its shape alone."""
+    """Σ_ns x xᵀ for the patches of one input `z[n, g·c, …]`; the cost depends on its shape alone."""
 
     def __init__(self, patches: Patches, z: Tensor) -> None: ...
 
     def cost(self) -> Cost:
-        """What `covariance` takes."""
+        """Cost of `covariance`."""
         ...
 
     def covariance(self) -> Tensor:
@@ -29,10 +29,16 @@ class Algorithm(Protocol):
         ...
 
 
-WAYS: tuple[type[Algorithm], ...] = (Unfolding, RowProducts, LagCorrelations)
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "unfold": Unfolding,
+    "row_products": RowProducts,
+    "lag_correlation": LagCorrelations,
+}
 
 
-def cheapest(patches: Patches, z: Tensor) -> Algorithm:
-    """The way that takes least time for an input."""
+def second_moment(patches: Patches, z: Tensor, algorithm: str | None = None) -> Algorithm:
+    """The algorithm of that name for an input `z`, by default the one with the lowest estimated time."""
+    if algorithm is not None:
+        return ALGORITHMS[algorithm](patches, z)
     rates = rates_of(z.device, z.dtype)
-    return min((way(patches, z) for way in WAYS), key=lambda way: way.cost().seconds(rates))
+    return min((kind(patches, z) for kind in ALGORITHMS.values()), key=lambda one: one.cost().seconds(rates))

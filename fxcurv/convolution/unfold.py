@@ -1,4 +1,4 @@
-"""Σ_ns x xᵀ as the product of the patches themselves."""
+"""Σ_ns x xᵀ as the product of the patches."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["Unfolding"]
 
 
 class Unfolding:
-    """The product of the patches themselves."""
+    """The product of the patches."""
 
     def __init__(self, patches: Patches, z: Tensor) -> None:
         self.patches, self.z = patches, z
 
     def cost(self) -> Cost:
-        """What `covariance` takes."""
+        """Cost of `covariance`."""
         size, g, m = self.z.element_size(), self.patches.groups, len(self.z) * self.patches.pixels(self.z)
         d = self.z.shape[1] // g * self.patches.taps
         copies, products = copying(g * d * m, size) * (2 if g == 1 else 4), moment(d, m, size) * g

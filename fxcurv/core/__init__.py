@@ -1,6 +1,5 @@
-"""The core: errors, the shape language, fingerprints, loggers, optional packages, and every private name of torch.
+"""The core: errors, the shape language, fingerprints, loggers, optional packages, and the private names of torch.
 
-Lives here: what every other room may need and what needs none of them. A private name of torch goes to
-`torch_compat`, an optional package is imported through `optional`. Imports go to torch and the standard library
-alone.
+Contains whatever every other room may need and needs no other room. Private names of torch go to `torch_compat`,
+optional packages are imported through `optional`. Imports are restricted to torch and the standard library.
 """

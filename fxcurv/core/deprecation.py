@@ -1,4 +1,4 @@
-"""Former names of public objects: they keep working, with a DeprecationWarning that gives the new name."""
+"""Former names of public objects. They keep working, with a DeprecationWarning that gives the new name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
 
 
 class Renamed:
-    """An attribute under its former name, read-only: `inputs_first = Renamed("in_out")`."""
+    """A read-only attribute under its former name: `inputs_first = Renamed("in_out")`."""
 
     def __init__(self, new: str) -> None:
         self.new = new

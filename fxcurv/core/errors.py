@@ -1,6 +1,6 @@
-"""Errors: each says node, cause and remedy, has a stable code, and knows the lines of the model that it is about.
+"""Errors with node, cause and remedy, a stable code, and the lines of the model concerned.
 
-`fxcurv explain CODE` says more about a code; the table of codes is in `fxcurv/checks/codes.py`.
+`fxcurv explain CODE` describes a code; the table of codes is in `fxcurv/checks/codes.toml`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Frame:
-    """One line of code on the way to a node or an error."""
+    """One line of code on the path to a node or an error."""
 
     file: str
     line: int
@@ -47,18 +47,18 @@ class Frame:
 
 
 Location = tuple[Frame, ...]
-"""The frames of the model, the innermost first; none of torch or of this package."""
+"""The frames of the model, innermost first, without those in torch or in this package."""
 
 
 def frames_of(node: fx.Node) -> Location:
-    """The lines of the model that made a node, captured or lowered."""
+    """Return the lines of the model that created a node, captured or lowered."""
     text = str(node.meta.get("stack_trace") or node.meta.get("stack") or "")
     found = re.findall(r'^ *File "(.*)", line (\d+), in (.*)$', text, re.MULTILINE)
     return _users(Frame(file, int(line), function) for file, line, function in reversed(found))
 
 
 def raised_at(error: BaseException) -> Location:
-    """The lines of the model from which an exception came."""
+    """Return the lines of the model that raised an exception."""
     frames: list[Frame] = []
     trace: TracebackType | None = error.__traceback__
     while trace is not None:
@@ -85,7 +85,7 @@ def _users(frames: Iterable[Frame]) -> Location:
 
 
 def _of_python(file: str) -> bool:
-    """Whether a file is of Python's own library."""
+    """Whether a file belongs to Python's own library."""
     return file.startswith(_PYTHON) and not file.removeprefix(_PYTHON).startswith(_INSTALLED)
 
 
@@ -93,7 +93,7 @@ def _of_python(file: str) -> bool:
 
 
 def a_value(value: object) -> str:
-    """None, the class Linear, an int: how errors name a value of a type that is not expected."""
+    """Describe a value of an unexpected type: None, the class Linear, an int."""
     if value is None or isinstance(value, type):
         return "None" if value is None else f"the class {value.__name__}"
     name = type(value).__name__
@@ -101,7 +101,7 @@ def a_value(value: object) -> str:
 
 
 class FxcurvError(Exception):
-    """`node: cause; remedy [code]`: where it happened, what is wrong, what to do about it, and what to look up."""
+    """`node: cause; remedy [code]`: where it happened, the cause, the remedy, and a code to look up."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class FxcurvError(Exception):
 
     @property
     def fact(self) -> str:
-        """Where it happened and what is wrong."""
+        """Node and cause."""
         return f"node {self.node}: {self.cause}" if self.node else self.cause
 
     def __str__(self) -> str:
@@ -137,19 +137,19 @@ class CaptureError(FxcurvError):
 
 
 class UnsupportedError(FxcurvError):
-    """The graph holds something for which no exact or named treatment exists."""
+    """The graph contains an operation without an exact or named treatment."""
 
 
 class QuantityError(FxcurvError):
-    """A quantity, a parameter or an option was asked for that does not exist."""
+    """An unknown quantity, parameter or option was requested."""
 
 
 class InputError(FxcurvError):
-    """Inputs, targets or the model's mode are not what the call needs."""
+    """Inputs, targets or the model's mode do not fit the call."""
 
 
 class LossError(FxcurvError):
-    """The loss, or what it is applied to, is not supported."""
+    """The loss, or its argument, is not supported."""
 
 
 class SpecError(FxcurvError):

@@ -1,4 +1,4 @@
-"""What a model is recognised by: the names, shapes and types of its parameters, not values; and digests of values."""
+"""Identification of a model by the names, shapes and dtypes of its parameters, and digests of values."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["Fingerprint", "digest", "values_digest"]
 
 
 def digest(value: Any, before: str = "") -> str:
-    """BLAKE2 of a pytree, of which tensors count with type, shape and every byte, all else as it is pickled.
+    """Return the BLAKE2 digest of a pytree: dtype, shape and every byte of tensors, and the pickle of all else.
 
-    `before` is a digest that this one continues, so that a chain stands for a sequence in its order.
+    `before` is a digest to continue, so that a chain of digests represents an ordered sequence.
     """
     leaves, structure = pytree.tree_flatten(value)
     found = hashlib.blake2b(f"{before} {structure}".encode(), digest_size=16)
@@ -34,7 +34,7 @@ def digest(value: Any, before: str = "") -> str:
 
 
 def values_digest(model: nn.Module) -> str:
-    """A digest of the values of all parameters and buffers."""
+    """Return a digest of the values of all parameters and buffers."""
     return digest({**dict(model.named_parameters()), **dict(model.named_buffers())})
 
 
@@ -46,22 +46,22 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module) -> Fingerprint:
-        """The fingerprint of a model."""
+        """Return the fingerprint of a model."""
         return cls({name: (tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()})
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the parameters, as hexadecimal digits."""
+        """Return the SHA-256 digest of the parameters, in hexadecimal."""
         rows = [[name, list(shape), dtype] for name, (shape, dtype) in self.parameters.items()]
         return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
     def difference(self, other: Fingerprint) -> str | None:
-        """The first parameter in which another model differs, and how; None if it does not."""
+        """Describe the first parameter in which another model differs; None if there is none."""
         ours, theirs = self.parameters, other.parameters
         for name in (*ours, *theirs):
             if ours.get(name) != theirs.get(name):
                 return f"{name!r} is {_kind(ours, name)} here and {_kind(theirs, name)} there"
-        return None if list(ours) == list(theirs) else "the parameters have another order"
+        return None if list(ours) == list(theirs) else "the parameters are in a different order"
 
 
 def _kind(parameters: Mapping[str, tuple[tuple[int, ...], str]], name: str) -> str:

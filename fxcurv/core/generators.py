@@ -1,4 +1,4 @@
-"""Random generators that leave the global one alone."""
+"""Random generators that do not advance the global generator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["fresh_generator"]
 
 
 def fresh_generator(device: torch.device) -> torch.Generator:
-    """A generator of its own, so that the caller's global one is left alone."""
+    """Return a new generator, so that the caller's global generator is not advanced."""
     generator = torch.Generator(device)
     generator.seed()
     return generator

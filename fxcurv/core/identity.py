@@ -1,4 +1,4 @@
-"""Keys by value: objects get equal keys only if no computation can tell them apart. A key never rests on a repr."""
+"""Keys by value: objects get equal keys only if no computation can distinguish them. Keys never depend on a repr."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Hashed", "Same", "attributes_of", "frozen", "identity_of", "structur
 
 
 class Same:
-    """A key of one object, equal to itself alone.
+    """A key of one object, equal only to itself.
 
     It does not keep the object alive, unless the object's type has no weak references.
     """
@@ -55,14 +55,14 @@ _PLAIN = frozenset((bool, int, str, bytes, type(None), torch.dtype, torch.device
 _CONTAINERS = (list, tuple, set, frozenset, dict)
 
 
-_EMPTY = frozenset((*_CONTAINERS, OrderedDict))  # hooks that nobody registered, of which every module has a dozen
+_EMPTY = frozenset((*_CONTAINERS, OrderedDict))  # empty hook dictionaries, a dozen in every module
 
 
 def frozen(value: Any, depth: int = 4) -> Hashable:
-    """The key of a value: numbers, strings, containers and frozen dataclasses by value, all else by object.
+    """Return the key of a value: numbers, strings, containers and frozen dataclasses by value, all else by identity.
 
-    A tensor counts with its version, which every operation in place raises.
-    Containers deeper than `depth` are compared by object.
+    The key of a tensor includes its version, which every in-place operation increments.
+    Containers deeper than `depth` are compared by identity.
     """
     kind = type(value)
     if kind in _PLAIN:
@@ -85,7 +85,7 @@ def frozen(value: Any, depth: int = 4) -> Hashable:
 
 
 def _is_frozen(value: Any) -> bool:
-    """Whether a dataclass is equal to another by its fields, none of which can be set."""
+    """Whether a dataclass compares by its fields, and is frozen."""
     parameters = type(value).__dataclass_params__
     return parameters.frozen and parameters.eq
 
@@ -97,20 +97,20 @@ _BOOKKEEPING = frozenset(vars(nn.Module()))
 
 
 def attributes_of(module: nn.Module, *, bookkeeping: bool = False) -> Hashable:
-    """The key of a module's attributes, without tensors and submodules; with hooks and mode if `bookkeeping`."""
+    """Return the key of a module's attributes, without tensors and submodules; with hooks and mode if `bookkeeping`."""
     ignored = _HELD if bookkeeping else _BOOKKEEPING
     return tuple([(name, frozen(value)) for name, value in vars(module).items() if name not in ignored])
 
 
 def identity_of(module: nn.Module) -> Hashable:
-    """The key of all that a module computes: type, attributes by value, tensors by object, submodules likewise."""
+    """Return the key of a module's computation: type, attributes by value, tensors by identity, submodules likewise."""
     tensors = tuple((name, Same(t)) for name, t in _tensors(module))
     children = tuple((name, identity_of(child)) for name, child in module.named_children())
     return type(module), attributes_of(module), tensors, children
 
 
 def structure_of(module: nn.Module) -> Hashable:
-    """The key of a module for any values of its tensors: these count with shape and type, submodules as modules do."""
+    """Return the key of a module for any tensor values: tensors by shape and dtype, submodules recursively."""
     tensors = tuple((name, t if t is None else (tuple(t.shape), t.dtype, t.device)) for name, t in _tensors(module))
     children = tuple((name, structure_of(child)) for name, child in module.named_children())
     return type(module), attributes_of(module), tensors, children

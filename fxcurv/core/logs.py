@@ -1,4 +1,4 @@
-"""Loggers under the name `fxcurv`; FXCURV_DEBUG=passes,… prints the ones that it names to stderr."""
+"""Loggers under the name `fxcurv`; FXCURV_DEBUG=passes,… prints the listed ones to stderr."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["logger"]
 
 @cache
 def logger(name: str) -> logging.Logger:
-    """The logger `fxcurv.<part>`, at DEBUG with a handler on stderr if FXCURV_DEBUG names the part."""
+    """Return the logger `fxcurv.<part>`, at DEBUG with a handler on stderr if FXCURV_DEBUG lists the part."""
     log = logging.getLogger(name)
     if name.rpartition(".")[2] in os.environ.get("FXCURV_DEBUG", "").split(","):
         log.setLevel(logging.DEBUG)

@@ -1,4 +1,4 @@
-"""Optional packages: imported when they are needed, or an error that says what to install."""
+"""Optional packages: imported on first use, or an error with the package to install."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["DEMO", "MissingPackageError", "imported"]
 
 
 DEMO = '"fxcurv[demo]"'
-"""What to install for the data and the pictures."""
+"""The extra to install for the data and the pictures."""
 
 
 class MissingPackageError(FxcurvError):
-    """An optional package is not installed, or does not fit the installed torch."""
+    """An optional package is not installed, or does not match the installed torch."""
 
 
 def imported(module: str, install: str = DEMO) -> Any:
-    """The optional module, or an error that says what to install (also for a torchvision built for another torch)."""
+    """Import an optional module, or raise an error with the package to install (also for a mismatched torchvision)."""
     package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
@@ -38,7 +38,7 @@ def imported(module: str, install: str = DEMO) -> Any:
 
 def _mismatch() -> MissingPackageError:
     return MissingPackageError(
-        f"torchvision {version('torchvision')} is built for another torch than {version('torch')}",
+        f"torchvision {version('torchvision')} is not built for torch {version('torch')}",
         remedy="reinstall both together: pip install --force-reinstall torch torchvision",
         code="FXC006",
     )

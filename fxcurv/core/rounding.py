@@ -1,4 +1,4 @@
-"""The one definition of «equal up to rounding»."""
+"""The definition of «equal up to rounding»."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ __all__ = ["close", "tolerance_of"]
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """eps^(2/3): what rounding leaves of a computation of a few operators."""
+    """eps^(2/3): the relative rounding error allowed for a computation of a few operators."""
     return torch.finfo(dtype).eps ** (2 / 3)
 
 
 def close(value: Tensor, expected: Tensor, tolerance: float | None = None, floor: float = 0.0) -> bool:
     """Whether max |value - expected| ≤ tolerance · max(max |expected|, floor); NaN equals NaN.
 
-    The tolerance is that of the expected type, `tolerance_of`, unless one is given.
+    The default tolerance is `tolerance_of` the expected dtype.
     """
     if value.shape != expected.shape or not expected.numel():
         return value.shape == expected.shape

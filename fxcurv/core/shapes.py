@@ -1,4 +1,4 @@
-"""The shape language: sizes that are numbers or multiples of the batch size, and where in a tensor its samples lie."""
+"""The shape language: sizes that are numbers or multiples of the batch size, and the axis of a tensor's samples."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class BatchSize:
 
 
 Shape = tuple[int | BatchSize | str, ...]
-"""Sizes; V stands for the number of columns."""
+"""A shape; V denotes the number of columns."""
 
 
 def shape_of(value: Tensor, node: str, location: Location = ()) -> Shape:
-    """The shape of a traced tensor."""
+    """Return the shape of a traced tensor."""
     return tuple(size_of(size, node, location) for size in value.shape)
 
 
 def size_of(size: int | torch.SymInt, node: str, location: Location = ()) -> int | BatchSize:
-    """A traced size as a number or a multiple of the batch size."""
+    """Return a traced size as a number or a multiple of the batch size."""
     if isinstance(size, int):
         return size
     expression: Any = size.node.expr
@@ -52,9 +52,9 @@ def size_of(size: int | torch.SymInt, node: str, location: Location = ()) -> int
     multiple = expression / next(iter(symbols)) if len(symbols) == 1 else None
     if multiple is None or not multiple.is_Integer:
         raise CaptureError(
-            f"a size of {expression} is no multiple of the batch size",
+            f"a size of {expression} is not a multiple of the batch size",
             node=node,
-            remedy="keep samples apart",
+            remedy="keep the samples separate",
             code="FXC204",
             location=location,
         )
@@ -62,18 +62,18 @@ def size_of(size: int | torch.SymInt, node: str, location: Location = ()) -> int
 
 
 def resolve(shape: Shape, batch: int) -> tuple[int, ...]:
-    """The shape for a given batch size."""
+    """Return the shape for a given batch size."""
     return tuple(size.multiple * batch if isinstance(size, BatchSize) else int(size) for size in shape)
 
 
 def show_shape(shape: Shape) -> str:
-    """[N, 64, 8, 8]."""
+    """Format a shape: [N, 64, 8, 8]."""
     return f"[{', '.join(map(str, shape))}]"
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Where a tensor holds its samples: sample n at indices (a·N + n)·inner + b of `axis`, for a < outer, b < inner."""
+    """The position of samples in a tensor: sample n at indices (a·N + n)·inner + b of `axis`, a < outer, b < inner."""
 
     axis: int
     outer: int = 1
@@ -81,17 +81,17 @@ class Samples:
 
     @property
     def parts(self) -> int:
-        """How many indices of the axis belong to one sample."""
+        """Number of indices of the axis that belong to one sample."""
         return self.outer * self.inner
 
     def apart(self, x: Tensor, lead: int = 0) -> Tensor:
-        """[*lead, …, outer·N·inner, …] -> [*lead, N, …, outer·inner, …]: samples in front, their parts at `axis`."""
+        """[*lead, …, outer·N·inner, …] -> [*lead, N, …, outer·inner, …]: samples first, their parts at `axis`."""
         axis = self.axis + lead
         x = x.unflatten(axis, (self.outer, -1, self.inner)).movedim(axis + 1, lead)
         return x.flatten(axis + 1, axis + 2)
 
     def regrouped(self, x: Tensor, lead: int = 0) -> Tensor:
-        """[*lead, outer·N·inner, s, …] -> [*lead, N, outer·inner·s, …]: the parts of a sample as further positions."""
+        """[*lead, outer·N·inner, s, …] -> [*lead, N, outer·inner·s, …]: a sample's parts as additional positions."""
         if self.parts == 1:
             return x
         x = x.unflatten(lead, (self.outer, -1, self.inner)).movedim(lead + 1, lead)

@@ -1,7 +1,7 @@
 """Every private name of torch that fxcurv uses, in one place.
 
-Seen in torch 2.11, 2.12, 2.13 and 2.14 (CPU and CUDA builds). A release that renames one of them is mended here. What
-is slow to import (`torch._dynamo`, sympy) is imported by the functions that need it, at the first trace.
+Tested with torch 2.11, 2.12, 2.13 and 2.14 (CPU and CUDA builds). A release that renames one of them is handled here.
+Modules that are slow to import (`torch._dynamo`, sympy) are imported inside functions, at the first trace.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ __all__ = [
 # Operators --------------------------------------------------------------------------------------------------------
 
 HIGHER_ORDER: type = torch._ops.HigherOrderOperator  # pyright: ignore[reportPrivateUsage]
-"""The type of operators that call a graph of their own."""
+"""The type of operators that call a subgraph."""
 
 
 def schema_of(function: Any) -> Any:
-    """The schema of an ATen operator; None for any other function."""
+    """Return the schema of an ATen operator; None for any other function."""
     return getattr(function, "_schema", None)
 
 
 def overload_name(operator: Any) -> str:
-    """`Tensor` of aten.add.Tensor."""
+    """Return the overload name of an operator: `Tensor` of aten.add.Tensor."""
     return operator._overloadname
 
 
 def safe_softmax(x: Tensor, dim: int) -> Tensor:
-    """softmax that is 0 where all entries are -inf."""
+    """Softmax that is 0 where all entries are -inf."""
     return torch.ops.aten._safe_softmax(x, dim)
 
 
 def linear_onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """a, b -> a bᵀ by oneDNN, None in a build without it."""
+    """Return a, b -> a bᵀ by oneDNN; None in a build without it."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return None
     return lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
@@ -73,22 +73,22 @@ def linear_onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 def storage_id(t: Tensor) -> int:
-    """A number of the tensor's storage, equal for tensors that share it; fake tensors have one too."""
+    """Return an identifier of the tensor's storage, equal for tensors that share it; fake tensors have one too."""
     return t.untyped_storage()._cdata
 
 
 def version_of(t: Tensor) -> int | None:
-    """How often a tensor was written in place; None for an inference tensor, which does not count."""
+    """Return the number of in-place writes to a tensor; None for an inference tensor, which does not count them."""
     return None if t.is_inference() else t._version
 
 
 def base_of(t: Any) -> Tensor | None:
-    """The tensor that a view was taken of."""
+    """Return the base tensor of a view."""
     return getattr(t, "_base", None)
 
 
 def has_backward_hooks(t: Tensor) -> bool:
-    """Whether hooks are registered on a tensor, which may change its gradient."""
+    """Whether hooks, which may change the gradient, are registered on a tensor."""
     return bool(getattr(t, "_backward_hooks", None))
 
 
@@ -98,7 +98,7 @@ def holds(module: nn.Module, name: str, tensor: Tensor) -> bool:
 
 
 def flops_of(packet: Any) -> Callable[..., float] | None:
-    """The function that counts the floating-point operations of an operator, if torch knows it."""
+    """Return the function that counts an operator's floating-point operations, if torch has one."""
     from torch.utils.flop_counter import flop_registry
 
     return flop_registry.get(packet)
@@ -115,7 +115,7 @@ def depends_on_values(size: torch.SymInt) -> bool:
 
 
 def compile_errors() -> tuple[type[Exception], ...]:
-    """The errors of torch.compile."""
+    """Return the errors of torch.compile."""
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
@@ -123,12 +123,12 @@ def compile_errors() -> tuple[type[Exception], ...]:
 
 
 def dispatch_keys() -> tuple[Any, Any]:
-    """The dispatch keys that operators go through here: included and excluded."""
+    """Return the included and excluded dispatch keys of the current thread."""
     return torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()  # pyright: ignore[reportPrivateUsage]
 
 
 def with_dispatch_keys(keys: tuple[Any, Any]) -> AbstractContextManager[Any]:
-    """Within, operators go through these dispatch keys."""
+    """Use these dispatch keys inside the context."""
     return torch._C._ForceDispatchKeyGuard(*keys)  # pyright: ignore[reportPrivateUsage]
 
 
@@ -136,7 +136,7 @@ def with_dispatch_keys(keys: tuple[Any, Any]) -> AbstractContextManager[Any]:
 
 
 def default_store() -> Any:
-    """The key-value store of the default process group."""
+    """Return the key-value store of the default process group."""
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._get_default_store()

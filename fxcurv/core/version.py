@@ -1,3 +1,3 @@
-"""The version of fxcurv; pyproject.toml reads it from here."""
+"""The version of fxcurv, read by pyproject.toml."""
 
 __version__ = "0.1.0"

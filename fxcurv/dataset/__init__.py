@@ -1,4 +1,4 @@
-"""Data sets: batches accumulated into one result, checkpoints, two passes for EKFAC, several processes.
+"""Data sets: accumulation of batches, checkpoints, two passes for EKFAC, several processes.
 
-Compiled models are seen through `compiled.CompiledModel`. Imports go to `fxcurv.runtime` and the rooms below it.
+Compiled models have the interface `compiled.CompiledModel`. May import from `fxcurv.runtime` and packages below it.
 """

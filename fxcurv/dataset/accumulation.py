@@ -1,8 +1,8 @@
-"""one_pass: batch after batch into one result, as if a whole data set were one batch, with or without checkpoints.
+"""one_pass: accumulate all batches of a data set into one result, as if they were one batch; checkpoints are optional.
 
-The result so far is merged with that of every batch (fxcurv/merging.py), so that memory does not grow with the number
-of batches; outputs are dropped. Everything that a further batch depends on is one `State`, which changes whole: it is
-what a checkpoint holds, and what is left when an accumulation is interrupted.
+The running result is merged with the result of every batch (fxcurv/results/merging.py), so memory does not grow with
+the number of batches; outputs are dropped. One `State` has everything that the next batch depends on. It is replaced
+atomically; checkpoints store it, and it remains valid after an interruption.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from fxcurv.results.merging import blended, merge, values_changed, values_of
 __all__ = ["Accumulator", "Pass", "one_pass", "settled"]
 
 
-# One batch more ---------------------------------------------------------------------------------------------------
+# Accumulator ------------------------------------------------------------------------------------------------------
 
 
 class Accumulator:
-    """Adds batches to a result, or with `decay` averages over them exponentially.
+    """Sum of the results of batches, or with `decay` an exponential moving average.
 
-    With `decay`, every batch counts `decay` times as much as the one after it, whatever its size, and the weights sum
-    to 1 from the first batch on. `state` is all that a further batch depends on, besides the model.
+    With `decay`, every batch has `decay` times the weight of the next one, independent of its size. The weights always
+    sum to 1. `state` has everything that the next batch depends on, except the model.
     """
 
     def __init__(self, compiled: CompiledModel, settings: Settings, decay: float | None = None) -> None:
@@ -64,11 +64,11 @@ class Accumulator:
         self.state = State()
 
     def update(self, batch: Any) -> None:
-        """Add a batch, of which inputs and target are told apart as `accumulate` does, and moved to the model."""
+        """Add a batch; it is split into inputs and target as in `accumulate`, and moved to the model's device."""
         self.state = self.after(batch)
 
     def after(self, batch: Any) -> State:
-        """The state with a batch more; the object itself stays as it is, but for its generator."""
+        """Return the state after one more batch; of this object, only the generator changes."""
         inputs, target = (on_device(part, self.device) for part in (self.settings.split or split_batch)(batch))
         result, state = self._of(inputs, target), self.state
         weight = 1 + (self.decay or 0) * state.weight
@@ -83,12 +83,12 @@ class Accumulator:
         return replace(state, total=total, batches=state.batches + 1, standard_error=standard_error, weight=weight)
 
     def reset(self) -> None:
-        """Forget all batches; the generator goes on."""
+        """Forget all batches; the generator keeps its state."""
         self.state = State()
 
     @property
     def result(self) -> Curvature:
-        """The curvature over all batches so far."""
+        """Curvature over all batches so far."""
         if self.state.total is None:
             raise InputError("there was no batch", remedy="give at least one", code="FXC110")
         if self.state.total.divisor == 0:
@@ -96,7 +96,7 @@ class Accumulator:
         return self.state.total
 
     def _of(self, inputs: Inputs, target: Tensor) -> Curvature:
-        """The result of a batch, in memory of its own and of the type in which it is added; without the output."""
+        """Return the result of a batch, in separate memory and the dtype of accumulation; without the output."""
         if not self.compiled.loss.counts(target):
             found = _mean_of_none(self.compiled.summed()(inputs, target, self.generator))
         else:
@@ -105,18 +105,18 @@ class Accumulator:
 
 
 def _mean_of_none(result: Curvature) -> Curvature:
-    """A sum in which no term counts, as the mean that it also is."""
+    """Relabel a sum without any counted term as a mean with divisor 0."""
     values = [replace(v, reduction="mean") if isinstance(v, Block) else v for v in values_of(result)]
     labelled = values_changed(result, values)._mapped(lambda e: replace(e, reduction="mean"))
     return replace(labelled, reduction="mean", divisor=0.0)
 
 
-# All batches ------------------------------------------------------------------------------------------------------
+# Pass over a loader -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass over a loader: what its bar says, and what is shown every batch, those read from a checkpoint too."""
+    """A pass over a loader: `title` of the progress bar, and `watch`, called with every batch, resumed ones too."""
 
     title: str = "batches"
     watch: Callable[[Any], None] = lambda batch: None
@@ -125,7 +125,7 @@ class Pass:
 def one_pass(
     compiled: CompiledModel, loader: Iterable[Any], settings: Settings, over: Pass | None = None
 ) -> Accumulator:
-    """An accumulator that holds the curvature over all batches of a loader, of all processes."""
+    """Return an accumulator with the curvature over all batches of a loader and all processes."""
     processes = Processes.of_group(settings.timeout)
     with processes.telling_errors():
         accumulator = Accumulator(compiled, settings)
@@ -135,7 +135,7 @@ def one_pass(
 
 
 def _run(accumulator: Accumulator, loader: Iterable[Any], processes: Processes, over: Pass) -> None:
-    """Add the batches of this process, from where its checkpoint stands."""
+    """Add the batches of this process, starting after its checkpoint."""
     settings = accumulator.settings
     batches = _with_bar(loader, settings, processes, over)
     checkpoint = (
@@ -151,7 +151,7 @@ def _run(accumulator: Accumulator, loader: Iterable[Any], processes: Processes, 
             state = accumulator.after(batch)
             if checkpoint is not None:
                 state = checkpoint.marked(state, batch)
-            accumulator.state = state  # all of it at once, so that an interruption finds a state between two batches
+            accumulator.state = state  # atomic: an interruption leaves a state between two batches
             processes.beat(state.batches)
             if checkpoint is not None and state.batches % settings.every == 0:
                 written = checkpoint.write(state)
@@ -159,14 +159,16 @@ def _run(accumulator: Accumulator, loader: Iterable[Any], processes: Processes, 
         if checkpoint is not None and (state := accumulator.state).batches:
             if state is not written:
                 checkpoint.write(state)
-            error.add_note(f"{state.batches} batches are in {checkpoint.path}: the same call continues from there")
+            error.add_note(
+                f"{state.batches} batches are saved in {checkpoint.path}: repeat the call to continue from there"
+            )
         raise
     if checkpoint is not None and accumulator.state is not written:
         checkpoint.write(accumulator.state)
 
 
 def settled(accumulator: Accumulator) -> bool:
-    """Whether the estimates are as sure as was asked for."""
+    """Whether the relative standard error is within the requested bound."""
     settings, standard_error = accumulator.settings, accumulator.state.standard_error
     bound = settings.until_rel_error
     return (
@@ -175,7 +177,7 @@ def settled(accumulator: Accumulator) -> bool:
 
 
 def _with_bar(loader: Iterable[Any], settings: Settings, processes: Processes, over: Pass) -> Iterator[Any]:
-    """The batches, with a bar on the first process's terminal."""
+    """Yield the batches, with a progress bar on the terminal of process 0."""
     length, most = length_of(loader), settings.max_batches
     total = most if length is None else min(length, most or length)
     quiet = None if settings.progress and processes.rank == 0 else True

@@ -1,4 +1,4 @@
-"""Batches of a loader: inputs and target told apart, and moved to the device."""
+"""Batches of a loader: split into inputs and target, and moved to the device."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Split = Callable[[Any], tuple[Inputs, Tensor]]
 
 
 TARGETS = ("labels", "label", "targets", "target")
-"""The names under which a batch that is a dict holds its target."""
+"""Keys of the target in a batch that is a dict."""
 
 
 # Batches ----------------------------------------------------------------------------------------------------------
 
 
 def split_batch(batch: Any) -> tuple[Inputs, Tensor]:
-    """(inputs, target) of a batch: (input, …, target), or a dict with the target under one of `TARGETS`."""
+    """Split a batch into (inputs, target): (input, …, target), or a dict with the target under one of `TARGETS`."""
     if isinstance(batch, Mapping):
         named = [name for name in TARGETS if name in batch]
         if len(named) == 1:

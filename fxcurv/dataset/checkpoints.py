@@ -1,10 +1,9 @@
-"""Checkpoints: the state of an accumulation as a file, from which the same call continues to the same bits.
+"""Checkpoints: the state of an accumulation in a file; the same call resumes from it with bitwise equal results.
 
-A checkpoint is a file of the result so far (fxcurv/files.py), with what else a further batch depends on: the number of
-batches, a digest of these in their order, the generator's state and the sums of the stopping rule. Beside these stands
-what the accumulation was asked for. Whatever differs is refused, and the file stays as it is. The loader must give the
-same batches in the same order again: those that are in the checkpoint are read once more, without computing anything,
-and compared with the digest.
+A checkpoint is a file of the result so far (fxcurv/results/writing.py), plus the number of batches, a digest of them
+in order, the generator's state, the sums of the stopping rule, and the request. A different request is refused, and
+the file is not changed. The loader must give the same batches in the same order: batches of the checkpoint are read
+again, without computation, and compared with the digest.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ __all__ = ["Checkpoint"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file for the states of one accumulation of `model`; `asked` is what it must have been asked for."""
+    """A file for the states of one accumulation of `model`; `asked` is its request, which must match."""
 
     path: Path
     model: nn.Module
@@ -51,7 +50,7 @@ class Checkpoint:
         loader: Iterable[Any],
         processes: Processes,
     ) -> Checkpoint:
-        """The checkpoint that an accumulation asks for; each process has a file of its own."""
+        """Return the checkpoint of an accumulation; each process has a separate file."""
         path, size = Path(settings.checkpoint or ""), processes.size
         if size > 1:
             path = path.with_name(f"{path.name}.{processes.rank}-of-{size}")
@@ -75,11 +74,11 @@ class Checkpoint:
         return cls(path, compiled.model, generator, json.loads(json.dumps(asked)))
 
     def marked(self, state: State, batch: Any) -> State:
-        """The state after a batch, with the digest of all batches so far and the generator as it is now."""
+        """Return the state after a batch, with the digest of all batches so far and the current generator state."""
         return replace(state, digest=digest(batch, state.digest), generator=self.generator.get_state())
 
     def write(self, state: State) -> State:
-        """Let the file hold this state instead, whole or not at all."""
+        """Replace the file's content by this state, atomically."""
         assert state.total is not None
         assert state.generator is not None
         held = {
@@ -93,9 +92,9 @@ class Checkpoint:
         return state
 
     def resumed(self, batches: Iterator[Any], beat: Callable[[int], None]) -> State:
-        """The state in the file, with the generator set to it and the batches that it holds taken off; else none.
+        """Return the state in the file, set the generator and skip its batches; without a file, an empty state.
 
-        `beat` is called with the number of batches that were taken off, at each.
+        `beat` is called with the number of skipped batches, after each.
         """
         if not self.path.exists():
             return State()
@@ -116,11 +115,11 @@ class Checkpoint:
     def _read(self) -> State:
         total, held = read(self.path, self.model)
         if held is None:
-            raise self._foreign("it is a result, and no checkpoint")
+            raise self._foreign("it is a result, not a checkpoint")
         asked = held["asked"].of(dict)
         for name, value in self.asked.items():
             if asked.get(name) != value:
-                raise self._foreign(f"{name}: {asked.get(name)} there, {value} here")
+                raise self._foreign(f"{name}: {asked.get(name)} in the file, {value} in this call")
         return State(
             total=owned(total, device=next(self.model.parameters()).device),
             batches=held["batches"].of(int),
@@ -132,26 +131,26 @@ class Checkpoint:
     def _foreign(self, cause: str) -> FxcurvError:
         return FxcurvError(
             f"{self.path} is the checkpoint of another accumulation: {cause}",
-            remedy="repeat that call, or choose another path; the file is as it was",
+            remedy="repeat that call, or choose another path; the file is unchanged",
             code="FXC427",
         )
 
 
 def _standard_error(held: Json) -> StandardError:
-    """The sums of a stopping rule, as they were written."""
+    """Read the sums of a stopping rule."""
     weights, *sums = ([x.of(float) for x in row.each()] for row in (held["weights"], *held["sums"].each()))
     try:
         (w, ww), rows = weights, tuple((a, b, c) for a, b, c in sums)
     except ValueError:
-        raise held.wrong("has other sums than a stopping rule") from None
+        raise held.wrong("does not have the sums of a stopping rule") from None
     return StandardError(held["batches"].of(int), (w, ww), rows)
 
 
 def _generator_state(held: Json, device: torch.device) -> Tensor:
-    """The state of a generator, which one of this device takes."""
+    """Read the state of a generator; it must be valid for this device."""
     try:
         state = torch.frombuffer(bytearray(base64.b64decode(held.of(str))), dtype=torch.uint8)
         torch.Generator(device).set_state(state)
     except (ValueError, RuntimeError):
-        raise held.wrong("is no state of a generator of this device") from None
+        raise held.wrong("is not a generator state for this device") from None
     return state

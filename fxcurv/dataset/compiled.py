@@ -1,4 +1,4 @@
-"""The compiled model as accumulation sees it: `fxcurv.api.Compiled` has this interface."""
+"""Interface of compiled models for accumulation; implemented by `fxcurv.api.Compiled`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["CompiledModel"]
 
 
 class CompiledModel(Protocol):
-    """A model, a loss and the quantities asked for, called with a batch."""
+    """A model, a loss and the requested quantities, called with a batch."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -36,13 +36,13 @@ class CompiledModel(Protocol):
     def bases(self) -> Bases | None: ...
 
     def __call__(self, inputs: Inputs, target: Tensor, generator: torch.Generator | None = None) -> Curvature:
-        """The curvature at a batch."""
+        """Return the curvature of a batch."""
         ...
 
     def summed(self) -> CompiledModel:
-        """The same for the sum of the loss terms."""
+        """Return the same compiled model for the sum of the loss terms."""
         ...
 
     def choosing(self, selection: Selection, bases: Bases | None = None) -> CompiledModel:
-        """The same model, loss and options for other quantities."""
+        """Return a compiled model with the same model, loss and options for other quantities."""
         ...

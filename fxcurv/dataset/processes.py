@@ -1,12 +1,12 @@
-"""Several processes: each accumulates its share of the data; then sums and counts are added up once, for all of them.
+"""Several processes: each accumulates its share of the data; then sums and counts are reduced once over all of them.
 
-Before anything is added, every process says through the group's key-value store that it is done, and what it holds;
-meanwhile it sets a key after every batch, and one if it fails. So nobody enters a collective that another one will not
-reach: an error ends all processes at their next batch, or where they wait, and a process that ended without a word is
-missed after a timeout. Values are weighted by divisors and counts before they are added: they travel in buckets,
-symmetric matrices as triangles.
+Before the reduction, every process reports completion and a summary through the group's key-value store. Until then it
+sets a key after every batch, and another key on failure. So no process enters a collective that another one will not
+reach: an error ends all processes at their next batch, or while they wait; a process that dies silently is detected by
+a timeout. Values are weighted by divisors and counts before the sum, and sent in buckets, symmetric matrices as
+triangles.
 
-In the same way `mapped` lets each process decompose some of the blocks that all of them have, and gives them to all.
+Likewise, `mapped` distributes the decompositions of shared blocks over the processes, and sends the results to all.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ __all__ = ["BUCKET_BYTES", "Processes", "assigned", "mapped", "process_group", "
 
 
 BUCKET_BYTES = 1 << 26
-"""How much is added up, or sent, in one collective."""
+"""Size limit of one collective, in bytes."""
 
 
-_POLL = 0.05  # seconds between two looks into the store
+_POLL = 0.05  # seconds between two reads of the store
 
 
-_LAST_WORDS = 5.0  # seconds for which the process that holds the store waits until others have read its error
+_LAST_WORDS = 5.0  # seconds that the process with the store waits for others to read its error
 
 
 _calls = itertools.count()
@@ -57,9 +57,9 @@ _calls = itertools.count()
 
 @contextmanager
 def process_group() -> Generator[tuple[int, int]]:
-    """Within, the processes that torchrun started are a group (gloo, NCCL for GPUs); gives rank and size: (0, 1) alone.
+    """Create the process group of torchrun (gloo, NCCL for GPUs) in a context; yield rank and size, (0, 1) if alone.
 
-    A group that is already there is used and stays.
+    An existing group is used, and not destroyed.
     """
     if _several():
         yield dist.get_rank(), dist.get_world_size()
@@ -74,7 +74,7 @@ def process_group() -> Generator[tuple[int, int]]:
 
 
 def __getattr__(name: str) -> Any:
-    """`joined`, the former name of `process_group`."""
+    """Support `joined`, the former name of `process_group`."""
     if name != "joined":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warn_renamed(name, "process_group")
@@ -82,7 +82,7 @@ def __getattr__(name: str) -> Any:
 
 
 def shard(dataset: Any) -> Any:
-    """This process's share of a data set: every sample belongs to one process, whatever their numbers; all of it alone.
+    """Return this process's share of a data set; every sample is in exactly one share. A single process gets all of it.
 
     `torch.utils.data.DistributedSampler` repeats samples to make shares equal, which would count them twice.
     """
@@ -97,7 +97,7 @@ def _several() -> bool:
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that work on one thing, as one of them sees it; `steps` is what each says that it has done."""
+    """The processes of one computation, seen from one of them; `steps` is the unit of progress in messages."""
 
     rank: int
     size: int
@@ -107,21 +107,21 @@ class Processes:
 
     @classmethod
     def alone(cls) -> Processes:
-        """A single process."""
+        """Return a single process."""
         return cls(0, 1, 0.0)
 
     @classmethod
     def of_group(cls, timeout: float, steps: str = "batches") -> Processes:
-        """Those of the default group of torch.distributed, or a single one."""
+        """Return the processes of the default group of torch.distributed, or a single process."""
         if not _several():
             return cls.alone()
         store = PrefixStore(f"fxcurv/{next(_calls)}", default_store())
         return cls(dist.get_rank(), dist.get_world_size(), timeout, store, steps)
 
-    # Signs of life ------------------------------------------------------------------------------------------------
+    # Heartbeats ---------------------------------------------------------------------------------------------------
 
     def beat(self, done: int) -> None:
-        """Say that so many steps are done, and look whether another process failed."""
+        """Report the number of finished steps, and raise if another process failed."""
         if self.size > 1:
             with self._reading():
                 self.store.set(f"beat/{self.rank}", str(done))
@@ -129,7 +129,7 @@ class Processes:
 
     @contextmanager
     def telling_errors(self) -> Generator[None]:
-        """Tell the other processes what is raised here."""
+        """Report exceptions of this process to the others."""
         try:
             yield
         except BaseException as error:
@@ -141,11 +141,11 @@ class Processes:
         try:
             self.store.set("error", what)
             self._linger()
-        except RuntimeError:  # the store is gone, and with it the process that held it
+        except RuntimeError:  # the process with the store has ended
             return
 
     def _linger(self) -> None:
-        """Say that the error is known here; who holds the store stays until it is known to all, or for a while."""
+        """Confirm that the error was read; the process with the store waits for all confirmations, or a time limit."""
         self.store.set(f"read/{self.rank}", "")
         end = time.monotonic() + (min(_LAST_WORDS, self.timeout) if self.rank == 0 else 0)
         others = [f"read/{rank}" for rank in range(1, self.size)]
@@ -153,7 +153,7 @@ class Processes:
             time.sleep(_POLL)
 
     def _look(self) -> None:
-        """Raise what another process told."""
+        """Raise the error that another process reported."""
         if self.store.check(["error"]):
             told = self.store.get("error").decode()
             self._linger()
@@ -164,10 +164,10 @@ class Processes:
         try:
             yield
         except RuntimeError as error:  # DistStoreError, DistNetworkError
-            raise _failed(f"the process that holds the group's store does not answer ({error})") from error
+            raise _failed(f"the process with the group's store does not respond ({error})") from error
 
     def _all(self, mine: str) -> list[str]:
-        """What every process says when it is done, as soon as all are; the only place to wait for others."""
+        """Gather the message of every process when all are done; the only function that waits for others."""
         with self._reading():
             self.store.set(f"done/{self.rank}", mine)
             for rank in range(self.size):
@@ -177,7 +177,7 @@ class Processes:
             return found
 
     def _await(self, rank: int) -> None:
-        """Until a process is done; an error where it gives no sign for too long."""
+        """Wait until a process is done; raise if it has no heartbeat within the timeout."""
         last, since = b"", time.monotonic()
         while not self.store.check([f"done/{rank}"]):
             self._look()
@@ -186,7 +186,7 @@ class Processes:
                 last, since = beat, time.monotonic()
             if time.monotonic() - since > self.timeout:
                 done = beat.decode() or "0"
-                missed = f"process {rank} gave no sign for {self.timeout:g} s, after {done} {self.steps}"
+                missed = f"process {rank} did not respond for {self.timeout:g} s, after {done} {self.steps}"
                 self._tell(missed)
                 raise _failed(missed)
             time.sleep(_POLL)
@@ -194,7 +194,7 @@ class Processes:
     # Sums ---------------------------------------------------------------------------------------------------------
 
     def total(self, mine: Curvature | None, model: nn.Module) -> Curvature | None:
-        """The result over the batches of all processes, the same for each; None if there are no batches."""
+        """Return the result over the batches of all processes, equal on each; None without batches."""
         if self.size == 1:
             return mine
         told = [json.loads(text) for text in self._all(json.dumps(self._summary(mine, model)))]
@@ -227,7 +227,7 @@ class Processes:
         )
 
     def of_first(self, compute: Callable[[], list[Tensor]], like: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What the first process computes, the same bits for each; `like` gives tensors of its types and shapes."""
+        """Broadcast the result of process 0, bitwise equal on each; `like` gives tensors of its dtypes and shapes."""
         if self.size == 1:
             return compute()
         with self.telling_errors():
@@ -238,7 +238,7 @@ class Processes:
         return found
 
     def _summary(self, mine: Curvature | None, model: nn.Module) -> dict[str, Any]:
-        """What the others need to know: numbers, and digests of what must be the same."""
+        """Return the summary for the other processes: counts, and digests that must be equal."""
         if mine is None:
             return {"samples": 0, "divisor": 0.0, "counts": []}
         check_adds(mine)
@@ -246,7 +246,7 @@ class Processes:
         rows = [(e.parameter, e.status, e.form(), e.definition, e.reduction) for e in mine.entries]
         if any(isinstance(v, Block) and v.count == 0 for v in values):
             raise FxcurvError(
-                "a block does not know how many inputs its A averages", remedy="compute it anew", code="FXC425"
+                "a block lacks the number of inputs that its A averages", remedy="compute it again", code="FXC425"
             )
         return {
             "samples": mine.samples,
@@ -258,7 +258,7 @@ class Processes:
         }
 
     def _template(self, mine: Curvature | None, first: int, model: nn.Module) -> Curvature:
-        """The own result; without one, zeros like that of the first process that has one, which tells their shapes."""
+        """Return the own result; without one, zeros in the shapes of process `first`, read from the store."""
         place = next(model.parameters()).device
         key = "template"
         with self._reading():
@@ -271,13 +271,13 @@ class Processes:
         return _on(shapes, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=place))
 
     def _sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sums of flat tensors of one type over all processes."""
+        """Return the sums of flat tensors of one dtype over all processes."""
         flat = torch.cat(list(tensors))
         self._finish(lambda: dist.all_reduce(flat, async_op=True))
         return list(flat.split([len(t) for t in tensors]))
 
     def _finish(self, start: Callable[[], Any]) -> None:
-        """A collective, until it is done."""
+        """Start a collective and wait for it."""
         try:
             start().wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
@@ -286,7 +286,7 @@ class Processes:
     # Blocks -------------------------------------------------------------------------------------------------------
 
     def mapped(self, blocks: Sequence[Block], f: Callable[[Block], Block]) -> list[Block]:
-        """f of every block, computed by one process and sent to all."""
+        """Return f of every block, each computed by one process and sent to all."""
         if self.size == 1:
             return [f(block) for block in blocks]
         owners = assigned([block.decomposition_cost for block in blocks], self.size)
@@ -312,11 +312,11 @@ class Processes:
             theirs = {int(k): text for k, text in its["shapes"].items()}
             held = [found.get(k) or _from_text(text).mapped(empty) for k, text in theirs.items()]
             found |= zip(theirs, self._sent(held, owner), strict=True)
-        self._sum([torch.zeros(1, device=place)])  # nobody leaves before all have everything
+        self._sum([torch.zeros(1, device=place)])  # barrier: all processes have all blocks
         return [found[k] for k in range(len(blocks))]
 
     def _sent(self, held: Sequence[Block], owner: int) -> list[Block]:
-        """The blocks of a process, for which the others hold empty ones of the same form."""
+        """Broadcast the blocks of one process; the others pass empty blocks of the same form."""
         tensors = [formed(part) for block in held for part in block.parts]
         parts: list[Tensor] = []
         for bucket in _buckets(t.flatten() for t in tensors):
@@ -344,19 +344,19 @@ def _from_text(text: str | bytes) -> Any:
 
 
 def _on(result: Curvature, change: Callable[[Tensor], Tensor]) -> Curvature:
-    """The result with changed tensors, moments being formed."""
+    """Return the result with changed tensors; lazy Grams are formed."""
     values = [v.mapped(lambda t: change(formed(t))) if isinstance(v, Block) else change(v) for v in values_of(result)]
     return replace(values_changed(result, values), loss=change(result.loss), output=change(result.output))
 
 
-# Each block by one process ----------------------------------------------------------------------------------------
+# Distribution of blocks -------------------------------------------------------------------------------------------
 
 
 def mapped(operator: BlockDiagonal, f: Callable[[Block], Block], timeout: float = 600.0) -> BlockDiagonal:
-    """f of every block, such as `lambda block: block.inverse(1e-3)`, each computed by one process and sent to all.
+    """Return f of every block, e.g. `lambda block: block.inverse(1e-3)`, each computed by one process and sent to all.
 
-    Every process of the group must call it, with the same operator and f, and gets the same bits; alone it is f of
-    every block. What raises in one process, or gives no sign for `timeout` seconds, ends all (FXC428).
+    Every process of the group must call it with the same operator and f, and gets bitwise equal results; a single
+    process computes f of every block. An error in one process, or no response for `timeout` seconds, ends all (FXC428).
     """
     processes = Processes.of_group(timeout, "blocks")
     with processes.telling_errors():
@@ -367,9 +367,9 @@ def mapped(operator: BlockDiagonal, f: Callable[[Block], Block], timeout: float 
 
 
 def assigned(costs: Sequence[float], size: int) -> list[int]:
-    """Which of so many processes does what: the costliest first, each by the one that has the least to do by then.
+    """Assign tasks to `size` processes: in order of decreasing cost, each to the process with the smallest load.
 
-    The last is done at most 4/3 as late as under the best assignment (Graham 1969, longest processing time first).
+    The makespan is at most 4/3 of the optimum (Graham 1969, longest processing time first).
     """
     loads, owners = [0.0] * size, [0] * len(costs)
     for k in sorted(range(len(costs)), key=lambda k: -costs[k]):
@@ -379,7 +379,7 @@ def assigned(costs: Sequence[float], size: int) -> list[int]:
 
 
 def _recognised(blocks: Sequence[Block]) -> str:
-    """A digest of what blocks are and of their diagonals, bit by bit: it tells one result from another."""
+    """Return a digest of the blocks' types, shapes, parameters and diagonals (bitwise), to compare results."""
 
     def diagonal(t: Tensor) -> Tensor:
         return t.diagonal(dim1=-2, dim2=-1) if t.ndim > 1 else t
@@ -387,7 +387,7 @@ def _recognised(blocks: Sequence[Block]) -> str:
     return digest([(type(b).__name__, b.shape, b.parameters, [*map(diagonal, b.tensors.values())]) for b in blocks])
 
 
-# What travels -----------------------------------------------------------------------------------------------------
+# Packing ----------------------------------------------------------------------------------------------------------
 
 
 def _added(
@@ -396,7 +396,7 @@ def _added(
     counts: Sequence[int],
     add: Callable[[Sequence[Tensor]], list[Tensor]],
 ) -> list[Value]:
-    """The values over all processes: each A by a share of its own, all else by the first, added bucket by bucket."""
+    """Sum the values over all processes, bucket by bucket; each A has a separate weight, all else the first one."""
     sums = itertools.chain.from_iterable(add(bucket) for bucket in _buckets(_packed(values, *shares)))
 
     def whole(value: Value, count: int) -> Value:
@@ -408,7 +408,7 @@ def _added(
 
 
 def _packed(values: Sequence[Value], share: float, shares: Sequence[float]) -> Iterator[Tensor]:
-    """Every tensor of the values, weighted and flat, in the order in which blocks change them."""
+    """Yield every tensor of the values, weighted and flat, in the order of `Block.mapped`."""
     for value, own in zip(values, shares, strict=True):
         if isinstance(value, Tensor):
             yield value.flatten() * share
@@ -440,7 +440,7 @@ def _unpacked(flat: Tensor, like: Tensor, symmetric: bool) -> Tensor:
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of one type, of at most `BUCKET_BYTES` together unless one alone is larger."""
+    """Yield lists of consecutive tensors of one dtype, at most `BUCKET_BYTES` each, or a single larger tensor."""
     bucket: list[Tensor] = []
     size = 0
     for t in tensors:

@@ -1,4 +1,4 @@
-"""spread: how sure a mean over batches is of itself, from how the batches differ."""
+"""Standard error of a weighted mean over batches."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["StandardError"]
 class StandardError:
     """Sums over batches b of w_b, w_b², and for each value of w_b t_b, w_b² t_b, w_b² t_b².
 
-    t_b is the trace of a block or the sum of a diagonal; gradients have none. For `mean`, w_b is the batch's divisor;
-    for `sum`, t_b is per sample and w_b the number of samples.
+    t_b is the trace of a block or the sum of a diagonal; gradients have no trace. For `mean`, w_b is the batch's
+    divisor; for `sum`, t_b is per sample and w_b the number of samples.
     """
 
     batches: int = 0
@@ -28,12 +28,12 @@ class StandardError:
     sums: tuple[tuple[float, float, float], ...] = ()
 
     def with_batch(self, result: Curvature) -> StandardError:
-        """With the result of one batch more; reads once from the device."""
+        """Return the sums with one more batch; synchronizes with the device once."""
         values = {id(e.value): e.value for e in result.entries if e.value is not None and e.structure != "vector"}
         if not values:
             raise QuantityError(
-                "until_rel_error measures traces, and gradients have none",
-                remedy="ask for a curvature too, or give max_batches",
+                "until_rel_error measures traces, and gradients have no trace",
+                remedy="request a curvature too, or give max_batches",
                 code="FXC409",
             )
         traces = torch.stack([_trace(value).double() for value in values.values()]).tolist()
@@ -45,9 +45,9 @@ class StandardError:
         return StandardError(self.batches + 1, (self.weights[0] + w, self.weights[1] + w * w), sums)
 
     def rel_error(self) -> float:
-        """The largest relative standard error of a weighted mean m = Σ w t / Σ w over the batches.
+        """Return the largest relative standard error of a weighted mean m = Σ w t / Σ w over the batches.
 
-        It is √(n/(n-1) Σ w² (t - m)²) / (Σ w · |m|), with batches taken for independent draws; means of 0 are left out.
+        It is √(n/(n-1) Σ w² (t - m)²) / (Σ w · |m|), for batches as independent draws; means of 0 are omitted.
         """
         n, (w, ww) = self.batches, self.weights
         if n < 2 or not w:

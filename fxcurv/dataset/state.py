@@ -1,4 +1,4 @@
-"""The state of an accumulation, and its settings."""
+"""State and settings of an accumulation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Settings", "State", "length_of", "owned"]
 
 @dataclass(frozen=True)
 class State:
-    """The result over so many batches, and what else a further one depends on; `weight` is theirs in an average."""
+    """Result over `batches` batches, and all other state of an accumulation; `weight` is their weight in an average."""
 
     total: Curvature | None = None
     batches: int = 0
@@ -34,7 +34,7 @@ class State:
 
 
 def length_of(loader: Iterable[Any]) -> int | None:
-    """The number of batches, None of a stream, which is also a DataLoader of an IterableDataset without a length."""
+    """Return the number of batches; None for a stream, or a DataLoader of an IterableDataset without a length."""
     try:
         return len(loader)  # pyright: ignore[reportArgumentType]
     except TypeError:
@@ -43,7 +43,7 @@ def length_of(loader: Iterable[Any]) -> int | None:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a data set is accumulated; see `Compiled.accumulate`."""
+    """Settings of an accumulation; see `Compiled.accumulate`."""
 
     split: Split | None = None
     generator: torch.Generator | None = None
@@ -71,7 +71,7 @@ class Settings:
 
 
 def owned(result: Curvature, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Curvature:
-    """The same values, contiguous and in memory of their own, in a type and place; outputs are left empty, `[N, 0]`."""
+    """Return the values contiguous, in separate memory, with this dtype and device; outputs are empty, `[N, 0]`."""
 
     def own(held: Tensor | LazyGram) -> Any:
         if isinstance(held, LazyGram):

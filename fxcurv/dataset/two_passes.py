@@ -1,11 +1,11 @@
-"""accumulate: a data set in one pass, or where EKFAC is asked for in two.
+"""accumulate: a data set in one pass, or in two passes for EKFAC.
 
-The first pass takes KFAC in the place of EKFAC, beside all else; then come the eigenvectors of its factors, and the
-second pass adds up Λ = Σ_vn (U_Gᵀ J_vn U_A)² in them, from the same columns. Both are ordinary accumulations: over
-several processes, the factors are added up before the first process finds the eigenvectors for all, and a second
-checkpoint stands beside the first, `PATH.second`. For the second pass, torch's global generator is set to where it was
-before the first, so that what shuffles or augments by it gives the same data again; afterwards it is as it was. The
-stopping rule sees KFAC's traces, in the first pass.
+The first pass computes KFAC instead of EKFAC, and all other quantities. Then the eigenvectors of its factors are
+computed. The second pass accumulates Λ = Σ_vn (U_Gᵀ J_vn U_A)² in this basis, from the same columns. Both passes are
+ordinary accumulations: with several processes, the factors are summed first, then process 0 computes the eigenvectors
+for all. The second pass has its own checkpoint, `PATH.second`. For it, torch's global generator is reset to its state
+before the first pass, so that shuffling and augmentation give the same data again; its state is restored afterwards.
+The stopping rule uses KFAC's traces, in the first pass.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ __all__ = ["accumulate"]
 
 
 Key = tuple[str, tuple[str, ...]]
-"""A quantity and the parameters that share its block."""
+"""A quantity and the parameters of one of its blocks."""
 
 
 def accumulate(compiled: CompiledModel, loader: Iterable[Any], settings: Settings) -> Curvature:
-    """The curvature over all batches of a loader, of all processes; see `Compiled.accumulate`.
+    """Return the curvature over all batches of a loader, of all processes; see `Compiled.accumulate`.
 
-    Raises an InputError before anything is read where EKFAC is asked for and the data can be read only once (FXC110),
-    and where they change between the passes (FXC431).
+    Raises an InputError for EKFAC if the data can be read only once (FXC110, before reading), or if they change
+    between the passes (FXC431).
     """
     if not any(isinstance(quantity, EKFAC) for quantity in compiled.selection.quantities.values()):
         return one_pass(compiled, loader, settings).result
     if isinstance(loader, Iterator):
         raise InputError(
             "EKFAC takes two passes, and the data can be read only once",
-            remedy="give a list or a DataLoader, or ask for kfac",
+            remedy="give a list or a DataLoader, or request kfac",
             code="FXC110",
         )
     start, shuffling = settings.generator and settings.generator.clone_state(), torch.get_rng_state()
@@ -78,11 +78,11 @@ def accumulate(compiled: CompiledModel, loader: Iterable[Any], settings: Setting
     return _corrected(first, compiled, _eigenbases(blocks, bases, second))
 
 
-# What each pass computes ------------------------------------------------------------------------------------------
+# Quantities of each pass ------------------------------------------------------------------------------------------
 
 
 def _first(compiled: CompiledModel) -> CompiledModel:
-    """With KFAC in the place of EKFAC."""
+    """Return the compiled model with KFAC instead of EKFAC."""
     quantities = {
         name: KFAC(q.factor, q.approx, q.joint) if isinstance(q, EKFAC) else q
         for name, q in compiled.selection.quantities.items()
@@ -92,7 +92,7 @@ def _first(compiled: CompiledModel) -> CompiledModel:
 
 
 def _second(compiled: CompiledModel, blocks: Iterable[Key], bases: Bases) -> CompiledModel:
-    """The eigenvalues of these blocks."""
+    """Return the compiled model for the eigenvalues of these blocks."""
     asked: dict[str, Eigenvalues] = {}
     patterns: dict[Pattern, tuple[str, ...]] = {"*": ()}
     for name, parameters in blocks:
@@ -105,7 +105,7 @@ def _second(compiled: CompiledModel, blocks: Iterable[Key], bases: Bases) -> Com
 
 
 def _blocks(first: Curvature, compiled: CompiledModel) -> dict[Key, Kronecker]:
-    """KFAC's blocks that are EKFAC's but for their eigenvalues."""
+    """Return the KFAC blocks whose eigenvalues EKFAC corrects."""
     return {
         (e.quantity, e.value.parameters): e.value
         for e in first.entries
@@ -114,7 +114,7 @@ def _blocks(first: Curvature, compiled: CompiledModel) -> dict[Key, Kronecker]:
 
 
 def _factors(compiled: CompiledModel) -> tuple[Factor, ...]:
-    """The factors whose columns the first pass takes, in their order."""
+    """Return the factors whose columns the first pass uses, in order."""
     selection, trainable = (
         compiled.selection,
         {name for name, p in compiled.model.named_parameters() if p.requires_grad},
@@ -126,7 +126,7 @@ def _factors(compiled: CompiledModel) -> tuple[Factor, ...]:
 
 
 def _vectors(model: nn.Module, blocks: Mapping[Key, Kronecker], settings: Settings) -> dict[Key, tuple[Tensor, Tensor]]:
-    """U_A and U_G of every block, of the type that its parameters are computed in, the same bits for each process."""
+    """Return U_A and U_G of every block, in the dtype of its computation, bitwise equal on each process."""
     processes = Processes.of_group(settings.timeout)
     quiet = None if settings.progress and processes.rank == 0 else True
 
@@ -150,7 +150,7 @@ def _vectors(model: nn.Module, blocks: Mapping[Key, Kronecker], settings: Settin
 
 
 def _eigenbases(blocks: Mapping[Key, Kronecker], bases: Bases, second: Curvature) -> dict[Key, Eigenbasis]:
-    """The blocks with their own eigenvalues."""
+    """Return the blocks with the eigenvalues of the second pass."""
     found: dict[Key, Eigenbasis] = {}
     for key, block in blocks.items():
         name, parameters = key
@@ -163,7 +163,7 @@ def _eigenbases(blocks: Mapping[Key, Kronecker], bases: Bases, second: Curvature
 
 
 def _corrected(first: Curvature, compiled: CompiledModel, blocks: Mapping[Key, Eigenbasis]) -> Curvature:
-    """The first pass's result with EKFAC's blocks in the places of KFAC's."""
+    """Return the first pass's result with EKFAC blocks instead of KFAC blocks."""
 
     def corrected(e: Entry) -> Entry:
         value = blocks[e.quantity, e.value.parameters] if isinstance(e.value, Kronecker) else e.value
@@ -183,7 +183,7 @@ def _corrected(first: Curvature, compiled: CompiledModel, blocks: Mapping[Key, E
 
 @dataclass
 class _Order:
-    """Which batches the first pass took: where these are not all, the second must take the same, in their order."""
+    """Batches of the first pass; if it was partial, the second pass must use the same batches in order."""
 
     asked: Settings
     digests: list[str] = field(default_factory=list[str])
@@ -191,18 +191,18 @@ class _Order:
     seen: int = 0
 
     def record(self, batch: Any) -> None:
-        """A batch of the first pass."""
+        """Record a batch of the first pass."""
         if self.asked.max_batches is not None or self.asked.until_rel_error is not None:
             self.digests.append(digest(batch))
 
     def close(self, accumulator: Accumulator, loader: Iterable[Any]) -> None:
-        """The first pass is done."""
+        """Finish the first pass."""
         taken, length = accumulator.state.batches, length_of(loader)
         stopped = settled(accumulator) or taken == self.asked.max_batches
         self.partial = stopped and (length is None or taken < length)
 
     def compare(self, batch: Any) -> None:
-        """A batch of the second pass; an InputError where the first had another one there."""
+        """Check a batch of the second pass; raise an InputError if it differs from the first pass."""
         if self.partial and digest(batch) != self.digests[self.seen]:
             raise _changed(
                 f"with max_batches or until_rel_error both passes take the same batches, and batch {self.seen + 1} "
@@ -211,7 +211,7 @@ class _Order:
         self.seen += 1
 
     def settings(self, generator: torch.Generator) -> Settings:
-        """Those of the second pass."""
+        """Return the settings of the second pass."""
         most = max(1, len(self.digests)) if self.partial else self.asked.max_batches
         path = self.asked.checkpoint and Path(self.asked.checkpoint)
         beside = path.with_name(f"{path.name}.second") if path else None
@@ -219,7 +219,7 @@ class _Order:
 
 
 def _check_same(model: nn.Module, first: Curvature, second: Curvature | None, values: bool) -> Curvature:
-    """The second pass's result; an error where it saw other samples, or with `values` another loss beyond rounding."""
+    """Return the second pass's result; raise if the number of samples, or with `values` the loss, differs."""
     samples = 0 if second is None else second.samples
     if second is None or first.samples != samples:
         raise _changed(f"the first pass over the data saw {first.samples} samples, the second {samples}")
@@ -233,7 +233,7 @@ def _check_same(model: nn.Module, first: Curvature, second: Curvature | None, va
 def _changed(cause: str) -> InputError:
     return InputError(
         cause,
-        remedy="shuffle and augment by torch's global generator, which is set back, or not at all; "
-        "check_deterministic=False takes data that are augmented at random as they come",
+        remedy="shuffle and augment by torch's global generator, which is reset, or not at all; "
+        "check_deterministic=False accepts random augmentation",
         code="FXC431",
     )

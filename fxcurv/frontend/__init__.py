@@ -1,5 +1,5 @@
-"""The front end: inputs and outputs of a model, its capture by torch.export, isolation of the process, cached programs.
+"""The front end: a model's inputs and outputs, its capture by torch.export, process isolation, cached programs.
 
-`capture` is the only file that knows torch.export. Imports go to `fxcurv.quantities` and the rooms below it; the room
-does not see `fxcurv.losses`.
+Only `capture` uses torch.export. Imports are restricted to `fxcurv.quantities` and the rooms below it, without
+`fxcurv.losses`.
 """

@@ -1,9 +1,9 @@
-"""signature: what a program depends on, and the programs that are at hand.
+"""The cache of compiled programs, and the signature of a model and its inputs, the key of a program.
 
-A program belongs to a model object, never to one that merely looks alike: what forward computes may depend on Python
-that no key can see. The key holds the kind of the inputs, every tensor's name, shape and type, and every module's type,
-mode, hooks and attributes: plain values by value, tensors by identity and version, other objects by identity. What such
-an object holds, and global variables, are read when the model is traced.
+A program belongs to one model object, never to a similar one: forward may depend on Python state that no key can see.
+The key contains the kind of the inputs, every tensor's name, shape and dtype, and every module's type, mode, hooks and
+attributes: plain values by value, tensors by identity and version, other objects by identity. The contents of such
+objects, and global variables, are read when the model is traced.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["CACHE_SIZE", "cached", "request_key", "signature"]
 
 
 CACHE_SIZE = 16
-"""How many programs of one model are kept: a model that counts its calls in an attribute is new at every call."""
+"""Number of cached programs per model: a model that counts its calls in an attribute is new at every call."""
 
 
 _CACHES: weakref.WeakKeyDictionary[nn.Module, dict[Hashed, Any]] = weakref.WeakKeyDictionary()
@@ -35,26 +35,26 @@ T = TypeVar("T")
 
 
 def cached(model: nn.Module, key: object, make: Callable[[], T]) -> T:
-    """What is known of this very model under a key, made if it is new; forgotten with the model.
+    """Return the model's cached value for a key, made if it is missing and dropped with the model.
 
-    It is made by one thread at a time: torch cannot trace in several.
+    One thread at a time makes values: torch cannot trace in several.
     """
     with TRACING:
         known, key = _CACHES.setdefault(model, {}), Hashed((Same(model), key))
-        value = known[key] = known.pop(key) if key in known else make()  # the latest used is the last
+        value = known[key] = known.pop(key) if key in known else make()  # the most recently used is last
         while len(known) > CACHE_SIZE:
             del known[next(iter(known))]
         return value
 
 
 def request_key(selection: Selection, output: Output, *options: object) -> object:
-    """What is asked of a model."""
+    """Return the key of a request: selection, output and options."""
     asked = (tuple(selection.quantities.items()), tuple(selection.patterns.items()), quantities.DENSE_LIMIT)
     return asked, frozen(selection.among), frozen(output), options
 
 
 def signature(model: nn.Module, inputs: Inputs) -> object:
-    """What a program depends on: the kind of the inputs and the structure of the model; no values, no batch size."""
+    """Return the signature: the kind of the inputs and the structure of the model, without values and batch size."""
     leaves, structure = pytree.tree_flatten(as_call(inputs))
     kinds = tuple((tuple(t.shape[1:]), t.dtype, t.device) if isinstance(t, Tensor) else frozen(t) for t in leaves)
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

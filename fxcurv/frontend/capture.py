@@ -1,8 +1,8 @@
 """capture: any eval-mode model -> one flat ATen graph, valid for every batch size, through torch.export.
 
-The graph's placeholders are the model's tensors (parameters, buffers, constants) and its inputs; `Captured.sources`
-says which tensor of the model each of the former is. The model itself is traced through a structural copy that shares
-its tensors, so nothing that tracing leaves behind (caches, counters, flags) reaches it.
+The graph's placeholders are the model's tensors (parameters, buffers, constants) and its inputs. `Captured.sources`
+maps the former to the model's tensors. The model is traced through a structural copy that shares its tensors, so that
+side effects of tracing (caches, counters, flags) do not reach it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = ["Captured", "capture"]
 
 
 TRACED_BATCH = 3
-"""Tracing sees three samples: export takes 0 and 1 for constants, and two would hide a broadcast against a pair."""
+"""Tracing uses three samples: export treats 0 and 1 as constants, and two would hide a broadcast against a pair."""
 
 
 @dataclass(frozen=True)
 class Captured:
-    """The ATen graph, and for each placeholder that is not an input the name of the model's tensor it stands for."""
+    """The ATen graph, and the name of the model's tensor for each placeholder that is not an input."""
 
     graph: fx.GraphModule
     sources: dict[str, str]
@@ -56,15 +56,15 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
         if integers and not _mentions_data(error):
             remedy = "convert it: x.float(), unless the model expects indices"
             raise InputError(
-                f"the input is of type {integers[0]}, and the model cannot be traced on it: {_first_line(error)}",
+                f"the input has dtype {integers[0]}, and the model cannot be traced on it: {_first_line(error)}",
                 remedy=remedy,
                 code="FXC111",
             ) from error
         raise _translated(error) from error
     if not fixed:
         raise CaptureError(
-            "the model computes with random numbers of Python or NumPy",
-            remedy="call model.eval(), or compute without them",
+            "the model uses random numbers of Python or NumPy",
+            remedy="call model.eval(), or remove them",
             code="FXC403",
         )
     graph = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
@@ -73,7 +73,7 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output) -> ExportedProgram:
-    """The program of a copy of the model, whose axis 0 of every input may have any length."""
+    """Export a copy of the model, where axis 0 of every input may have any length."""
     dynamic = ShapesCollection()
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor):
@@ -88,20 +88,20 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
     shared.forward = selected
     with torch.random.fork_rng(devices=[]), without_autocast(), warnings.catch_warnings(), no_report_of_failure():
-        warnings.filterwarnings("ignore", ".*assigned during export")  # to the copy, which is dropped
-        with torch.backends.opt_einsum.flags(enabled=False):  # the order it picks would depend on the batch size
+        warnings.filterwarnings("ignore", ".*assigned during export")  # assigned to the copy, which is discarded
+        with torch.backends.opt_einsum.flags(enabled=False):  # its order would depend on the batch size
             return export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
 
 
 def _equal(a: ExportedProgram, b: ExportedProgram) -> bool:
-    """Whether two programs of one model compute the same."""
+    """Whether two programs of one model compute the same function."""
     pairs = zip(a.constants.values(), b.constants.values(), strict=False)
     constants = (torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
     return a.graph_module.code == b.graph_module.code and len(a.constants) == len(b.constants) and all(constants)
 
 
 class _Traceable(TorchFunctionMode):
-    """Traces what tracing would lose sight of, or fix to one batch size, as calls that mean the same."""
+    """Replace calls that tracing would miss, or fix to one batch size, by equivalent calls."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -136,26 +136,26 @@ def _is_integer(value: Any) -> bool:
 
 
 def _mentions_data(error: Exception) -> bool:
-    """Whether the error of tracing is a branch on values."""
+    """Whether a tracing error is due to a branch on values."""
     text = f"{type(error).__name__}: {error}"
     return any(hint in text for hint in ("data-dependent", "DataDependent", "bool on", "item()"))
 
 
 def _translated(error: Exception) -> CaptureError:
-    """An error of tracing as cause and remedy, with the line of the model that it came from."""
+    """Translate a tracing error to cause and remedy, with the line of the model that raised it."""
     location = raised_at(error)
     where = f" at {location[0]}" if location else ""
     if _mentions_data(error):
         return CaptureError(
-            f"data-dependent control flow{where}: the values of a tensor decide what is computed",
+            f"data-dependent control flow{where}: a branch depends on the values of a tensor",
             remedy="decide on shapes or constants instead of values, or use torch.where",
             code="FXC101",
             location=location,
         )
     return CaptureError(
         f"the model cannot be traced{where}: {type(error).__name__}: {_first_line(error)}",
-        remedy="give the inputs that its forward takes, and let it compute by torch alone; "
-        "the error that this was raised from has the whole trace",
+        remedy="pass the inputs that its forward takes, and compute with torch alone; "
+        "the chained error has the full trace",
         code="FXC102",
         location=location,
     )
@@ -173,7 +173,7 @@ def _keep_only_selected_output(graph: fx.GraphModule, program: ExportedProgram) 
 
 
 def _sources(program: ExportedProgram, model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Placeholder -> name of the model's tensor, by identity (tied ones share the first); and lifted constants."""
+    """Return placeholder -> name of the model's tensor, by identity (tied ones share the first); and constants."""
     names = {id(t): name for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
     sources: dict[str, str] = {}
     constants: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Structural copies of a model, which share its tensors, and the check that it computes the same each time."""
+"""Structural copies of a model that share its tensors, and a check that the model is deterministic."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["check_parameters", "check_repeatable", "structural_copy"]
 
 
 def check_parameters(model: nn.Module) -> None:
-    """An error where parameters are spread over processes, by FSDP or tensor parallelism."""
-    module: Any = sys.modules.get("torch.distributed.tensor")  # without which there are none
+    """Raise an error if parameters are sharded over processes, by FSDP or tensor parallelism."""
+    module: Any = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensors
     for name, p in model.named_parameters():
         if module is not None and isinstance(p, module.DTensor):
             raise UnsupportedError(
-                f"parameter {name!r} is a DTensor, spread over processes",
+                f"parameter {name!r} is a DTensor, sharded over processes",
                 remedy="load the full state dict into a model with whole parameters, one copy per process",
                 code="FXC429",
             )
 
 
 def structural_copy(model: nn.Module, *shared: Tensor, instead: Mapping[Tensor, Tensor] | None = None) -> nn.Module:
-    """A copy of the modules that shares the given tensors with `model`, and those that it computed and kept.
+    """Copy the modules; the copy shares the given tensors, and computed tensors that the model stores, with `model`.
 
     Wherever the model holds a key of `instead`, the copy holds its value.
     """
@@ -42,7 +42,7 @@ def structural_copy(model: nn.Module, *shared: Tensor, instead: Mapping[Tensor, 
 
 
 def check_repeatable(model: nn.Module, copy: nn.Module, first: Tensor, second: Tensor) -> None:
-    """An InputError if two calls of `copy`, a copy of the model, gave two outputs, or if they updated its buffers."""
+    """Raise an InputError if two calls of `copy`, a copy of the model, differ in output or updated its buffers."""
     buffers = zip(model.named_buffers(), copy.buffers(), strict=False)
     updated = [name for (name, before), after in buffers if before.shape == after.shape and not _same(before, after)]
     if updated:

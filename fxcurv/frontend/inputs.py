@@ -1,4 +1,4 @@
-"""Inputs of a model, and the output that is taken of what it returns."""
+"""Inputs of a model, and the selection of its output."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Output = str | int | Callable[[Any], Tensor] | None
 
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor or a tuple is positional, a dict is keyword arguments."""
+    """Return positional and keyword arguments: a tensor or a tuple is positional, a dict gives keywords."""
     if isinstance(inputs, dict):
         return (), inputs
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 def batch_size(inputs: Inputs) -> int:
-    """The length of axis 0, which all input tensors share."""
+    """Return the length of axis 0, shared by all input tensors."""
     tensors = [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
     if not tensors:
         raise InputError("no input tensor was given", remedy="call it as curv(inputs, target)", code="FXC110")
@@ -39,19 +39,19 @@ def batch_size(inputs: Inputs) -> int:
     if len(sizes) != 1:
         raise InputError(
             f"inputs have different batch sizes {sorted(sizes)}",
-            remedy="let axis 0 of every input be the batch",
+            remedy="make axis 0 of every input the batch axis",
             code="FXC110",
         )
     return sizes.pop()
 
 
 def device_of(inputs: Inputs) -> torch.device:
-    """Where the inputs lie."""
+    """Return the device of the inputs."""
     return next((t.device for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)), torch.device("cpu"))
 
 
 def selector(output: Output) -> Callable[[Any], Tensor]:
-    """The function that takes the tensor to differentiate out of what the model returns."""
+    """Return the function that selects the tensor to differentiate from the model's return value."""
 
     def select(returned: Any) -> Tensor:
         if callable(output):
@@ -68,17 +68,19 @@ def selector(output: Output) -> Callable[[Any], Tensor]:
 
 
 def _item(returned: Any, output: str | int) -> Any:
-    """What the model returns under a name or at an index."""
+    """Return the item of the model's return value with a name or an index."""
     try:
         if isinstance(output, str) and not isinstance(returned, dict):
             return getattr(returned, output)
         return returned[output]
     except (LookupError, AttributeError, TypeError) as error:
-        raise _choose(f"the model returns {_described(returned)}, nothing that output={output!r} names") from error
+        raise _choose(
+            f"the model returns {_described(returned)}, and output={output!r} does not name an item of it"
+        ) from error
 
 
 def _choose(cause: str) -> CaptureError:
-    remedy = "choose one with output= (an index, a name, or a function of what the model returns)"
+    remedy = "choose one with output= (an index, a name, or a function of the model's return value)"
     return CaptureError(cause, node="output", remedy=remedy, code="FXC105")
 
 

@@ -1,8 +1,7 @@
-"""capture: any eval-mode model -> one flat ATen graph, valid for every batch size, through torch.export.
+"""Isolation of tracing from the process: autocast off, torch's report of a failed graph dropped, generators restored.
 
-The graph's placeholders are the model's tensors (parameters, buffers, constants) and its inputs; `Captured.sources`
-says which tensor of the model each of the former is. The model itself is traced through a structural copy that shares
-its tensors, so nothing that tracing leaves behind (caches, counters, flags) reaches it.
+torch.export prints, logs and changes state of the whole process. `capture` holds `TRACING` and enters these contexts,
+so that a failed trace is reported by its error alone.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ __all__ = ["TRACING", "generators_beside_torch", "no_report_of_failure", "withou
 
 
 TRACING = threading.RLock()
-"""Held by the thread that traces: torch.export and fx exchange functions of the whole process."""
+"""Held by the thread that traces: torch.export and fx replace functions of the whole process."""
 
 
 @contextmanager
 def without_autocast() -> Generator[None]:
-    """Nothing of it on any device; the types of the model's own tensors are those that it computes with."""
+    """Disable autocast on every device, so that the model computes in its own dtype."""
     with ExitStack() as stack:
         for kind in ("cpu", "cuda", "mps", "xpu"):
             if torch.is_autocast_enabled(kind):
@@ -38,9 +37,9 @@ def without_autocast() -> Generator[None]:
 
 @contextmanager
 def no_report_of_failure() -> Generator[None]:
-    """What torch prints and logs of a graph that it cannot finish is dropped: the error says it, and where.
+    """Drop torch's printed and logged report of a graph that it cannot finish: the error gives cause and line.
 
-    Everything else comes once tracing has ended, what other threads log at once.
+    All other output is emitted once tracing has ended, log records of other threads immediately.
     """
     thread, printed, held = threading.get_ident(), io.StringIO(), list[tuple[logging.Handler, logging.LogRecord]]()
 
@@ -72,15 +71,15 @@ def no_report_of_failure() -> Generator[None]:
 
 
 def _torch_loggers() -> list[logging.Logger]:
-    """All that torch has made: most have handlers of their own."""
+    """Return all of torch's loggers: most have handlers of their own."""
     known = [(name, log) for name, log in logging.root.manager.loggerDict.items() if isinstance(log, logging.Logger)]
     return [log for name, log in known if name.partition(".")[0] == "torch"]
 
 
 @contextmanager
 def generators_beside_torch() -> Generator[Callable[[], bool]]:
-    """Those of Python and NumPy that all share are put back; what is yielded says whether they have moved."""
-    numpy: Any = sys.modules.get("numpy")  # without which nothing draws from it
+    """Restore the global generators of Python and NumPy; yield a function that returns whether they have advanced."""
+    numpy: Any = sys.modules.get("numpy")  # not imported: nothing draws from it
 
     def state() -> tuple[Any, Any]:
         theirs = numpy.random.get_state(legacy=False) if numpy is not None else {}

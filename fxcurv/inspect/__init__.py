@@ -1,4 +1,4 @@
-"""Views of graphs and results for people: tables, flow charts, plots.
+"""Views of graphs and results: tables, flow charts, plots.
 
-Imports go to `fxcurv.runtime` and the rooms below it.
+May import from `fxcurv.runtime` and packages below it.
 """

@@ -1,9 +1,8 @@
-"""Pictures of a compiled model as text: its canonical graph, collapsed by module path, as Mermaid or DOT.
+"""Pictures of a compiled model as text: its canonical graph, collapsed by module path, in Mermaid or DOT.
 
-A box is a module with all that happens inside of it, coloured by the worst status among its parameters. Along thick
-arrows columns are pulled back; every path from the lowest parameter to the output passes the boxes with thick borders.
-A module that is left and entered again is drawn as often as it is entered, so that the picture has no cycle that the
-computation does not have.
+A box is a module with all operations inside it, coloured by the worst status of its parameters. Columns are pulled
+back along thick arrows. Boxes with thick borders are on every path from the first parameter to the output. A module
+that is left and entered again has one box per visit, so collapsing does not introduce cycles.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Format = Literal["mermaid", "dot"]
 
 
 BOXES = 100
-"""As many boxes fit into a picture that can still be read."""
+"""Largest number of boxes in a readable picture."""
 
 
 FILLS = {
@@ -39,16 +38,16 @@ FILLS = {
     "unreached": "#eeeeee",
     "unsupported": "#f4b3b0",
 }
-"""The colour of each status, from the best to the worst; boxes without parameters are white, refused ones red."""
+"""Colour of each status, from best to worst; boxes without parameters are white, refused boxes red."""
 
 
 Box = tuple[str, int]
-"""A module path and which of its visits, from 1; or the name of an input or of the output, and 0."""
+"""A module path and the number of the visit, from 1; or the name of an input or output, and 0."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a box is drawn; `status` is its colour."""
+    """Appearance of a box; `status` selects its colour."""
 
     lines: tuple[str, ...]
     status: str | None = None
@@ -58,7 +57,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Arrow:
-    """Data that flows from a box to another, by their places in the picture."""
+    """Data flow between two boxes, given by their positions in the picture."""
 
     source: int
     target: int
@@ -68,14 +67,14 @@ class Arrow:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture before it is written."""
+    """A picture, independent of the output format."""
 
     boxes: tuple[Look, ...]
     arrows: tuple[Arrow, ...]
 
 
 def picture(program: Program, format: Format = "mermaid", depth: int | None = None) -> str:
-    """The model as a flow chart, collapsed to `depth` names of a path; by default to as many as fit in `BOXES`."""
+    """Return the model as a flow chart, collapsed to `depth` names of a path; by default, the most within `BOXES`."""
     if format not in _WRITERS:
         raise InputError(
             f"no picture has the format {format!r}", remedy=f"there are {', '.join(_WRITERS)}", code="FXC007"
@@ -89,9 +88,9 @@ def picture(program: Program, format: Format = "mermaid", depth: int | None = No
 
 
 def collapse(graph: fx.Graph, depth: int) -> nx.DiGraph[Box]:
-    """The quotient of a graph by the first `depth` names of its nodes' paths; each box has its `nodes`.
+    """Return the quotient of a graph by the first `depth` names of its nodes' paths; each box has its `nodes`.
 
-    Nodes of a path share a box unless a path of the graph leads out of that box and back: then a new one begins.
+    Nodes of a path share a box unless the graph has a path that leaves the box and returns: then a new box begins.
     """
     boxes: nx.DiGraph[Box] = nx.DiGraph()
     of: dict[fx.Node, Box] = {}
@@ -112,7 +111,7 @@ def collapse(graph: fx.Graph, depth: int) -> nx.DiGraph[Box]:
 
 
 def finest(graph: fx.Graph) -> int:
-    """The largest depth at which the boxes fit into a picture, or 1."""
+    """Return the largest depth with at most `BOXES` boxes, or 1."""
     full = max(str(node.target).count(".") + 1 for node in graph.nodes)
     return next((depth - 1 for depth in range(2, full + 1) if len(collapse(graph, depth)) > BOXES), full)
 
@@ -121,7 +120,7 @@ def finest(graph: fx.Graph) -> int:
 
 
 def chart(program: Program, depth: int) -> Chart:
-    """What is drawn: boxes with colours, arrows with shapes, and where columns are pulled back."""
+    """Return the chart: boxes with colours, arrows with shapes, and the path of columns that are pulled back."""
     gm, boxes = program.canonical, collapse(program.canonical.graph, depth)
     without = {"frozen", "unreached", "unsupported"}
     computed = [name for name in program.plan.shapes if _statuses(program, name) - without]
@@ -150,7 +149,7 @@ def _look(program: Program, box: Box, nodes: Sequence[fx.Node], passed: set[fx.N
 
 
 def _left_out(program: Program, depth: int) -> list[Look]:
-    """A box for the parameters of which no node of the graph knows."""
+    """Return a box for the parameters that no node of the graph uses."""
     sources = (s for node in program.canonical.graph.nodes for s in node.meta.get("slots", {}).values())
     known = {name for source in sources for name in source.names}
     names = [name for name in program.plan.shapes if name not in known]
@@ -169,7 +168,7 @@ def _arrow(places: tuple[int, int], sources: list[fx.Node], targets: list[fx.Nod
 
 
 def _told(program: Program, parameters: Sequence[str]) -> list[str]:
-    """The number of parameters, and those of their statuses that are not `exact`."""
+    """Return the number of parameters, and their statuses other than `exact`."""
     if not parameters:
         return []
     found = {status for name in parameters for status in _statuses(program, name)} - {"exact"}
@@ -210,7 +209,7 @@ def _style(status: str | None, bold: bool) -> str:
 
 
 def _entities(text: str) -> str:
-    """A label's text, with everything that Mermaid or HTML could take for a sign of its own spelt out."""
+    """Escape all characters of a label with a special meaning in Mermaid or HTML."""
     return "".join(c if c.isalnum() or c in " .,_()[]:…" else f"#{ord(c)};" for c in text)
 
 
@@ -232,7 +231,7 @@ def _options(options: Mapping[str, str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of DOT: quotes and backslashes escaped, line breaks as `\\n`."""
+    """Quote a string for DOT: escape quotes and backslashes, write line breaks as `\\n`."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'.replace("\n", "\\n")
 

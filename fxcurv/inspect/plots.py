@@ -1,6 +1,6 @@
-"""Pictures of curvature, from plain numbers and tensors. Each draws on `ax`, or on a new figure outside of pyplot.
+"""Plots of curvature, from plain numbers and tensors. Each draws on `ax`, or on a new figure outside pyplot.
 
-Nothing is shown and no global setting of matplotlib is changed: `axes.figure.savefig("traces.png")` writes the picture.
+Nothing is shown, and global settings of matplotlib are unchanged: `axes.figure.savefig("traces.png")` saves a plot.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["error_curves", "factor_maps", "kronecker_spectrum", "pruning_curve",
 
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's palette, told apart by every eye."""
+"""Okabe and Ito's palette, safe for colour blindness."""
 
 
 def trace_bars(traces: Mapping[str, Mapping[str, float]], *, ax: Axes | None = None) -> Axes:
-    """Horizontal bars `traces[quantity][parameter]` on a log axis, the network's first parameter on top."""
+    """Plot horizontal bars `traces[quantity][parameter]` on a log axis, with the first parameter on top."""
     names = list(dict.fromkeys(name for series in traces.values() for name in series))
     ax = _axes((8.0, 1.2 + 0.12 * len(names) * (1 + len(traces)))) if ax is None else ax
     height = 0.8 / max(1, len(traces))
@@ -43,7 +43,7 @@ def trace_bars(traces: Mapping[str, Mapping[str, float]], *, ax: Axes | None = N
 
 
 def factor_maps(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
-    """One row per layer: its Kronecker factors A and G as images, `[d, d]` or grouped `[g, d, d]`."""
+    """Plot one row per layer: its Kronecker factors A and G as images, `[d, d]` or grouped `[g, d, d]`."""
     figure = _figure((7.6, 3.2 * len(factors)))
     grid = figure.subplots(len(factors), 2, squeeze=False)
     for row, (name, pair) in zip(grid, factors.items(), strict=True):
@@ -54,7 +54,7 @@ def factor_maps(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
 
 
 def _heat_map(ax: Axes, matrix: Tensor) -> None:
-    """Signed entries on a symmetric log scale: linear below a thousandth of the largest."""
+    """Plot signed entries on a symmetric log scale, linear below a thousandth of the largest."""
     top = float(matrix.abs().max()) or 1.0
     norm = imported("matplotlib.colors").SymLogNorm(linthresh=top / 1000, vmin=-top, vmax=top)
     image = ax.imshow(matrix.numpy(), norm=norm, cmap="RdBu_r", interpolation="nearest")
@@ -64,7 +64,7 @@ def _heat_map(ax: Axes, matrix: Tensor) -> None:
 
 
 def spectra(eigenvalues: Mapping[str, Tensor], *, ax: Axes | None = None) -> Axes:
-    """The positive eigenvalues of each layer's block by rank, log-log, coloured from the input to the output."""
+    """Plot the positive eigenvalues of each layer's block by rank, log-log, coloured from input to output."""
     ax = _axes((7.2, 4.8)) if ax is None else ax
     colours = imported("matplotlib").colormaps["viridis"]
     for k, (name, values) in enumerate(eigenvalues.items()):
@@ -82,20 +82,20 @@ def spectra(eigenvalues: Mapping[str, Tensor], *, ax: Axes | None = None) -> Axe
 
 
 def kronecker_spectrum(A: Tensor, G: Tensor) -> Tensor:
-    """All eigenvalues of `G ⊗ A` (of the block diagonal of the groups' `G_g ⊗ A_g`), largest first; rounding is 0."""
+    """Return the eigenvalues of `G ⊗ A` (groups: block diagonal of `G_g ⊗ A_g`), descending; rounding is 0."""
     a, g = _eigenvalues(A), _eigenvalues(G)
     return (g.unsqueeze(-1) * a.unsqueeze(-2)).flatten().sort(descending=True).values
 
 
 def _eigenvalues(factor: Tensor) -> Tensor:
-    """`[…, d]`, 0 where they are below what the factor's own precision can tell from 0."""
+    """Return `[…, d]`, with 0 for eigenvalues below the rounding error of the factor's dtype."""
     values = torch.linalg.eigvalsh(factor.detach().double())
     floor = values[..., -1:] * values.shape[-1] * torch.finfo(factor.dtype).eps
     return torch.where(values > floor, values, 0.0)
 
 
 def pruning_curve(sparsities: Sequence[float], kept: Mapping[str, Sequence[float]], *, ax: Axes | None = None) -> Axes:
-    """`kept[method]`, the accuracies (0 … 1) at each share of weights that is set to zero."""
+    """Plot the accuracies `kept[method]` (0 … 1) at each share of weights set to zero."""
     ax = _axes((6.4, 4.2)) if ax is None else ax
     for k, (method, accuracies) in enumerate(kept.items()):
         style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "marker": "osD^v"[k % 5], "markersize": 4}
@@ -108,7 +108,7 @@ def pruning_curve(sparsities: Sequence[float], kept: Mapping[str, Sequence[float
 
 
 def error_curves(errors: Mapping[str, Mapping[int, float]], *, ax: Axes | None = None) -> Axes:
-    """`errors[series][columns]`, relative errors of estimates against the columns that they cost, log-log."""
+    """Plot `errors[series][columns]`, relative errors of estimates against their number of columns, log-log."""
     ax = _axes((6.4, 4.2)) if ax is None else ax
     for k, (series, found) in enumerate(errors.items()):
         style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "marker": "osD^v"[k % 5], "markersize": 4}
@@ -129,7 +129,7 @@ def error_curves(errors: Mapping[str, Mapping[int, float]], *, ax: Axes | None =
 
 
 def _figure(size: tuple[float, float]) -> Figure:
-    """A figure that pyplot does not know: it needs no display and no closing."""
+    """Return a figure outside pyplot; it needs no display and need not be closed."""
     return imported("matplotlib.figure").Figure(figsize=size, layout="constrained", dpi=120)
 
 
@@ -138,6 +138,6 @@ def _axes(size: tuple[float, float]) -> Axes:
 
 
 def _square(factor: Tensor) -> Tensor:
-    """A matrix as it is, grouped factors as one block diagonal matrix, on the CPU."""
+    """Return a matrix unchanged, grouped factors as one block-diagonal matrix, on the CPU."""
     matrix = factor.detach().double().cpu()
     return matrix if matrix.ndim == 2 else torch.block_diag(*matrix.flatten(0, -3))

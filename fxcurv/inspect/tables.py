@@ -19,14 +19,14 @@ COLUMNS = ("opcode", "name", "target", "args", "kwargs", "shape", "module", "rul
 
 
 def family_of(stage: str) -> str:
-    """`backward` of `backward[exact]`; the graph after a pass, `forward:schedule`, is a family of its own."""
+    """Return `backward` for `backward[exact]`; the graph after a pass, `forward:schedule`, is a separate family."""
     return stage if ":" in stage else stage.partition("[")[0]
 
 
 def tabular(
     gm: fx.GraphModule, columns: Sequence[str] = COLUMNS, fmt: str = "simple", max_width: int | None = 48
 ) -> str:
-    """The graph as a table: fx's five columns, each node's shape, module and kind of rule; cells cut at `max_width`."""
+    """Return a graph as a table: fx's five columns, shape, module and kind of rule; cells are cut at `max_width`."""
     rows = [[_cut(_cell(node, column), max_width) for column in columns] for node in gm.graph.nodes]
     return tabulate(rows, list(columns), tablefmt=fmt, disable_numparse=True)
 

@@ -1,6 +1,6 @@
-"""The modules of the augmented graphs: what the forward graph keeps, and how the backward graph carries S.
+"""The modules of the augmented graphs: tensors saved by the forward graph, and pullbacks of the backward graph.
 
-`S[v, *y.shape]` holds v columns of the factor, pulled back to a node with output y.
+`S[v, *y.shape]` holds v backpropagated vectors (columns of the factor) at a node with output y.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 
 class _OfOp(nn.Module):
-    """A module that applies one part of the rule of `op`, which it shares with the canonical graph."""
+    """A module that applies one part of the rule of `op`; `op` is shared with the canonical graph."""
 
     def __init__(self, op: nn.Module) -> None:
         super().__init__()
@@ -49,19 +49,19 @@ class _OfOp(nn.Module):
 
     @property
     def title(self) -> str:
-        """`Pull(ReLU)`: how tables call it."""
+        """Name in tables: `Pull(ReLU)`."""
         return f"{type(self).__name__}({type(self.op).__name__})"
 
 
 class SaveForBackward(_OfOp):
-    """What the pullback through `op` needs to know about this run: (y, *xs) -> tensors and shapes."""
+    """Save tensors and shapes of this run for the pullback through `op`: (y, *xs) -> tensors and shapes."""
 
     def forward(self, y: Tensor, *xs: Tensor) -> Any:
         return self.rule.save(self.op, xs, y)
 
 
 class Gather(nn.Module):
-    """y = x[indices], by what the selection kept: the indices count the entries of the last `axes` axes of x."""
+    """y = x[indices] with the saved indices of a gather, flat indices into the last `axes` axes of x."""
 
     def __init__(self, axes: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Gather(nn.Module):
 
 
 class Pull(_OfOp):
-    """S[v, *y.shape] -> S[v, *x_k.shape], before broadcasting is undone; with `per_sample`, S[v, n, …] at constants."""
+    """S[v, *y.shape] -> S[v, *x_k.shape], before `Unbroadcast`; with `per_sample`, S[v, n, …] at constants."""
 
     def __init__(self, op: nn.Module, k: int, per_sample: bool = False) -> None:
         super().__init__(op)
@@ -94,7 +94,7 @@ class Pull(_OfOp):
 class PullInputs(_OfOp):
     """`Pull` through an opaque op to several of its inputs, from their values: [S[v, *x_k.shape] for k in ks].
 
-    By autograd, one column after the other, or all `together`.
+    By autograd, one column at a time, or `vectorized`.
     """
 
     def __init__(self, op: nn.Module, ks: Sequence[int], per_sample: bool = False, vectorized: bool = False) -> None:
@@ -126,7 +126,7 @@ class GetItem(nn.Module):
 
 
 class PullScaled(_OfOp):
-    """`Pull` through a convolution and the `scale` of its output channels in one: the weight is scaled, not S."""
+    """`Pull` through a convolution and the `scale` of its output channels at once: the weight is scaled, not S."""
 
     def __init__(self, op: nn.Module, scale: ops.Affine) -> None:
         super().__init__(op)
@@ -143,7 +143,7 @@ class PullScaled(_OfOp):
 
 
 class Scaled(Statistic):
-    """A sum over the columns that arrive at the `scale` of a convolution's outputs, as of those behind it."""
+    """A statistic at the outputs of a convolution, computed from the cotangents after their `scale`, then scaled."""
 
     def __init__(self, statistic: Statistic, scale: ops.Affine) -> None:
         super().__init__()
@@ -160,15 +160,15 @@ class Scaled(Statistic):
 
     @property
     def title(self) -> str:
-        """`Scaled(Diagonal)`: how tables call it."""
+        """Name in tables: `Scaled(Diagonal)`."""
         return f"Scaled({type(self.statistic).__name__})"
 
 
 class PullToParameter(_OfOp):
     """S[v, *y.shape] -> S[v, n, *θ.shape] where input k of `op`, θ, is the same for all samples.
 
-    `places` says where the inputs, and last the output, hold their samples; each sample is pulled back alone by
-    autograd, one after the other or all `together`.
+    `places` gives the sample axes of the inputs and, last, of the output. Each sample is pulled back separately by
+    autograd, one at a time or `vectorized`.
     """
 
     def __init__(self, op: nn.Module, k: int, places: Sequence[Samples | None], vectorized: bool = False) -> None:
@@ -191,9 +191,9 @@ class PullToParameter(_OfOp):
 
 
 class Unbroadcast(nn.Module):
-    """Sum over the axes along which an input was repeated: `lead` in front of it, and its `axes` of size one.
+    """Sum over the axes along which an input was broadcast: `lead` leading axes, and its `axes` of size one.
 
-    They are counted behind the first `columns` axes of S.
+    Axes are counted after the first `columns` axes of S.
     """
 
     def __init__(self, lead: int, axes: Sequence[int], columns: int = 1) -> None:
@@ -209,7 +209,7 @@ class Unbroadcast(nn.Module):
 
 
 class Apart(nn.Module):
-    """S[v, *y.shape] -> S[v, n, …], with what belongs to one sample left at `place`'s axis."""
+    """S[v, *y.shape] -> S[v, n, …]: move the samples at `place` to axis 1; the rest of their axis stays."""
 
     def __init__(self, place: Samples) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class Apart(nn.Module):
 
 
 class Accumulate(nn.Module):
-    """Σ of the cotangents that arrive at a node with several consumers."""
+    """Σ of the cotangents of a node with several consumers."""
 
     def forward(self, *Ss: Tensor) -> Tensor:
         total = Ss[0]
@@ -233,7 +233,7 @@ class Accumulate(nn.Module):
 
 
 class Joined(nn.Module):
-    """The cotangents of parts that tile a tensor -> that of the whole: side by side along `dim`, which may be `new`."""
+    """Cotangents of parts that tile a tensor -> cotangent of the whole, joined along `dim`, stacked if it is `new`."""
 
     def __init__(self, dim: int, new: bool) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class Joined(nn.Module):
 
 
 class InputPositions(_OfOp):
-    """x -> x[n,s,g,i]: where the parameters of `op` meet its input, whose samples lie at `place`."""
+    """x -> x[n,s,g,i]: the input of `op` at its weight-sharing positions; the samples of x are at `place`."""
 
     def __init__(self, op: nn.Module, place: Samples) -> None:
         super().__init__(op)
@@ -263,14 +263,14 @@ class InputPositions(_OfOp):
 
 
 class ParameterPositions(nn.Module):
-    """S[v, n, *θ.shape] -> S[v,n,s,g,o] with one position and one group: a parameter as a bias of its own."""
+    """S[v, n, *θ.shape] -> S[v,n,s,g,o] with one position and one group, as for a bias."""
 
     def forward(self, S: Tensor) -> Tensor:
         return widened(S).reshape(*S.shape[:2], 1, 1, -1)
 
 
 class OutputPositions(_OfOp):
-    """S -> S[v,n,s,g,o]: the cotangents where the parameters of `op` meet its output, whose samples lie at `place`."""
+    """S -> S[v,n,s,g,o]: the cotangents of `op` at its weight-sharing positions; the samples of S are at `place`."""
 
     def __init__(self, op: nn.Module, place: Samples) -> None:
         super().__init__(op)
@@ -286,7 +286,7 @@ class OutputPositions(_OfOp):
 
 
 class Rotate(nn.Module):
-    """X[*,s,g,d] -> Σ_d U[g,d,e] X[*,s,g,d]: positions in another basis; with `ones` the constant 1 is behind them."""
+    """X[*,s,g,d] -> Σ_d U[g,d,e] X[*,s,g,d]: rotate positions to the basis U; with `ones`, 1 is appended to X first."""
 
     def __init__(self, ones: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Modules that call an operator without a row of its own: pointwise, opaque, or of integers and booleans."""
+"""Modules that call an operator without its own row: pointwise, opaque, or of integers and booleans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Call", "Discrete", "Opaque", "Pointwise", "Size", "embedding_bags", 
 
 
 class _Input:
-    """Marks the places among an operator's arguments that input tensors fill, in order."""
+    """Marks the arguments of an operator that are input tensors, in order."""
 
     def __repr__(self) -> str:
         return "INPUT"
@@ -33,7 +33,7 @@ class Size:
 
 
 def _filled(argument: Any, tensors: Iterator[Tensor], batch: int) -> Any:
-    """The argument with every `INPUT` in it replaced by the next tensor, and every `Size` by its number."""
+    """Replace every `INPUT` in the argument by the next tensor, and every `Size` by its number."""
     if isinstance(argument, list):
         return [_filled(a, tensors, batch) for a in cast("list[Any]", argument)]
     if isinstance(argument, Size):
@@ -42,7 +42,7 @@ def _filled(argument: Any, tensors: Iterator[Tensor], batch: int) -> Any:
 
 
 class Call(nn.Module):
-    """y = function(*args, **kwargs), its input tensors at the places marked `INPUT`; or `part` of several results."""
+    """y = function(*args, **kwargs), with input tensors for each `INPUT`; or `part` of several results."""
 
     part: int | None = None
 
@@ -64,19 +64,19 @@ class Call(nn.Module):
 
 
 class Pointwise(Call):
-    """y = f(x) for an elementwise operator f of one tensor that has no row of its own; its derivative is f's own."""
+    """y = f(x) for an elementwise operator f of one tensor without its own row; f' is computed by autograd."""
 
 
 class Opaque(Call):
-    """y = f(x, …) for any other operator without parameters; it is pulled back by its own vector-Jacobian product."""
+    """y = f(x, …) for any other operator without parameters, pulled back by its vector-Jacobian product."""
 
 
 class Discrete(Call):
-    """y = f(x, …) where y holds integers or booleans, through which nothing is pulled back."""
+    """y = f(x, …) where y holds integers or booleans; non-differentiable."""
 
 
 def pick(x: Tensor, indices: Sequence[Tensor | int | None]) -> Tensor:
-    """x[indices], where a number k stands for 0, 1, … along the samples, with k axes of size one behind."""
+    """x[indices], where an integer k stands for 0, 1, … along the samples, followed by k axes of size one."""
     each = torch.arange(len(x), device=x.device)
     filled = [each.view(-1, *(1,) * index) if isinstance(index, int) else index for index in indices]
     return torch.ops.aten.index.Tensor(x, filled)
@@ -85,7 +85,7 @@ def pick(x: Tensor, indices: Sequence[Tensor | int | None]) -> Tensor:
 def embedding_bags(
     weight: Tensor, indices: Tensor, length: int, mode: int, weights: Tensor | None, padding: int | None
 ) -> Tensor:
-    """A sum, mean or maximum (`mode` 0, 1, 2) of rows of `weight` over every `length` of the `indices`."""
+    """Sum, mean or maximum (`mode` 0, 1, 2) of rows of `weight` over each bag of `length` consecutive `indices`."""
     offsets = torch.arange(0, len(indices), length, device=indices.device)
     bag = torch.ops.aten.embedding_bag.padding_idx
     return bag(weight, indices, offsets, False, mode, False, weights, False, padding)[0]

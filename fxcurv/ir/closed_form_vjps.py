@@ -1,9 +1,9 @@
-"""Pullbacks of opaque operators in closed form, for all columns at once, and to all inputs that are asked for.
+"""Pullbacks of opaque operators in closed form, for all columns at once, and to all requested inputs.
 
-Autograd runs an operator again to pull back through it, and torch's batching rules multiply its calls. Transformers are
-made of a few operators whose vector-Jacobian products are a line or two. They are used as batched ones are: where a
-trial on random numbers gives what autograd gives (passes/contract.py). On a CPU, columns and samples go in parts whose
-intermediate results stay in its cache.
+Autograd runs an operator again to pull back through it, and torch's batching rules multiply its calls. Transformers
+consist of a few operators whose vector-Jacobian products take one or two lines. A closed form is used only if it agrees
+with autograd on random inputs (passes/vectorize.py). On a CPU, columns and samples are split into parts whose
+intermediate results fit in the cache.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Named = dict[str, Any]
 
 
 Pullback = Callable[[Tensor, Named, Sequence[str]], list[Tensor] | None]
-"""(S[v, *y.shape], arguments by name, the wanted) -> S[v, *argument.shape] of each, or None where it does not apply."""
+"""(S[v, *y.shape], arguments by name, requested names) -> S[v, *argument.shape] of each, or None if not applicable."""
 
 
 CLOSED_FORMS: dict[str, Pullback] = {}
 
 
 def closed_form(op: calls.Opaque, S: Tensor, xs: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor] | None:
-    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, or None where no form is known."""
+    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, or None if no closed form is known."""
     form = CLOSED_FORMS.get(str(getattr(op.function, "overloadpacket", "")).removeprefix("aten."))
     if form is None or op.part is not None or op.sized:
         return None
@@ -43,7 +43,7 @@ def closed_form(op: calls.Opaque, S: Tensor, xs: Sequence[Tensor], ks: Sequence[
 
 
 def _named(op: calls.Opaque, xs: Sequence[Tensor]) -> tuple[Named, list[str]]:
-    """All arguments of an operator by name, and the names of those that are inputs."""
+    """All arguments of an operator by name, and the names of the inputs."""
     schema = schema_of(op.function)
     given = {**dict(zip((a.name for a in schema.arguments), op.args, strict=False)), **op.kwargs}
     inputs = [name for name, argument in given.items() if argument is calls.INPUT]
@@ -62,7 +62,7 @@ def _form(*packets: str) -> Callable[[Pullback], Pullback]:
 
 
 def _summed_to(S: Tensor, shape: Sequence[int]) -> Tensor:
-    """Sums over the axes, behind the columns, along which an input of this shape was repeated."""
+    """Sum over the axes, after the columns, along which an input of this shape was broadcast."""
     lead = S.ndim - 1 - len(shape)
     S = S.sum(tuple(range(1, 1 + lead))) if lead else S
     axes = [1 + k for k, size in enumerate(shape) if size == 1 and S.shape[1 + k] != 1]
@@ -70,7 +70,7 @@ def _summed_to(S: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _in_parts(S: Tensor, entries: int, pull: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-    """`pull` of S, on a CPU of so few columns at once that their intermediate results, `entries` each, stay small."""
+    """`pull` of S; on a CPU in chunks of columns, of `entries` intermediate numbers each, that fit in the cache."""
     size = at_once(S, entries, len(S), CACHE)
     if size >= len(S):
         return pull(S)
@@ -87,7 +87,7 @@ def _in_parts(S: Tensor, entries: int, pull: Callable[[Tensor], list[Tensor]]) -
 
 
 def _scaled(S: Tensor, unit: Tensor, a: Named, wanted: Sequence[str], pull: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Of y = γ x̂ + β, from `unit` x̂ and the pullback from x̂ to x."""
+    """Pullback of y = γ x̂ + β, from `unit` x̂ and the pullback from x̂ to x."""
     weight = a["weight"]
     found: list[Tensor] = []
     for name in wanted:
@@ -103,7 +103,7 @@ def _scaled(S: Tensor, unit: Tensor, a: Named, wanted: Sequence[str], pull: Call
 
 @_form("layer_norm")
 def _layer_norm(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
-    """x̂ = (x - mean)/deviation over the last axes: dx = (g - ḡ - x̂ mean(g x̂))/deviation, one kernel of torch's."""
+    """x̂ = (x - mean)/deviation over the last axes: dx = (g - ḡ - x̂ mean(g x̂))/deviation, one kernel of torch."""
     shape = a["normalized_shape"]
     x = a["input"].to(torch.promote_types(a["input"].dtype, torch.float32))
     unit, mean, rate = torch.native_layer_norm(x, shape, None, None, a["eps"])
@@ -149,7 +149,7 @@ def _matmul(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor] | None:
 
 
 def _factor(S: Tensor, left: Tensor, right: Tensor, first: bool) -> Tensor:
-    """Of y = left @ right: S rightᵀ or leftᵀ S, summed to the input's shape."""
+    """Pullback of y = left @ right: S rightᵀ or leftᵀ S, summed to the input's shape."""
     if first:
         return _summed_to(S @ right.mT, left.shape)
     if right.ndim == 2:  # one product over all rows
@@ -171,7 +171,7 @@ def _addmm(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
 
 @_form("scaled_dot_product_attention")
 def _attention(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor] | None:
-    """y = P v with P = softmax(scale q kᵀ + mask), samples in parts whose probabilities stay in the cache."""
+    """y = P v with P = softmax(scale q kᵀ + mask), samples in parts whose probabilities fit in the cache."""
     if a["dropout_p"] or a["enable_gqa"] or "attn_mask" in wanted:
         return None
     names = ["query", "key", "value"]
@@ -193,7 +193,7 @@ def _attention(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor] | Non
 
 
 def _attended(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
-    """dv = Pᵀ S; dq = A k and dk = Aᵀ q with A = scale P (dP - Σ dP P), dP = S vᵀ; the same P serves all columns."""
+    """dv = Pᵀ S; dq = A k and dk = Aᵀ q with A = scale P (dP - Σ dP P), dP = S vᵀ; all columns use the same P."""
     q, k, v = a["query"], a["key"], a["value"]
     scale = 1 / math.sqrt(q.shape[-1]) if a["scale"] is None else a["scale"]
     P = _probabilities((q * scale) @ k.mT, a)
@@ -210,7 +210,7 @@ def _attended(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
 
 
 def _probabilities(logits: Tensor, a: Named) -> Tensor:
-    """softmax of the masked logits; a query that may look at nothing sees nothing."""
+    """Softmax of the masked logits; zero for a query whose keys are all masked."""
     mask = a["attn_mask"]
     if a["is_causal"]:
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
@@ -225,7 +225,7 @@ def _probabilities(logits: Tensor, a: Named) -> Tensor:
 
 @_form("embedding")
 def _embedding(S: Tensor, a: Named, wanted: Sequence[str]) -> list[Tensor]:
-    """Rows of S added at the indices that they were read from; nothing is added at the index of padding."""
+    """Add rows of S at the indices of the lookup, except at the padding index."""
     weight, indices = a["weight"], a["indices"].flatten()
     rows = S.flatten(1, -2) * (indices != a["padding_idx"]).unsqueeze(-1)
     return [S.new_zeros(len(S), *weight.shape).index_add(1, indices, rows)]

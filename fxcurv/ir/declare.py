@@ -1,7 +1,7 @@
-"""How a derivative rule is declared, by its kind, and the pullbacks that autograd gives where a rule has none.
+"""Declarators of derivative rules, one per kind, and pullbacks by autograd for rules without one.
 
-A rule says what the forward graph keeps and how a cotangent is pulled back through the op. With `v` columns of the
-factor stacked in front, `S[v, *y.shape] -> S[v, *x.shape]` for each input `x`; broadcasting is undone by the caller."""
+A rule gives the tensors saved for backward and the pullback of a cotangent through the op. With `v` columns of the
+factor along axis 0, `S[v, *y.shape] -> S[v, *x.shape]` for each input `x`; the caller undoes broadcasting."""
 
 from __future__ import annotations
 
@@ -53,32 +53,32 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class WeightUsage:
-    """How an affine op uses its parameters: as positions `x[n,s,g,i]` of its input and `S[v,n,s,g,o]` of its output.
+    """How an affine op uses its parameters: at positions `x[n,s,g,i]` of its input and `S[v,n,s,g,o]` of its output.
 
-    `pull(op, weight, S, shape)` is its pullback by a weight of that shape.
+    `pull(op, weight, S, shape)` is the pullback through `weight` to an input of this shape.
     """
 
     x: Callable[[Any, Tensor], Tensor]
     S: Callable[[Any, Tensor], Tensor]
     pull: Callable[[Any, Tensor, Tensor, Shape], Tensor]
     batch_first: bool = True
-    """Whether the samples must lie along axis 0 of the input; otherwise any axis but the last will do."""
+    """Whether the samples must be along axis 0 of the input; otherwise any axis but the last is allowed."""
     weight: Layout = "out_in"
-    """How the weight lies: as W[g·o,i], as `W[i,o]`, or as a scale for every channel g, of whatever shape."""
+    """Layout of the weight: W[g·o,i], `W[i,o]`, or one scale per channel g, of any shape."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`keep(op, xs, y)` is what the forward graph saves, `pull(op, S, kept, k)` the cotangent of input k."""
+    """`save(op, xs, y)` returns the tensors saved for backward, `pull(op, S, saved, k)` the cotangent of input k."""
 
     kind: RuleKind
     save: Callable[[Any, tuple[Tensor, ...], Tensor], Any]
     pull: Callable[[Any, Tensor, Any, int], Tensor]
     usage: WeightUsage | None = None
     nonlinear: bool = False
-    """Whether y has a second derivative, where it has a first."""
+    """Whether y has a nonzero second derivative where it is differentiable."""
     axes: int = 0
-    """The last axes of x whose entries a selection's indices count."""
+    """Number of last axes of x that the flat indices of a gather index."""
 
 
 RULES: dict[type[nn.Module], Rule] = {}
@@ -94,23 +94,23 @@ def declare(op: type[nn.Module], rule: Rule) -> None:
 
 
 def elementwise(op: type[M], derivative: Callable[[M, Tensor, Tensor], Tensor] | None = None) -> None:
-    """y = f(x) entry by entry, with f'(x) given as a function of (op, x, y), or taken from autograd."""
+    """y = f(x) elementwise, with f'(x) given as a function of (op, x, y), or computed by autograd."""
     slope: Callable[[M, Tensor, Tensor], Tensor] = derivative or _autograd_derivative
     declare(op, Rule("elementwise", lambda op, xs, y: slope(op, xs[0], y), _times, nonlinear=True))
 
 
 def masked(op: type[M], mask: Callable[[M, Tensor, Tensor], Tensor]) -> None:
-    """y = f(x) entry by entry, piecewise linear, with f'(x), 0 or 1, as a function of (op, x, y)."""
+    """y = f(x) elementwise, piecewise linear, with f'(x), 0 or 1, as a function of (op, x, y)."""
     declare(op, Rule("elementwise", lambda op, xs, y: mask(op, xs[0], y), _times))
 
 
 def _times(op: nn.Module, S: Tensor, slope: Tensor, k: int) -> Tensor:
-    """S · f'(x), where f'(x) may be a mask: torch multiplies by 0 and 1 as bytes many times faster than as booleans."""
+    """S · f'(x), where f'(x) may be a mask: torch multiplies by bytes many times faster than by booleans."""
     return multiplied(S, slope.view(torch.uint8) if slope.dtype == torch.bool else slope)
 
 
 def fused(op: type[M], backward: Callable[[M, Tensor, Tensor], Tensor], nonlinear: bool = True) -> None:
-    """y = f(x) entry by entry, with S, x -> S · f'(x) as one kernel: of one column, or of ones, for many."""
+    """y = f(x) elementwise, with one kernel S, x -> S · f'(x), called on a single column, or on ones for many."""
 
     def pull(op: M, S: Tensor, x: Tensor, k: int) -> Tensor:
         x = x.to(S.dtype)
@@ -120,7 +120,7 @@ def fused(op: type[M], backward: Callable[[M, Tensor, Tensor], Tensor], nonlinea
 
 
 def linear(op: type[M], transpose: Callable[[M, Tensor, tuple[Shape, ...], int], Tensor] | None = None) -> None:
-    """y = L x, with Lᵀ given as a function of (op, S, input shapes, k), or taken from autograd."""
+    """y = L x, with Lᵀ given as a function of (op, S, input shapes, k), or computed by autograd."""
     declare(op, Rule("linear", lambda op, xs, y: tuple(x.shape for x in xs), transpose or autograd_transpose))
 
 
@@ -130,7 +130,7 @@ def bilinear(op: type[M], pull: Callable[[M, Tensor, tuple[Tensor, ...], int], T
 
 
 def gather(op: type[M], indices: Callable[[M, Tensor], Tensor], axes: int) -> None:
-    """y = x[indices], where the indices count the entries of the last `axes` axes of x."""
+    """y = x[indices], with flat indices into the last `axes` axes of x."""
 
     def save(op: M, xs: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor, Shape]:
         return indices(op, xs[0]), xs[0].shape
@@ -162,7 +162,7 @@ def affine(
 
 
 def opaque(op: type[nn.Module]) -> None:
-    """Any differentiable op without parameters; passes/contract.py vectorizes the columns where that is right."""
+    """Any differentiable op without parameters; passes/vectorize.py vectorizes the columns where that is correct."""
     declare(
         op,
         Rule(
@@ -176,7 +176,7 @@ def non_differentiable(op: type[nn.Module]) -> None:
     declare(op, Rule("non_differentiable", lambda op, xs, y: None, lambda op, S, saved, k: torch.zeros_like(S)))
 
 
-# What autograd knows ----------------------------------------------------------------------------------------------
+# Pullbacks by autograd --------------------------------------------------------------------------------------------
 
 
 def _autograd_derivative(op: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def _autograd_derivative(op: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def vjp_of(op: nn.Module, xs: Sequence[Tensor], ks: Sequence[int]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The pullback to the inputs `ks`, which runs the op once, however many columns it then takes."""
+    """The pullback to the inputs `ks`; the op runs once for any number of columns."""
 
     def varied(*given: Tensor) -> Tensor:
         return op(*(given[ks.index(k)] if k in ks else x for k, x in enumerate(xs)))
@@ -193,9 +193,9 @@ def vjp_of(op: nn.Module, xs: Sequence[Tensor], ks: Sequence[int]) -> Callable[[
 
 
 def autograd_pull_each(op: nn.Module, S: Tensor, xs: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor]:
-    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, one column after the other.
+    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, one column at a time.
 
-    Cotangents are contiguous: for one sample and others, torch 2.15's batch_norm has a wrong gradient on the CPU.
+    Cotangents are made contiguous: otherwise torch 2.15's batch_norm has wrong CPU gradients, as for one sample.
     """
     pull = vjp_of(op, xs, ks)
     return [torch.stack(columns) for columns in zip(*(pull(column) for column in S.contiguous()), strict=True)]
@@ -206,11 +206,11 @@ def autograd_transpose(op: nn.Module, S: Tensor, shapes: tuple[Shape, ...], k: i
 
 
 def autograd_pull(op: nn.Module, S: Tensor, xs: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor]:
-    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, all columns at once: as right as torch's batching rules are."""
+    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, all columns at once; relies on torch's batching rules."""
     return list(torch.func.vmap(vjp_of(op, xs, ks))(S.contiguous()))
 
 
-# Pullbacks with a body --------------------------------------------------------------------------------------------
+# Other pullbacks --------------------------------------------------------------------------------------------------
 
 
 def _scatter(S: Tensor, indices: Tensor, shape: Shape, axes: int) -> Tensor:
@@ -221,6 +221,6 @@ def _scatter(S: Tensor, indices: Tensor, shape: Shape, axes: int) -> Tensor:
 
 
 def pull_together(op: nn.Module, S: Tensor, xs: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor]:
-    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, all columns at once: in closed form, or else by autograd."""
+    """S[v, *y.shape] -> S[v, *x_k.shape] for every k, all columns at once: in closed form, or by autograd."""
     pulled = closed_form(op, S, xs, ks) if isinstance(op, calls.Opaque) else None
     return autograd_pull(op, S, xs, ks) if pulled is None else pulled

@@ -1,4 +1,4 @@
-"""The grammar of every stage, checked after every pass."""
+"""The grammar of each stage, checked after every pass."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _vocabulary(node: fx.Node) -> str | None:
 
 
 def _located(node: fx.Node) -> str | None:
-    return _vocabulary(node) or (None if "samples" in node.meta else "unknown where the samples are")
+    return _vocabulary(node) or (None if "samples" in node.meta else "the sample axis is unknown")
 
 
 def _augmentation(node: fx.Node) -> str | None:
@@ -70,7 +70,7 @@ _GRAMMAR: dict[Stage, tuple[str, Callable[[fx.Node], str | None]]] = {
 
 
 def verify(gm: fx.GraphModule, stage: Stage) -> fx.GraphModule:
-    """The graph itself if it is a sentence of its stage's grammar, else a SpecError that names the node and the law."""
+    """Return the graph if it follows the grammar of its stage; else raise a SpecError with the node and the rule."""
     opcode, law = _GRAMMAR[stage]
     try:
         gm.graph.lint()
@@ -91,7 +91,7 @@ def verify(gm: fx.GraphModule, stage: Stage) -> fx.GraphModule:
 
 
 def neighbourhood(node: fx.Node) -> str:
-    """The lines of the graph around a node: its inputs, itself, marked, and its users."""
+    """The lines of the graph around a node: its inputs, the marked node, and its users."""
     lines = [f"    {x.format_node()}" for x in dict.fromkeys(node.all_input_nodes)]
     lines.append(f"  > {node.format_node()}")
     return "\n".join((*lines, *(f"    {user.format_node()}" for user in node.users)))

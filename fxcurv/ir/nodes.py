@@ -1,4 +1,4 @@
-"""Nodes of a graph: their modules, inputs and descriptions, and the sources of the tensors that they hold."""
+"""Nodes of a graph: their modules, inputs and descriptions, and the sources of their tensors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Source", "describe", "inputs_of", "module_of", "output_of"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a slot's tensor comes from: a tensor by name, or an expression of several; `constants` are no model's."""
+    """Source of a slot's tensor: a tensor by name, or an expression of several; the model does not own `constants`."""
 
     names: tuple[str, ...]
     expression: fx.GraphModule | None = None
     constants: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The tensor, from the model's tensors as they are now."""
+        """Return the tensor, computed from the model's current tensors."""
         values = [self.constants[name] if name in self.constants else tensors[name] for name in self.names]
         return values[0] if self.expression is None else self.expression(*values)
 
@@ -37,17 +37,17 @@ def module_of(node: fx.Node) -> nn.Module:
 
 
 def title_of(module: nn.Module) -> str:
-    """How tables call a module: its type, or `Pull(ReLU)` where it applies a part of a rule."""
+    """Name of a module in tables: its type, or `Pull(ReLU)` if it applies a part of a rule."""
     return getattr(module, "title", type(module).__name__)
 
 
 def inputs_of(node: fx.Node) -> list[fx.Node]:
-    """The nodes that a node is called on, in order, as often as it is."""
+    """The input nodes of a node, in order, with repetitions."""
     return [x for x in node.args if isinstance(x, fx.Node)]
 
 
 def describe(node: fx.Node) -> str:
-    """'layer1.0.relu' ReLU [N, 64, 8, 8]: how errors name a node."""
+    """Name of a node in errors: 'layer1.0.relu' ReLU [N, 64, 8, 8]."""
     name = node.target if node.op == "call_module" else node.name
     kind = type(module_of(node)).__name__ if node.op == "call_module" else node.op
     shape = f" {show_shape(node.meta['shape'])}" if "shape" in node.meta else ""
@@ -55,6 +55,6 @@ def describe(node: fx.Node) -> str:
 
 
 def output_of(canonical: fx.GraphModule) -> fx.Node:
-    """The node that a canonical graph returns."""
+    """The output node of a canonical graph."""
     (output,) = canonical.graph.output_node().all_input_nodes
     return output

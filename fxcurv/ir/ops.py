@@ -1,7 +1,7 @@
-"""The vocabulary of the canonical graph: `torch.nn` modules where they say it, and the modules below where they do not.
+"""The vocabulary of the canonical graph: `torch.nn` modules, and the modules below where torch has none.
 
 Every module takes tensors and returns one tensor, holds its hyper-parameters (and, in slots, its live tensors), and
-works for any batch size; a `sized` one reads it off its last input. The order is: constants and arithmetic,
+works for any batch size; a `sized` one reads it from its last input. The order is: constants and arithmetic,
 normalisation, shape, selection, reductions, generic.
 """
 
@@ -109,7 +109,7 @@ class Constant(nn.Module):
 
 
 class Parameter(nn.Module):
-    """y = a trainable parameter of the model, used otherwise than as the weight or bias of an op; slot `value`."""
+    """y = a trainable parameter of the model that is not the weight or bias of an op; slot `value`."""
 
     value: nn.Parameter
 
@@ -125,7 +125,7 @@ class Parameter(nn.Module):
 
 
 class Repeat(nn.Module):
-    """y = x.expand(shape), of a `shape` for the batch size of `like`."""
+    """y = x.expand(shape), with the batch size of `like`."""
 
     broadcasts: ClassVar = True
     sized: ClassVar = True
@@ -142,7 +142,7 @@ class Repeat(nn.Module):
 
 
 class Blank(nn.Module):
-    """y = a number everywhere, of a `shape` for the batch size of `like`."""
+    """y = full(shape, value), with the batch size of `like`."""
 
     sized: ClassVar = True
 
@@ -158,7 +158,7 @@ class Blank(nn.Module):
 
 
 class Shift(nn.Module):
-    """y = x + value, a number."""
+    """y = x + value, with a number `value`."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Shift(nn.Module):
 
 
 class Scale(nn.Module):
-    """y = x · value, a number."""
+    """y = x · value, with a number `value`."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class Scale(nn.Module):
 
 
 class MatMul(nn.Module):
-    """y[…,o] = Σ_i x[…,i] W[i,o] + b[o]: a linear layer whose weight lies the other way; slots `weight` and `bias`."""
+    """y[…,o] = Σ_i x[…,i] W[i,o] + b[o]: a linear layer in in–out layout; slots `weight` and `bias`."""
 
     weight: Tensor
     bias: Tensor | None
@@ -240,9 +240,9 @@ class Affine(nn.Module):
 
 
 class ScaleShift(nn.Module):
-    """y = γ x + β with γ and β of the shape of some axes of x, behind which there are `behind` more.
+    """y = γ x + β, with γ and β of the shape of some axes of x that are followed by `behind` more axes.
 
-    What normalizations end with. Its slots are γ `weight` and β `bias`.
+    The last step of normalizations. Its slots are γ `weight` and β `bias`.
     """
 
     weight: Tensor
@@ -258,11 +258,11 @@ class ScaleShift(nn.Module):
         return x * scale if self.bias is None else torch.addcmul(self.along(self.bias), x, scale)
 
     def along(self, vector: Tensor) -> Tensor:
-        """γ or β, as it is broadcast to x."""
+        """γ or β, viewed so that it broadcasts to x."""
         return vector.view(*vector.shape, *(1,) * self.behind) if self.behind else vector
 
     def channels(self, x: Tensor, lead: int) -> Tensor:
-        """`[*lead, …, *γ.shape, *behind] -> [*lead, s, g, 1]`: what is scaled alike are positions of one channel."""
+        """`[*lead, …, *γ.shape, *behind] -> [*lead, s, g, 1]`: entries of one scale are its positions."""
         behind, own = x.ndim - self.behind, x.ndim - self.behind - self.weight.ndim
         order = [*range(own), *range(behind, x.ndim), *range(own, behind)]
         return x.permute(order).reshape(*x.shape[:lead], -1, self.weight.numel(), 1)
@@ -272,7 +272,7 @@ class ScaleShift(nn.Module):
 
 
 class Reshape(nn.Module):
-    """y = x.reshape(shape); the one axis that grows with the batch is -1."""
+    """y = x.reshape(shape); the axis that grows with the batch is -1."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
@@ -331,7 +331,7 @@ class Cast(nn.Module):
 
 
 class Detach(nn.Module):
-    """y = x, through which nothing is pulled back."""
+    """y = x, non-differentiable."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -340,9 +340,9 @@ class Detach(nn.Module):
 class Slice(nn.Module):
     """y = x[…, start:stop:step, …] along `dim`."""
 
-    def __init__(self, dim: int, start: int, non_differentiable: int, step: int = 1) -> None:
+    def __init__(self, dim: int, start: int, stop: int, step: int = 1) -> None:
         super().__init__()
-        self.dim, self.start, self.non_differentiable, self.step = dim, start, non_differentiable, step
+        self.dim, self.start, self.stop, self.step = dim, start, stop, step
 
     def forward(self, x: Tensor) -> Tensor:
         return x[self.index(x.ndim)]
@@ -350,14 +350,14 @@ class Slice(nn.Module):
     def index(self, ndim: int) -> tuple[slice, ...]:
         """The index tuple that selects the slice from a tensor with `ndim` axes."""
         axis = self.dim % ndim
-        return (*(slice(None),) * axis, slice(self.start, self.non_differentiable, self.step))
+        return (*(slice(None),) * axis, slice(self.start, self.stop, self.step))
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, {self.start}:{self.non_differentiable}:{self.step}"
+        return f"dim={self.dim}, {self.start}:{self.stop}:{self.step}"
 
 
 class Select(nn.Module):
-    """y = x[…, index, …] along `dim`, which disappears."""
+    """y = x[…, index, …] along `dim`, which is removed."""
 
     def __init__(self, dim: int, index: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The engine of rewrites: a rewrite is a function of a node that returns its replacement, or None for «no match»."""
+"""The engine of rewrites: a rewrite is a function of a node that returns its replacement, or None for no match."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Rewrite = Callable[[fx.Node, nn.Module], fx.Node | None]
 
 
 class Lazy(fx.GraphModule):
-    """A graph whose code is generated when it is first run or read: most graphs of a pipeline never are."""
+    """A graph whose code is generated on first use: most graphs of a pipeline are never run or read."""
 
     def recompile(self) -> Any:
-        """Forget the code of the graph as it was."""
+        """Discard the generated code."""
         self.__dict__.pop("_code", None)
         type(self).forward = Lazy.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        super().recompile()  # which gives the class of this very object a forward of its own
+        super().recompile()  # sets `forward` on the class of this object
         return self.forward(*args, **kwargs)
 
     @property
@@ -38,17 +38,17 @@ class Lazy(fx.GraphModule):
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """A draft of its own that shares the modules of `gm`: passes change copies, never what they were given."""
+    """Return a copy that shares the modules of `gm`: passes change copies, never their arguments."""
     graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))  # which copies what is known of every node, too
+    graph.output(graph.graph_copy(gm.graph, {}))  # copies the meta of every node, too
     graph.output_node().meta = copy.copy(gm.graph.output_node().meta)
     return Lazy(gm, graph, class_name=type(gm).__name__)
 
 
 def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
-    """A copy of `gm` with every node replaced by what the first matching rule returns, from inputs to outputs.
+    """Return a copy of `gm` with each node replaced by the result of the first matching rule, from inputs to outputs.
 
-    Nodes that nothing reads any more are dropped.
+    Unused nodes are removed.
     """
     gm = copied(gm)
     for node in list(gm.graph.nodes):
@@ -65,7 +65,7 @@ def rewrites(gm: fx.GraphModule, *rules: Rewrite) -> fx.GraphModule:
 
 
 def instead(node: fx.Node, op: nn.Module, args: tuple[Any, ...]) -> fx.Node:
-    """A call of `op` in the place of a node of a draft, under its target."""
+    """Insert a call of `op` in place of a node of a copy, under the node's target."""
     gm = node.graph.owning_module
     assert gm is not None
     gm.set_submodule(str(node.target), op)
@@ -76,23 +76,23 @@ def instead(node: fx.Node, op: nn.Module, args: tuple[Any, ...]) -> fx.Node:
 
 
 def settled(gm: fx.GraphModule) -> fx.GraphModule:
-    """A draft as it is to stay, with the code of its graph, and no module that it does not call."""
+    """Finish a copy: delete unused modules and regenerate its code."""
     gm.delete_all_unused_submodules()
     gm.recompile()
     return gm
 
 
 class Targets:
-    """The targets of a graph's modules, each given once."""
+    """Unique targets for the modules of a graph."""
 
     def __init__(self) -> None:
         self.taken: set[str] = set()
         self.parents: set[str] = set()
 
     def free(self, path: str) -> str:
-        """`path`, as `a_b` instead of `a.b` where `a` is a module already, and with a number behind it if it is taken.
+        """Return `path`, as `a_b` instead of `a.b` if `a` is a module, and with a number appended if it is taken.
 
-        A part that is a keyword of Python gets an underscore.
+        An underscore is appended to a part that is a Python keyword.
         """
         path = ".".join(f"{part}_" if iskeyword(part) else part for part in path.split("."))
         while not self.taken.isdisjoint(_parents(path)):
@@ -108,6 +108,6 @@ class Targets:
 
 
 def _parents(path: str) -> list[str]:
-    """a.b.c -> a, a.b."""
+    """Parents of a path: a.b.c -> a, a.b."""
     parts = path.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]

@@ -1,19 +1,19 @@
-"""THE table of derivative rules: one call per op, declared by kind.
+"""The table of derivative rules: one call per op, declared by kind.
 
-A rule says what the forward graph keeps and how a cotangent is pulled back through the op. With `v` columns of the
-factor stacked in front, `S[v, *y.shape] -> S[v, *x.shape]` for each input `x`; broadcasting is undone by the caller.
-An affine rule also says how the op uses its parameters, as `y[n,s,g,o] = Σ_i W[g,o,i] x[n,s,g,i] + b[g,o]`.
+A rule gives the tensors saved for backward and the pullback of a cotangent through the op. With `v` columns of the
+factor along axis 0, `S[v, *y.shape] -> S[v, *x.shape]` for each input `x`; the caller undoes broadcasting.
+An affine rule also gives the use of the op's parameters, `y[n,s,g,o] = Σ_i W[g,o,i] x[n,s,g,i] + b[g,o]`.
 
-| kind        | y                          | keeps          | pulls back                                  |
-|-------------|----------------------------|----------------|---------------------------------------------|
-| elementwise | f(x)                       | f'(x), or x    | S · f'(x)                                   |
-| linear      | L x                        | shapes         | Lᵀ S                                        |
-| bilinear    | B(a, b)                    | a, b           | B(·, b)ᵀ S, B(a, ·)ᵀ S                      |
-| selection   | x[indices]                 | indices, shape | S scattered to the indices                  |
-| affine      | W x + b                    | shape          | Wᵀ S; and the positions of x and S, for W, b |
-| opaque      | f(x, …)                    | x, …           | vjp(f), column by column, or in closed form |
-| parameter   | θ                          | nothing        | S is what arrives at θ, for each sample     |
-| stop        | x                          | nothing        | nothing                                     |
+| kind               | y          | saved          | pullback                                     |
+|--------------------|------------|----------------|----------------------------------------------|
+| elementwise        | f(x)       | f'(x), or x    | S · f'(x)                                    |
+| linear             | L x        | shapes         | Lᵀ S                                         |
+| bilinear           | B(a, b)    | a, b           | B(·, b)ᵀ S, B(a, ·)ᵀ S                       |
+| gather             | x[indices] | indices, shape | S scattered to the indices                   |
+| affine             | W x + b    | shape          | Wᵀ S; and the positions of x and S, for W, b |
+| opaque             | f(x, …)    | x, …           | vjp(f), column by column, or in closed form  |
+| parameter          | θ          | nothing        | S, the cotangent of θ for each sample        |
+| non_differentiable | x          | nothing        | zero                                         |
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def rule_of(op: nn.Module) -> Rule:
 
 
 def _pool_transpose(op: nn.Module, S: Tensor, shapes: tuple[Shape, ...], k: int) -> Tensor:
-    """Pools treat all entries of their first axis alike, so columns fold into it."""
+    """Pools treat all entries of their first axis the same, so columns are folded into it."""
     (first, *others) = shapes[0]
     pull = vjp_of(op, [S.new_zeros(S.shape[0] * first, *others)], [0])
     return pull(S.flatten(0, 1).contiguous())[0].unflatten(0, S.shape[:2])
@@ -78,7 +78,7 @@ def _place(S: Tensor, shape: Shape, index: tuple[slice | int, ...]) -> Tensor:
     return x
 
 
-def _standard_error(op: ops.Sum | ops.Mean, S: Tensor, shape: Shape) -> Tensor:
+def _expanded(op: ops.Sum | ops.Mean, S: Tensor, shape: Shape) -> Tensor:
     """S[v, *y.shape] repeated along the reduced axes: the transpose of a sum."""
     axes = sorted(d % len(shape) for d in op.dims)
     for axis in () if op.keepdim else axes:
@@ -91,7 +91,7 @@ def _select_index(op: ops.Select, ndim: int) -> tuple[slice | int, ...]:
 
 
 def _pad_transpose(op: ops.Pad, S: Tensor, shapes: tuple[Shape, ...], k: int) -> Tensor:
-    if op.mode == "constant":  # a constant drops out of the derivative, and cropping undoes padding
+    if op.mode == "constant":  # the constant has no derivative, and cropping undoes padding
         return F.pad(S, tuple(-p for p in op.pad))
     return autograd_transpose(op, S, shapes, k)
 
@@ -107,20 +107,20 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 def _conv_pull(op: Conv, weight: Tensor, S: Tensor, shape: Shape) -> Tensor:
     """[v, n, o, …] -> [v, n, c, …]: the transposed convolution, with v folded into the batch."""
     lead, axes = S.shape[:2], len(op.kernel_size)
-    x = S.new_empty(()).expand(lead.numel(), *shape[1:])  # read for its shape only
+    x = S.new_empty(()).expand(lead.numel(), *shape[1:])  # only its shape is read
     geometry = (op.stride, op.padding, op.dilation, False, (0,) * axes, op.groups)
     pulled = torch.ops.aten.convolution_backward(S.flatten(0, 1), x, weight, None, *geometry, (True, False, False))
     return pulled[0].unflatten(0, lead)
 
 
 def _channels(S: Tensor, axis: int, groups: int) -> Tensor:
-    """[…, c, …] with channels at `axis` -> […, s, g, c/g]: the axes behind the channels are the positions."""
+    """[…, c, …] with channels at `axis` -> […, s, g, c/g]: the axes after the channels are the positions."""
     S = S.flatten(axis + 1) if S.ndim > axis + 1 else S.unsqueeze(-1)
     return S.transpose(axis, axis + 1).unflatten(-1, (groups, -1))
 
 
 def positions(x: Tensor, lead: int) -> Tensor:
-    """[*lead, …, i] -> [*lead, s, 1, i]: everything between the leading axes and the last one is a position."""
+    """[*lead, …, i] -> [*lead, s, 1, i]: axes between the leading ones and the last one are positions."""
     x = x.unsqueeze(lead) if x.ndim == lead + 1 else x.flatten(lead, -2)
     return x.unsqueeze(-2)
 
@@ -282,10 +282,10 @@ linear(ops.Pad, _pad_transpose)
 
 
 # reductions and pooling
-linear(ops.Sum, lambda op, S, shapes, k: _standard_error(op, S, shapes[0]))
+linear(ops.Sum, lambda op, S, shapes, k: _expanded(op, S, shapes[0]))
 
 
-linear(ops.Mean, lambda op, S, shapes, k: _standard_error(op, S, shapes[0]) * (S[0].numel() / math.prod(shapes[0])))
+linear(ops.Mean, lambda op, S, shapes, k: _expanded(op, S, shapes[0]) * (S[0].numel() / math.prod(shapes[0])))
 
 
 linear(nn.AvgPool1d, _pool_transpose)
@@ -347,5 +347,5 @@ non_differentiable(ops.Blank)
 non_differentiable(calls.Discrete)
 
 
-for identity in (nn.Identity, nn.Dropout):  # removed by passes/fold.py
+for identity in (nn.Identity, nn.Dropout):  # removed by passes/eliminate_identities.py
     linear(identity, lambda op, S, shapes, k: S)

@@ -1,7 +1,7 @@
 """Memory for large results.
 
-What is written first to memory that is new to a process costs a fault for every page. On Linux, where the system grants
-huge pages to those who ask ("madvise", the default of most distributions), asking makes that several times faster.
+The first write to each new page of memory costs a page fault. On Linux, where the system grants huge pages on request
+("madvise", the default of most distributions), requesting them makes first writes several times faster.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ __all__ = ["LARGE", "multiplied", "new_empty"]
 
 
 LARGE = 4 << 20
-"""Bytes from which huge pages, of 2 MiB as a rule, are asked for."""
+"""Number of bytes from which huge pages, usually of 2 MiB, are requested."""
 
 
 def new_empty(like: Tensor, *shape: int) -> Tensor:
-    """`like.new_empty(shape)`, in huge pages if it is large and the system grants them."""
+    """Return `like.new_empty(shape)`, in huge pages if it is large and the system grants them."""
     result = like.new_empty(shape)
     size = result.numel() * result.element_size()
-    # Neither fake tensors nor those of a compiler that traces have an address.
+    # Fake tensors, and tensors of a compiler's trace, have no address.
     if size >= LARGE and type(result) is Tensor and result.device.type == "cpu" and not torch.compiler.is_compiling():
         _ask(result.data_ptr(), size)
     return result
 
 
 def multiplied(a: Tensor, b: Tensor) -> Tensor:
-    """a · b, of a's shape and type, in huge pages like `new_empty`."""
+    """Return a · b, of a's shape and type, in huge pages as by `new_empty`."""
     large = a.numel() * a.element_size() >= LARGE and a.is_contiguous()
     if not large or a.requires_grad or b.requires_grad or torch.compiler.is_compiling():
         return a * b
@@ -40,7 +40,7 @@ def multiplied(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _ask(address: int, size: int) -> None:
-    """Advice alone: whatever the system answers, the memory can be used."""
+    """Advise the system to use huge pages; the memory can be used whatever it answers."""
     advise = _advise()
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     if advise is not None:
@@ -49,7 +49,7 @@ def _ask(address: int, size: int) -> None:
 
 @lru_cache
 def _advise() -> Any:
-    """The system's `madvise`, where it knows huge pages."""
+    """The system's `madvise`, where it supports huge pages."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     function = getattr(ctypes.CDLL(None), "madvise", None)

@@ -1,4 +1,4 @@
-"""Conjugate gradients: for sums and submatrices of operators, which have products but no factorisation."""
+"""Conjugate gradients, for sums and submatrices of operators, which have products but no factorisation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["conjugate_gradients"]
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, start: Tensor, steps: int = 1000) -> Tensor:
-    """x with `product(x)` = b, for a symmetric positive semi-definite product, `b[n]` and `start[n]`.
+    """Solve `product(x)` = b, for a symmetric positive semi-definite product, `b[n]` and `start[n]`.
 
-    Ends where ‖b − product(x)‖ is 100 roundings of ‖b‖, or after `steps` products (Hestenes & Stiefel 1952). From
-    `start` on, the error only gets smaller in the norm of the product.
+    Stops where ‖b − product(x)‖ is 100 roundings of ‖b‖, or after `steps` products (Hestenes & Stiefel 1952). The error
+    decreases monotonically from `start` in the norm of the product.
     """
     x, r = start.clone(), b - product(start)
     p, square = r, r.dot(r)

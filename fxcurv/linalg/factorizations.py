@@ -1,4 +1,4 @@
-"""Factorisations of positive semi-definite matrices that fail with an error which says whose matrix it is and why."""
+"""Factorisations of positive semi-definite matrices, with errors that name the matrix and the cause."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["cholesky", "damping_of", "decomposed", "rank", "singular"]
 
 
 JITTERS = (0.0, 1.0, 10.0, 100.0)
-"""What is added in turn where rounding makes a damped matrix indefinite, in units of its rounding error."""
+"""Shifts to try in turn where rounding makes a damped matrix indefinite, in units of its rounding error."""
 
 
 def damping_of(damping: float) -> float:
-    """A damping δ as a number, in the units of the curvature; an InputError where it is none, or negative."""
+    """A damping δ as a number, in the units of the curvature; an InputError if it is not finite or is negative."""
     try:
         value = float(damping)
     except (TypeError, ValueError):
@@ -29,12 +29,12 @@ def damping_of(damping: float) -> float:
 
 
 def singular(what: str, rank: int, side: int) -> FxcurvError:
-    """The error of a matrix that has no inverse."""
+    """The error for a singular matrix."""
     return FxcurvError(f"{what} is singular: its rank is {rank} of {side}", remedy="give damping > 0", code="FXC420")
 
 
 def rank(values: Tensor, side: int) -> int:
-    """The least rank of matrices with eigenvalues `[g,r]`, those above rounding error: side · eps · the largest."""
+    """The minimum rank of matrices with eigenvalues `[g,r]`: the number above rounding, side · eps · the largest."""
     if values.shape[-1] == 0:
         return 0
     bound = side * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True).clamp(min=0)
@@ -44,7 +44,7 @@ def rank(values: Tensor, side: int) -> int:
 def decomposed(
     decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor, what: str
 ) -> tuple[Tensor, Tensor]:
-    """What `decompose` makes of a matrix, where it does not converge of the matrix in float64; else an error."""
+    """Apply `decompose` to a matrix, again in float64 if it does not converge; then raise an error."""
     for attempt in (matrix, matrix.double()):
         try:
             values, vectors = decompose(attempt)
@@ -62,8 +62,8 @@ def decomposed(
 def cholesky(matrix: Tensor, damping: Tensor | float, what: str) -> Tensor:
     """The lower Cholesky factors of `matrix[g,d,d]` + damping · I, `damping` one number or `[g]`.
 
-    Where it fails, it is tried again in float64, and for damping > 0 with `JITTERS` times the rounding error of the
-    matrix, eps · max diag, on the diagonal. `what` names the matrix in the error of one that is singular or indefinite.
+    If it fails, it is tried again in float64, and for damping > 0 with `JITTERS` times the rounding error of the
+    matrix, eps · max diag, on the diagonal. `what` names a singular or indefinite matrix in the error.
     """
     shift = torch.as_tensor(damping, dtype=matrix.dtype, device=matrix.device).reshape(-1, 1).expand(len(matrix), 1)
     undamped, side = not bool((shift > 0).all()), matrix.shape[-1]
@@ -88,7 +88,7 @@ def cholesky(matrix: Tensor, damping: Tensor | float, what: str) -> Tensor:
 
 
 def _shifted(matrix: Tensor, shift: Tensor) -> Tensor:
-    """matrix + shift · I, in memory of its own."""
+    """Return matrix + shift · I, in its own memory."""
     matrix = matrix.clone()
     matrix.diagonal(dim1=-2, dim2=-1).add_(shift)
     return matrix

@@ -1,7 +1,7 @@
 """Matrix products by the faster of torch's libraries.
 
-On the CPU torch multiplies matrices by MKL and convolves by oneDNN. Where they differ, as on AMD's processors with
-AVX-512, which MKL does not use, oneDNN multiplies single-precision matrices twice as fast.
+On the CPU torch multiplies matrices with MKL and convolves with oneDNN. On AMD processors with AVX-512, which MKL does
+not use, oneDNN multiplies single-precision matrices twice as fast.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ __all__ = ["batched_times_transpose", "halves", "times", "times_transpose", "tra
 
 
 SMALL = 1e6
-"""Multiplications below which a call of oneDNN costs more than it saves."""
+"""Number of multiplications below which a call of oneDNN costs more than it saves."""
 
 
 BLOCK = 128
-"""Rows of the blocks by which a symmetric product is made of its lower half."""
+"""Number of rows per block of a symmetric product that computes only its lower half."""
 
 
 FRESH = 32 << 20
-"""Bytes from which an allocator returns memory to the system when it is freed, so that it is new at every call."""
+"""Number of bytes from which an allocator returns freed memory to the system, so that it is new at every call."""
 
 
 HALVED = 3 << 16
-"""Entries of a from which half of a aᵀ is copied from the other faster than it is computed."""
+"""Number of entries of a from which copying half of a aᵀ is faster than computing it."""
 
 
 SHORT = 256
-"""Inner size below which that half is computed faster, however many rows there are."""
+"""Inner size below which computing that half is faster, for any number of rows."""
 
 
 def times_transpose(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ: `[m,k], [n,k] -> [m,n]`; where a is b, of half of its entries if that is cheaper."""
+    """a bᵀ: `[m,k], [n,k] -> [m,n]`; where a is b, from half of its entries if that is cheaper."""
     if a is b and halves(*a.shape):
         return _symmetric(a)
     return _product(a, b)
 
 
 def halves(rows: float, inner: float) -> bool:
-    """Whether half of a aᵀ is copied from the other."""
+    """Whether half of a aᵀ is copied from the other half."""
     return rows >= 2 * BLOCK and inner >= SHORT and rows * inner >= HALVED
 
 
@@ -81,13 +81,13 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiplied(a: Tensor, b: Tensor) -> Tensor:
-    """oneDNN's product, into memory of its own choice."""
+    """oneDNN's product, in memory that it allocates."""
     assert _ONEDNN is not None
     return _ONEDNN(_packed(a), _packed(b))
 
 
 def uses_onednn(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether large products of this type are oneDNN's here."""
+    """Whether large products of this type use oneDNN on this machine."""
     return dtype == torch.float32 and device.type == "cpu" and _AVAILABLE and bool(torch.backends.mkldnn.enabled)
 
 
@@ -96,12 +96,12 @@ _AVAILABLE = _ONEDNN is not None and torch.backends.cpu.get_cpu_capability() == 
 
 
 def _packed(a: Tensor) -> Tensor:
-    """The matrix, copied unless its rows or its columns lie side by side: oneDNN is slow on anything else."""
+    """The matrix, copied unless its rows or columns are contiguous: oneDNN is slow on other layouts."""
     return a if a.is_contiguous() or a.mT.is_contiguous() else a.contiguous()
 
 
 def _symmetric(a: Tensor) -> Tensor:
-    """a aᵀ, the blocks above the diagonal copied from those below it."""
+    """a aᵀ, with the blocks above the diagonal copied from the blocks below it."""
     a, rows = a.contiguous(), a.shape[0]
     result = new_empty(a, rows, rows)
     for start in range(0, rows, BLOCK):

@@ -1,4 +1,4 @@
-"""Linear operators on all parameters at once, which take and give flat vectors or dicts of parameters."""
+"""Linear operators on all parameters at once, which take and return flat vectors or dicts of parameters."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Vector = Tensor | Mapping[str, Tensor]
 
 
 CHUNK = 1 << 22
-"""Entries of the columns that `dense()` multiplies at once."""
+"""Number of entries of the columns that `dense()` multiplies at once."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """Named tensors of these shapes, laid out one after the other, each row-major: what a flat vector means."""
+    """Named tensors of these shapes, concatenated in order, each row-major: the layout of a flat vector."""
 
     shapes: Mapping[str, tuple[int, ...]]
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        """Where each tensor lies in a flat vector."""
+        """The slice of each tensor in a flat vector."""
         found: dict[str, slice] = {}
         start = 0
         for name, shape in self.shapes.items():
@@ -42,11 +42,11 @@ class Space:
 
     @cached_property
     def numel(self) -> int:
-        """Entries of a flat vector."""
+        """Number of entries of a flat vector."""
         return sum(map(math.prod, self.shapes.values()))
 
     def flat(self, v: Vector) -> Tensor:
-        """A vector as `[numel]`; an InputError if it has other names or sizes."""
+        """Flatten a vector to `[numel]`; raise an InputError if it has other names or sizes."""
         if isinstance(v, Tensor):
             if v.shape != (self.numel,):
                 raise InputError(
@@ -68,14 +68,14 @@ class Space:
         return torch.cat([v[name].reshape(-1) for name in self.shapes]) if v else torch.empty(0)
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """A flat vector as named tensors, views of it."""
+        """Split a flat vector into named tensors, views of it."""
         return {name: flat[at].view(self.shapes[name]) for name, at in self.slices.items()}
 
 
 class LinearOperator(ABC):
-    """A linear map from vectors of `domain` to those of `codomain`; products are computed, no matrix is held.
+    """A linear map from vectors of `domain` to vectors of `codomain`; it computes products and stores no matrix.
 
-    A subclass defines `_mm` and, unless it is symmetric, `_rmm`. `dtype` and `device` are those of the vectors.
+    A subclass defines `_mm` and, unless it is symmetric, `_rmm`. `dtype` and `device` are the vectors'.
     """
 
     domain: Space
@@ -88,17 +88,17 @@ class LinearOperator(ABC):
         """The product with the columns of `[domain.numel, k]`."""
 
     def _rmm(self, matrix: Tensor) -> Tensor:
-        """That of the adjoint with `[codomain.numel, k]`; the same where nothing else is defined."""
+        """The adjoint's product with `[codomain.numel, k]`; by default the same as `_mm`."""
         return self._mm(matrix)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Rows and columns of the matrix that this stands for."""
+        """Rows and columns of the operator's matrix."""
         return self.codomain.numel, self.domain.numel
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Rows and columns of the matrix; a `Block` has here the shape of the vectors that it acts on."""
+        """Rows and columns of the matrix; for a `Block`, the shape of its vectors."""
         return self.size
 
     @overload
@@ -106,7 +106,7 @@ class LinearOperator(ABC):
     @overload
     def mv(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
     def mv(self, v: Vector) -> Tensor | dict[str, Tensor]:
-        """The product with a vector: flat for a flat one, a dict for a dict."""
+        """The product with a vector: flat for a flat vector, a dict for a dict."""
         product = self._mm(self.domain.flat(v).unsqueeze(1))[:, 0]
         return product if isinstance(v, Tensor) else self.codomain.split(product)
 
@@ -155,7 +155,7 @@ class LinearOperator(ABC):
         return torch.cat([self._mm(identity[:, k : k + size]) for k in range(0, n, size)], 1)
 
     def to_scipy(self) -> Any:
-        """A `scipy.sparse.linalg.LinearOperator` that converts from and to numpy (extra `scipy`)."""
+        """Convert to a `scipy.sparse.linalg.LinearOperator`, which converts from and to numpy (extra `scipy`)."""
         linalg, out = _scipy(), torch.float32 if self.dtype.itemsize < 4 else self.dtype
 
         def converted(multiply: Any) -> Any:
@@ -172,8 +172,8 @@ class LinearOperator(ABC):
     def eigsh(self, k: int = 6, which: str = "LA", tol: float = 0.0) -> tuple[Tensor, Tensor]:
         """k eigenvalues, ascending, `[k]`, and eigenvectors `[n, k]` of a symmetric operator, by Lanczos' method.
 
-        `which` are the largest ("LA"), the smallest ("SA"), those of largest magnitude ("LM") or of both ends ("BE"),
-        and `tol` is their relative accuracy, 0 for that of the type. The start is always the same vector.
+        `which` selects the largest ("LA"), the smallest ("SA"), the largest in magnitude ("LM") or both ends ("BE").
+        `tol` is the relative accuracy, 0 for the accuracy of the dtype. The starting vector is always the same.
         """
         self.require_square()
         checked_count("k", k, self.size[0] - 1)
@@ -185,7 +185,7 @@ class LinearOperator(ABC):
         return values, vectors
 
     def require_square(self) -> None:
-        """An error unless the operator maps a space to itself."""
+        """Raise an error unless the operator maps a space to itself."""
         if self.domain != self.codomain:
             raise FxcurvError(
                 f"an operator of shape {list(self.size)} has no eigenvalues, trace or diagonal",
@@ -195,7 +195,7 @@ class LinearOperator(ABC):
 
 
 def checked_count(name: str, count: int, most: float = math.inf) -> int:
-    """A whole number from 1 on; an InputError otherwise."""
+    """Return a whole number ≥ 1, at most `most`; raise an InputError otherwise."""
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:  # pyright: ignore[reportUnnecessaryIsInstance]
         limit = "on" if most == math.inf else f"to {most:g}"
         raise InputError(f"{name}={count!r}", remedy=f"give a whole number from 1 {limit}", code="FXC426")
@@ -211,7 +211,7 @@ def _scipy() -> Any:
 
 
 class _Of(LinearOperator):
-    """What is made of an operator between the same spaces."""
+    """An operator derived from another, between the same spaces."""
 
     def __init__(self, first: LinearOperator) -> None:
         self.first, self.domain, self.codomain = first, first.domain, first.codomain

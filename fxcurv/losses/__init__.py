@@ -1,7 +1,7 @@
 """Losses: their terms at outputs and targets, and the columns S with Σ_v S_v S_vᵀ = ∇²loss for every factor.
 
 `base.Loss` is the interface, `terms` the two kinds of terms. A new loss is a subclass of `Loss` in a file here: it
-registers itself, and importing the room imports every file of it. Imports go to `fxcurv.quantities` and the rooms below
+registers itself, and importing the room imports all of its files. Imports go to `fxcurv.quantities` and the rooms below
 it; the room does not see `fxcurv.frontend`.
 """
 

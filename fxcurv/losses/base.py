@@ -1,7 +1,7 @@
-"""Loss: the facts of a loss that others ask for, and how its terms are computed at outputs and targets.
+"""Loss: the facts of a loss for the other rooms, and the computation of its terms at outputs and targets.
 
 A loss is a weighted sum of terms, ω · ℓ(output entries, target), over a divisor for `mean`. A subclass of `Loss`
-defines the terms of one type of module, in a file of its own in this room; no other room asks which loss it is.
+defines the terms of one type of module, in a file of its own in this room; no other room tests which loss it is.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fxcurv.quantities.factors import Exact, Factor, SecondPass, Stratified, mos
 __all__ = ["KINDS", "Check", "Loss", "as_loss", "loss_terms", "on_type_of", "shapes_of", "value_and_gradient"]
 
 Check = tuple[Tensor, Callable[[], FxcurvError]]
-"""What holds, as booleans on the device, and the error if not."""
+"""Conditions, as booleans on the device, and the error for a false one."""
 
 KINDS: dict[str, type[Loss]] = {}
-"""Every kind of loss by its name; a subclass of `Loss` registers itself."""
+"""All kinds of loss by name; a subclass of `Loss` registers itself."""
 
 
 class Loss(ABC):
-    """A loss module of one kind, as fxcurv reads it.
+    """A loss module of one kind.
 
-    The classes `name`, `module_type` and `function` are those by which users give it; `has_classes` says whether axis 1
-    of the output holds logits of classes, `gaussian` whether the loss is half a Gaussian's negative log likelihood, up
-    to its variance.
+    Users select it by the class attributes `name`, `module_type` and `function`; `has_classes` says whether axis 1 of
+    the output holds class logits, `gaussian` whether the loss is half a Gaussian's negative log likelihood, up to its
+    variance.
     """
 
     name: ClassVar[str]
@@ -49,35 +49,35 @@ class Loss(ABC):
     def __init_subclass__(cls) -> None:
         known = KINDS.get(cls.name, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise SpecError(f"a second loss is called {cls.name!r}", remedy="rename it", code="FXC302")
+            raise SpecError(f"a second loss is named {cls.name!r}", remedy="rename it", code="FXC302")
         KINDS[cls.name] = cls
 
-    # What a kind defines ----------------------------------------------------------------------------------------------
+    # Defined by each kind ---------------------------------------------------------------------------------------------
 
     @abstractmethod
     def compute(self, output: Tensor, target: Tensor) -> tuple[LossTerms, Sequence[Check]]:
-        """The terms at an output `[N, …]`, in float32 or wider, and a target; and what must hold of their values."""
+        """The terms at an output `[N, …]`, in float32 or wider, and a target; and the checks of their values."""
 
     @abstractmethod
     def random_target(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """A target that fits the output, drawn at random."""
+        """Draw a random target that fits the output."""
 
     def target_from(self, labels: Tensor | None, output: Tensor, generator: torch.Generator) -> Tensor:
         """A target for data with these class labels, or none; by default a random one."""
         return self.random_target(output, generator)
 
     def link(self, output: Tensor) -> Tensor:
-        """The parameters of the distribution of a target, from outputs `[…, C]`: probabilities, or the mean."""
+        """The parameters of a target's distribution, from outputs `[…, C]`: probabilities, or the mean."""
         return output
 
     def check_module(self) -> None:  # noqa: B027
         """Raise a LossError for options that are not supported."""
 
     def counts(self, target: Tensor) -> bool:
-        """Whether any term counts: `mean` divides by zero where none does."""
+        """Whether any term counts: `mean` divides by zero if none does."""
         return True
 
-    # What follows -----------------------------------------------------------------------------------------------------
+    # Derived ----------------------------------------------------------------------------------------------------------
 
     @property
     def reduction(self) -> str:
@@ -93,7 +93,7 @@ class Loss(ABC):
     def terms(self, output: Tensor, target: Tensor) -> LossTerms:
         """The loss at an output `[N, …]`, widened to float32 if it is narrower, and a target that fits it.
 
-        Of values, only whether they are what they must be is read back from the device, once.
+        Only the checks of the values are read back from the device, once.
         """
         if not isinstance(target, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(
@@ -119,14 +119,14 @@ class Loss(ABC):
         return terms
 
     def value(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss itself, as `terms` computes it, to be differentiated."""
+        """The loss, as `terms` computes it, differentiable."""
         output = _widened(output)
         return on_type_of(self.module, output)(
             output, target.to(output.dtype) if target.is_floating_point() else target
         )
 
     def columns(self, factor: Factor, shape: Sequence[int]) -> int:
-        """How many columns per sample a factor has for outputs of `shape`, as far as can be said without targets."""
+        """Number of columns per sample of a factor for outputs of `shape`; its maximum where it depends on targets."""
         outputs = math.prod(shape[1:])
         match factor:
             case Exact():
@@ -146,7 +146,7 @@ class Loss(ABC):
 
 
 def as_loss(loss: object) -> Loss:
-    """A supported loss, given as a module, by name, or as the function of torch.nn.functional."""
+    """Return a supported loss, given as a module, by name, or as a function of torch.nn.functional."""
     if isinstance(loss, Loss):
         return loss
     if isinstance(loss, str):
@@ -170,7 +170,7 @@ def as_loss(loss: object) -> Loss:
 
 
 def loss_terms(loss: object, output: Tensor, target: Tensor) -> LossTerms:
-    """The terms of a loss, given as for `as_loss`."""
+    """Return the terms of a loss, given as for `as_loss`."""
     return as_loss(loss).terms(output, target)
 
 
@@ -189,26 +189,26 @@ def _widened(output: Tensor) -> Tensor:
 
 
 def value_and_gradient(loss: nn.Module, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient at the output."""
+    """Return the loss and its gradient at the output."""
     gradient, value = torch.func.grad_and_value(lambda f: loss(f, target))(output)
     return value, gradient
 
 
 def on_type_of(loss: nn.Module, like: Tensor) -> nn.Module:
-    """The loss with its weights in the output's type and place; the given one is left alone."""
+    """The loss with its weights in the output's dtype and on its device; the given module is not changed."""
     return copy.deepcopy(loss).to(like) if any(True for _ in loss.buffers()) else loss
 
 
 def shapes_of(what: str, target: Tensor, output: Tensor) -> str:
-    """How errors name a target and the output that it does not fit."""
+    """Describe a target and an output that do not fit, for errors."""
     return f"{what} of shape {list(target.shape)} for an output of shape {list(output.shape)}"
 
 
-# What must hold, read from the device once -------------------------------------------------------------------------
+# Checks, read from the device once ---------------------------------------------------------------------------------
 
 
 def _hold(*checks: Check) -> None:
-    """Raise the error of the first check that does not hold; the host waits for the device once, for all of them."""
+    """Raise the error of the first check that fails, with one synchronization for all of them."""
     holds = torch.stack([condition.all() for condition, _ in checks]).tolist()
     for held, (_, error) in zip(holds, checks, strict=True):
         if not held:
@@ -232,7 +232,7 @@ def _finite(output: Tensor, target: Tensor) -> Iterator[Check]:
 
 
 def _rootable(terms: LossTerms) -> Iterator[Check]:
-    """The loss is a number, and its Hessian has a square root."""
+    """Check that the loss is finite and that its Hessian has a square root."""
     yield (
         terms.value.isfinite(),
         lambda: LossError(

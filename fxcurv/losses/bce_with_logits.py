@@ -1,4 +1,4 @@
-"""Binary cross entropy of logits: one term for each entry."""
+"""Binary cross entropy of logits: one term per entry."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class BinaryCrossEntropy(Loss):
         return ScalarTerms(*at_output, omega, divisor, p * (1 - p), noise), [outside]
 
     def random_target(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """Zeros and ones."""
+        """Random zeros and ones."""
         noise = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=generator.device)
         return (noise > 0).to(output)
 

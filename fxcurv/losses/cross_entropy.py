@@ -1,4 +1,4 @@
-"""Cross entropy: one term for each position, over the C entries along axis 1."""
+"""Cross entropy: one term per position, over the C entries along axis 1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CrossEntropy"]
 
 
 class CrossEntropy(Loss):
-    """`nn.CrossEntropyLoss`, of class indices or probabilities, with class weights, ignored targets and smoothing."""
+    """`nn.CrossEntropyLoss` for class indices or probabilities, with class weights, ignored targets and smoothing."""
 
     name = "cross_entropy"
     module_type = nn.CrossEntropyLoss
@@ -48,7 +48,7 @@ class CrossEntropy(Loss):
             q, counts, checks = _smoothed(loss, target)
         else:
             q, counts, checks = _onehot(loss, output, target)
-            target = target.where(q.sum(1) > 0, loss.ignore_index)  # on a GPU, a wrong index would end the process
+            target = target.where(q.sum(1) > 0, loss.ignore_index)  # on a GPU, a wrong index would abort the process
         weighted = q if per_class is None else q * _along_classes(per_class, output)
         omega = weighted.sum(1, keepdim=True)  # the mass of a term: Σ_c w_c q_c
         divisor = counts if loss.reduction == "mean" else 1.0
@@ -56,12 +56,12 @@ class CrossEntropy(Loss):
         return SoftmaxTerms(*at_output, omega / divisor, divisor, output.softmax(1)), checks
 
     def random_target(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """Class indices."""
+        """Random class indices."""
         shape = len(output), *output.shape[2:]
         return torch.randint(output.shape[1], shape, generator=generator, device=generator.device).to(output.device)
 
     def target_from(self, labels: Tensor | None, output: Tensor, generator: torch.Generator) -> Tensor:
-        """Labels where the model has their classes, else the classes that it predicts."""
+        """Labels if the model has their classes, else the classes that it predicts."""
         if output.ndim < 2:
             raise InputError(
                 f"the model returns {list(output.shape)}: no classes", remedy="choose another --loss", code="FXC406"
@@ -89,7 +89,7 @@ def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def _check_classes(output: Tensor, target: Tensor) -> None:
-    """Class probabilities have the output's shape, class indices one number for each of its positions."""
+    """Check the shape of class probabilities (the output's) or class indices (one per position)."""
     if target.is_floating_point():
         if target.shape != output.shape:
             raise InputError(
@@ -109,7 +109,7 @@ def _check_classes(output: Tensor, target: Tensor) -> None:
 
 
 Classes = tuple[Tensor, Tensor | float, list[Check]]
-"""The targets as q[n,c,…], smoothed and zero where ignored; what `mean` divides by; what must hold."""
+"""The targets as q[n,c,…], smoothed and zero where ignored; the divisor of `mean`; the checks."""
 
 
 def _smoothed(loss: nn.CrossEntropyLoss, target: Tensor) -> Classes:

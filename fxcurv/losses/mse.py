@@ -1,4 +1,4 @@
-"""Mean squared error: one term for each entry."""
+"""Mean squared error: one term per entry."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ class MeanSquaredError(Loss):
         ), []
 
     def random_target(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """Normal numbers."""
+        """Normal random numbers."""
         noise = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=generator.device)
         return noise.to(output.device)

@@ -1,9 +1,9 @@
 """Losses: loss × factor -> the columns S with Σ_v S_v S_vᵀ = ∇²loss with respect to the model's output.
 
 A loss is a weighted sum of terms, ω · ℓ(output entries, target). Cross entropy has one term per position, over the C
-entries along axis 1; squared and binary-cross-entropy losses have one term per entry. `ω` holds everything that scales
-a term: class or sample weights, ignored positions (0), and what `mean` divides by. A column of the factor must never
-hold two entries that are not of one term, unless their signs are independent; so an exact column belongs to one term.
+entries along axis 1; squared and binary-cross-entropy losses have one term per entry. `ω` contains everything that
+scales a term: class or sample weights, ignored positions (0), and the divisor of `mean`. A column of the factor must
+not have entries of two terms, unless their signs are independent; so an exact column belongs to one term.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ EVERY = slice(None)
 class LossTerms(ABC):
     """A loss at given outputs and targets: its value, its gradient `[N, …]` and the weights ω of its terms.
 
-    `divisor` is what `mean` divides the sum of the terms by, 1 for `sum`: it adds up over batches, and so does
-    whatever is linear in the terms, times it.
+    `divisor` divides the sum of the terms for `mean`, and is 1 for `sum`. It adds over batches, as does anything linear
+    in the terms multiplied by it.
     """
 
     value: Tensor
@@ -45,7 +45,7 @@ class LossTerms(ABC):
     @property
     @abstractmethod
     def exact_columns(self) -> int:
-        """How many columns per sample an exact factor has."""
+        """Number of columns per sample of an exact factor."""
 
     @abstractmethod
     def exact(self, start: int, stop: int, samples: slice = EVERY) -> Tensor:
@@ -53,11 +53,11 @@ class LossTerms(ABC):
 
     @abstractmethod
     def sampled(self, generator: Generator) -> Tensor:
-        """One column, √ω times the gradient of every term at a target drawn from the model: `[N, …]`."""
+        """Draw one column, √ω times the gradient of every term at a target drawn from the model: `[N, …]`."""
 
     @abstractmethod
     def signed(self, generator: Generator) -> Tensor:
-        """One column, the sum of a root's columns with independent random signs: `[N, …]`."""
+        """Draw one column, the sum of a root's columns with independent random signs: `[N, …]`."""
 
     @abstractmethod
     def hessian(self, v: Tensor) -> Tensor:
@@ -68,17 +68,17 @@ class LossTerms(ABC):
         return torch.where(self.omega > 0, self.gradient / self.omega.sqrt(), 0)
 
     def fitted(self, factor: Factor) -> Factor:
-        """The factor itself if the loss has it, or what it stands for; else a LossError."""
+        """The factor itself if the loss supports it, or its equivalent; else a LossError."""
         if isinstance(factor, Stratified):
             raise LossError(
-                f"{factor!r} draws classes, and this loss has none",
+                f"{factor!r} draws classes, but this loss has none",
                 remedy="use Exact, Sampled or Rademacher, or cross entropy",
                 code="FXC412",
             )
         return factor
 
     def count(self, factor: Factor) -> int:
-        """How many columns per sample the factor has."""
+        """Number of columns per sample of the factor."""
         match self.fitted(factor):
             case Exact():
                 return self.exact_columns
@@ -94,7 +94,7 @@ class LossTerms(ABC):
     def columns(self, factor: Factor, chunk: int, generator: Generator, samples: slice = EVERY) -> Iterator[Tensor]:
         """The factor's columns `[v, n, …]` at some samples, in chunks of at most `chunk`.
 
-        What is drawn are columns of all samples one by one, so neither the chunk nor `samples` make a difference.
+        Random columns are drawn for all samples, one by one, so the result does not depend on the chunk or `samples`.
         """
         factor, count = self.fitted(factor), self.count(factor)
         each = self.each(factor, generator)
@@ -111,13 +111,13 @@ class LossTerms(ABC):
                 yield S
 
     def skip(self, factor: Factor, generator: Generator) -> None:
-        """Draw the columns of a factor and leave them, so that the generator is where it is after them."""
+        """Advance the generator as `columns` would, without using the columns of the factor."""
         if not isinstance(fitted := self.fitted(factor), Exact | Identity):
             for _ in self.each(fitted, generator):
                 pass
 
     def each(self, factor: Factor, generator: Generator) -> Iterator[Tensor]:
-        """The columns of a factor that is not exact, one by one: `[N, …]`."""
+        """The columns of an inexact factor, one by one: `[N, …]`."""
         match factor:
             case Sampled(k):
                 yield from (self.sampled(generator) / k**0.5 for _ in range(k))
@@ -186,7 +186,7 @@ class SoftmaxTerms(LossTerms):
         )
 
     def _stratified(self, factor: Stratified, generator: Generator) -> Iterator[Tensor]:
-        """See `Stratified`; signs are drawn only where a sample has several terms."""
+        """The columns of `Stratified`; signs are drawn only where a sample has several terms."""
         top = self.p.topk(factor.top, 1).indices
         rest = self.p.scatter(1, top, 0)
         mass = rest.sum(1, keepdim=True)
@@ -198,14 +198,14 @@ class SoftmaxTerms(LossTerms):
             yield signs * weight.sqrt() * self._gradient_at(c)
 
     def _gradient_at(self, c: Tensor) -> Tensor:
-        """p - e_c for classes `c[N, 1, …]`: the gradient of every term at that target, `[N, C, …]`."""
+        """p - e_c for classes `c[N, 1, …]`: the gradient of every term at target c, `[N, C, …]`."""
         return self.p.scatter_add(1, c, -torch.ones_like(self.p[:, :1]))
 
 
 def _drawn(p: Tensor, generator: Generator) -> Tensor:
-    """A class for each term with probabilities in proportion to `p[N, C, …]`, `[N, 1, …]`.
+    """Draw a class for each term with probabilities proportional to `p[N, C, …]`, `[N, 1, …]`.
 
-    By a race of exponential times with rates p, which `torch.multinomial` runs too, after reading p back.
+    Uses a race of exponential times with rates p, as `torch.multinomial` does after reading p back.
     """
     rates = p.movedim(1, -1).contiguous()
     times = torch.empty_like(rates).exponential_(generator=generator)
@@ -213,7 +213,7 @@ def _drawn(p: Tensor, generator: Generator) -> Tensor:
 
 
 def _signs(like: Tensor, generator: Generator) -> Tensor:
-    """±1 at random, of the shape and type of `like`."""
+    """Random ±1, of the shape and type of `like`."""
     return torch.randint(0, 2, like.shape, generator=generator, device=like.device).to(like).mul_(2).sub_(1)
 
 
@@ -221,7 +221,7 @@ def softmax_root(p: Tensor, start: int, stop: int) -> Tensor:
     """Columns start … stop of the Cholesky factor of diag(p) - p pᵀ, `p[n,c] -> [v,n,c]` (Tanabe & Sagae 1992).
 
     With the tail sums t_j = Σ_{k≥j} p_k, L_jj = √(p_j t_{j+1} / t_j) and L_ij = -p_i √(p_j / (t_j t_{j+1})) below it;
-    the last of the C columns vanishes. The tails are sums of positive numbers, so that nothing cancels.
+    the last of the C columns vanishes. The tails are sums of positive numbers, so nothing cancels.
     """
     tails = F.pad(p.flip(-1).cumsum(-1).flip(-1), (0, 1))
     j = torch.arange(start, stop, device=p.device)
@@ -235,7 +235,7 @@ def softmax_root(p: Tensor, start: int, stop: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ScalarTerms(LossTerms):
-    """One term per output entry, with second derivative ω · `curvature`; `noise(generator)` has it as variance."""
+    """One term per output entry, of second derivative ω · `curvature`, the variance of `noise(generator)` times ω."""
 
     curvature: Tensor
     noise: Callable[[Generator], Tensor]

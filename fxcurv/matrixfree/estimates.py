@@ -1,7 +1,7 @@
 """Estimates of a square operator from products with random vectors: trace, diagonal, density of eigenvalues.
 
-Probes z have independent entries ±1, so that E[z zᵀ] = I. They are drawn from the caller's `generator`, or from a fresh
-one, never from the global one.
+Probes z have independent entries ±1, so that E[z zᵀ] = I. They are drawn from the caller's `generator` or a fresh one,
+never from the global one.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def estimate_trace(
     generator: torch.Generator | None = None,
     method: Literal["hutch++", "hutchinson"] = "hutch++",
 ) -> Tensor:
-    """An unbiased estimate of tr B from so many products, a scalar tensor.
+    """An unbiased estimate of tr B from a number of products, a scalar tensor.
 
-    Hutchinson's estimate (1990) is the mean of zᵀ B z. Hutch++ (Meyer et al. 2021) takes the trace on the range of a
-    third of the products exactly and estimates the rest: its error falls as 1/products, and it is exact for an operator
-    whose rank is at most a third of them.
+    Hutchinson's estimate (1990) is the mean of zᵀ B z. Hutch++ (Meyer et al. 2021) computes the trace on the range of a
+    third of the products exactly and estimates the rest: its error decreases as 1/products, and it is exact for an
+    operator whose rank is at most a third of the products.
     """
     operator.require_square()
     checked_count("products", products)
@@ -52,9 +52,9 @@ def estimate_trace(
 def estimate_diagonal(
     operator: LinearOperator, products: int = 30, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """An unbiased estimate of diag B from so many products, by name: the mean of z · B z (Bekas et al. 2007).
+    """An unbiased estimate of diag B from a number of products, by name: the mean of z · B z (Bekas et al. 2007).
 
-    The variance of an entry is the sum of the squares of the others in its row, over the number of products.
+    The variance of an entry is the sum of the squares of the other entries in its row, over the number of products.
     """
     operator.require_square()
     z = _probes(operator, checked_count("products", products), generator)
@@ -77,7 +77,7 @@ class Spectrum:
         return (normal.log_prob(points.unsqueeze(-1)).exp() * self.weights.flatten()).sum(-1) / len(self.nodes)
 
     def trace_of(self, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """An estimate of tr f(B), such as that of log(B + δI), a scalar tensor."""
+        """An estimate of tr f(B), for example of tr log(B + δI), a scalar tensor."""
         return self.numel * (self.weights * f(self.nodes)).sum(1).mean()
 
 
@@ -86,9 +86,9 @@ def spectral_density(
 ) -> Spectrum:
     """The distribution of a symmetric operator's eigenvalues by stochastic Lanczos quadrature (Lin, Saad, Yang 2016).
 
-    From each probe, `steps` products build a basis, kept orthogonal, in which B is tridiagonal: its eigenvalues are
-    nodes, the squares of the first entries of its eigenvectors weights. Polynomials up to degree 2·steps - 1 are
-    integrated exactly for the probe. A basis ends early, with zero weights, where it spans all that B reaches.
+    From each probe, `steps` products build an orthogonal basis in which B is tridiagonal. Its eigenvalues are the
+    nodes, the squared first entries of its eigenvectors the weights. Polynomials up to degree 2·steps - 1 are
+    integrated exactly for the probe. A basis ends early, with zero weights, where it spans the whole Krylov space.
     """
     operator.require_square()
     steps = min(checked_count("steps", steps), operator.domain.numel)
@@ -98,7 +98,7 @@ def spectral_density(
 
 
 def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights `[steps]` of one start of norm 1."""
+    """Nodes and weights `[steps]` from one start of norm 1."""
     basis, T = start.new_zeros(steps, len(start)), start.new_zeros(steps, steps)
     basis[0], done = start, 1
     scale = start.new_zeros(())
@@ -106,7 +106,7 @@ def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Te
         w = operator.mm(basis[k].unsqueeze(1))[:, 0]
         T[k, k] = basis[k] @ w
         scale = torch.maximum(scale, w.norm())
-        for _ in "12":  # twice is enough
+        for _ in "12":  # two passes are enough
             w = w - basis[: k + 1].T @ (basis[: k + 1] @ w)
         norm = w.norm()
         if k + 1 == steps or bool(norm <= 100 * torch.finfo(w.dtype).eps * scale):
@@ -119,7 +119,7 @@ def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> tuple[Te
 
 
 def _probes(operator: LinearOperator, count: int, generator: torch.Generator | None) -> Tensor:
-    """±1 at random: `[n, count]`."""
+    """Random ±1: `[n, count]`."""
     generator = generator or fresh_generator(operator.device)
     shape = operator.domain.numel, count
     signs = torch.randint(0, 2, shape, generator=generator, device=generator.device)

@@ -1,9 +1,9 @@
-"""J v by forward passes that carry derivatives along with the values, for as long as backward passes see the same.
+"""J v in forward mode, where forward and backward derivatives agree.
 
-That is one pass more than the one with a graph for each column but the first, where differentiating a graph twice over
-takes two backward passes. Backward derivatives stop where a model computes without gradients, at tensors that it kept
-from earlier computations they go on, hooks change them, and of some ops torch has only one of the two kinds; so a pass
-looks at every tensor that it computes with, and what cannot be carried is left to the caller.
+Forward mode takes one pass per column besides the first, while differentiating a graph twice takes two backward passes.
+Backward derivatives stop where a model computes without gradients, continue through tensors saved from earlier
+computations, and may be changed by hooks; for some ops torch has only one of the two kinds. So one pass checks every
+tensor in the computation, and the caller handles models that forward mode does not support.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def carried(
     columns: Iterable[Sequence[Tensor]],
     run: Callable[[nn.Module], Tensor],
 ) -> tuple[Tensor, Tensor] | None:
-    """What `run` returns of a copy of the model, with its graph, and J times each column: `[k, N, …]`.
+    """The output of `run` on a copy of the model, with its graph, and J times each column: `[k, N, …]`.
 
-    None if torch cannot carry the derivatives, or if something went wrong that a pass without them will tell.
+    Returns None if torch has no forward mode for the model, or on an error that a pass without it will report.
     """
     if any(has_backward_hooks(p) for p in model.parameters()):
-        return None  # they may change what backward passes return
+        return None  # they may change the results of backward passes
     outputs: list[Tensor] = []
     images: list[Tensor] = []
     try:
         for v in columns:
-            with torch.set_grad_enabled(not outputs):  # one graph is enough, and to look at one pass
+            with torch.set_grad_enabled(not outputs):  # one graph is enough, and one checked pass
                 output, image = _one_pass(model, parameters, v, run, looking=not outputs)
             outputs.append(output)
             images.append(image)
@@ -55,7 +55,7 @@ def _one_pass(
     run: Callable[[nn.Module], Tensor],
     looking: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output of a copy whose parameters change along v, and its derivative."""
+    """Return the output of a copy whose parameters change along v, and its derivative."""
     with forward_ad.dual_level():
         duals = {p: forward_ad.make_dual(p, t) for p, t in zip(parameters, v, strict=True)}
         copy = structural_copy(model, *model.parameters(), instead=duals)
@@ -68,11 +68,11 @@ def _one_pass(
 
 
 ONE_WAY = {torch.Tensor.register_hook, F.embedding_bag, torch.embedding, torch.embedding_bag}
-"""Calls that may change what backward passes return and not what forward passes carry."""
+"""Calls that may change backward passes but not forward mode."""
 
 
 class _Alike(TorchFunctionMode):
-    """Carries what backward passes see; `looking`, it stops at the first tensor that only one of the two reaches."""
+    """Restrict forward mode to tensors with backward derivatives; `looking`, raise at the first with only one kind."""
 
     def __init__(self, looking: bool) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class _Alike(TorchFunctionMode):
 
 
 def _embedded(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """What torch does, whose backward pass alone leaves the row of the padding out."""
+    """Embed as torch does, but without a forward derivative for the padding row, as in the backward pass."""
     entries = F.embedding(input, weight, padding_idx, *args, **kwargs)
     if padding_idx is None:
         return entries

@@ -1,10 +1,10 @@
 """Products with curvature matrices and Jacobians of any model over a data set, without a matrix, by autograd.
 
 With f the model's outputs, J their Jacobian and H the loss Hessian at them, a product takes per batch and column a
-forward pass that carries J v along, and a backward pass. Where torch cannot carry it, J v is the derivative of Jᵀu,
-which is linear in u. Nothing is traced. The loss over several batches is that of their union: for `mean`, the sum of
-all terms by the sum of what each batch would divide by. Data are read anew for each product, in the same order, so that
-products are the same each time.
+forward pass with J v in forward mode, and a backward pass. Where torch has no forward mode, J v is the derivative of
+Jᵀu, which is linear in u. Nothing is traced. The loss over several batches is the loss of their union: for `mean`, the
+sum of all terms over the sum of the batches' divisors. Data are read again for each product, in the same order, so
+products are reproducible.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Pair = tuple[Inputs, Any]
 
 
 Data = Pair | Iterable[Pair]
-"""One batch `(inputs, target)`, or what can be iterated over again and again and yields such pairs, as a DataLoader."""
+"""One batch `(inputs, target)`, or a re-iterable that yields such pairs, as a DataLoader."""
 
 
 def ggn_operator(
@@ -60,12 +60,12 @@ def ggn_operator(
 ) -> LinearOperator:
     """The generalised Gauss-Newton matrix Σ_n J_nᵀ H_n J_n of the trainable parameters (Schraudolph 2002).
 
-    Vectors are flat `[P]`, in `named_parameters()` order, or dicts by name; the unit is that of the loss over that of
-    the parameters squared. `loss` and `output` are those of `fxcurv.compile`; `progress` shows a bar over batches on a
-    terminal, and `check_deterministic` reads the data twice first and refuses those that change (FXC431), as by random
-    augmentation. Parameters are read when a product is taken. Raises a FxcurvError for a model in training mode whose
-    output changes from call to call, for data that can be read only once, and for an op that torch differentiates only
-    once, which FXC301 names.
+    Vectors are flat `[P]`, in `named_parameters()` order, or dicts by name; the unit is the loss's over the square of
+    the parameters'. `loss` and `output` are as for `fxcurv.compile`. `progress` shows a bar over batches on a terminal.
+    `check_deterministic` first reads the data twice and raises an error if they change (FXC431), as by random
+    augmentation. Parameters are read when a product is computed. Raises a FxcurvError for a model in training mode
+    whose output changes from call to call, for data that can be read only once, and for an op that torch differentiates
+    only once, which FXC301 names.
     """
     return _Middle(_Source(model, data, output, progress, check_deterministic), as_loss(loss), Exact())
 
@@ -83,8 +83,9 @@ def fisher_operator(
 ) -> LinearOperator:
     """Σ_vn (J_nᵀ S_vn)(J_nᵀ S_vn)ᵀ with the columns S of a factor, by default `fxcurv.Empirical()`.
 
-    That is the empirical Fisher matrix, each sample's gradient by its own; `fxcurv.Sampled(k)` draws k targets for each
-    sample, from `generator`, the same ones for each product, and is unbiased for the GGN. Otherwise as `ggn_operator`.
+    The default is the empirical Fisher matrix, the sum of the outer products of each sample's gradient.
+    `fxcurv.Sampled(k)` draws k targets per sample from `generator`, the same for each product, and is unbiased for the
+    GGN. Otherwise as `ggn_operator`.
     """
     return _Middle(
         _Source(model, data, output, progress, check_deterministic), as_loss(loss), factor or Empirical(), generator
@@ -143,7 +144,7 @@ class _Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of vectors: that of the parameters, float32 for narrower ones."""
+        """The dtype of vectors: the parameters' dtype, or float32 for narrower ones."""
         dtype = torch.float32
         for p in self.parameters.values():
             dtype = torch.promote_types(dtype, p.dtype) if p.dtype.itemsize >= 4 else dtype
@@ -151,11 +152,11 @@ class _Source:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(iter(self.parameters.values())).device
 
     def passes(self, matrix: Tensor | None = None) -> Iterator[_Pass]:
-        """A forward pass per batch, which may carry J times `matrix[P, k]` along; each is let go of before the next."""
+        """Yield a forward pass per batch, if possible with J times `matrix[P, k]`; free each before the next."""
         copy = cache(lambda: structural_copy(self.model, *self.model.parameters()))
         parameters = list(self.parameters.values())
         for inputs, target in tqdm(self._batches(), "batches", disable=self.quiet):
@@ -164,7 +165,7 @@ class _Source:
             yield _Pass(y, target, parameters, self.dtype, images)
 
     def _carried(self, inputs: Inputs, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The output and J times a matrix; once torch could not carry it, it is not tried again."""
+        """The output and J times a matrix in forward mode; None from the first failure on."""
 
         def run(copy: nn.Module) -> Tensor:
             return self._output(copy, pytree.tree_map_only(Tensor, torch.clone, inputs))
@@ -191,7 +192,7 @@ class _Source:
             raise InputError("the data hold no batch", remedy="give at least one", code="FXC110")
 
     def _check_once(self) -> None:
-        """An error for a model whose output changes from call to call, found at the first batch; once for a model."""
+        """Check at the first batch, once per model, that the model's output does not change from call to call."""
         with _session():
             inputs = next(iter(self._batches()))[0]
             key = "repeatable", self.output, signature(self.model, inputs)
@@ -204,7 +205,7 @@ class _Source:
             check_repeatable(self.model, copy, first, second)
 
     def _check_same(self) -> None:
-        """An error where a second pass over the data gives other batches than the first."""
+        """Raise an error if a second pass over the data gives other batches than the first."""
         seen: list[list[str]] = []
         for _ in range(2):
             with _session():
@@ -213,12 +214,12 @@ class _Source:
         if first == second:
             return
         if sorted(first) == sorted(second):
-            cause = "the data come in another order when they are read again"
+            cause = "the order of the data changes when they are read again"
         elif len(first) != len(second):
-            cause = f"the data are {len(first)} batches, and {len(second)} when they are read again"
+            cause = f"the data are {len(first)} batches, but {len(second)} when they are read again"
         else:
             k = next(k for k, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
-            cause = f"batch {k + 1} of the data is another one when they are read again"
+            cause = f"batch {k + 1} of the data changes when they are read again"
         raise InputError(
             cause,
             remedy="shuffle and augment by torch's global generator, which is seeded for each product, or not at all",
@@ -236,9 +237,9 @@ def _call(inputs: Any) -> Inputs:
 
 @contextmanager
 def _session() -> Generator[None]:
-    """With gradients, without autocast, with ops that can be differentiated twice, and with random numbers of one seed.
+    """Enable gradients, disable autocast, replace ops that are differentiable only once, and seed random numbers.
 
-    A DataLoader that shuffles thus gives the same batches each time; the global state is left alone.
+    A DataLoader that shuffles thus gives the same batches each time; the global state does not change.
     """
     with ExitStack() as stack:
         for part in (torch.enable_grad(), torch.random.fork_rng(devices=[]), without_autocast(), _Twice()):
@@ -259,7 +260,7 @@ def _session() -> Generator[None]:
 
 
 class _Twice(TorchFunctionMode):
-    """Replaces what torch differentiates only once by what it differentiates twice."""
+    """Replaces ops that torch differentiates only once by equal ops that it differentiates twice."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -273,7 +274,7 @@ class _Twice(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Pass:
-    """The output at one batch, with its graph; and J times the matrix that the pass was made for, if it was carried."""
+    """The output at one batch, with its graph; and J times the given matrix if forward mode computed it."""
 
     y: Tensor
     target: Any
@@ -282,12 +283,12 @@ class _Pass:
     images: Tensor | None = None
 
     def jacobian(self, matrix: Tensor) -> Tensor:
-        """J times the columns of `[P, k]` that the pass was made for: `[k, N, …]`."""
+        """J times the columns of the given `[P, k]`: `[k, N, …]`."""
         images = self.differentiated(matrix) if self.images is None else self.images
         return images.to(matrix.dtype)
 
     def differentiated(self, matrix: Tensor) -> Tensor:
-        """The same by differentiating Jᵀu twice over."""
+        """J times the columns, by differentiating Jᵀu twice."""
         if not self.y.requires_grad:
             return self.y.new_zeros(matrix.shape[1], *self.y.shape)
         u = torch.zeros_like(self.y, requires_grad=True)
@@ -316,14 +317,14 @@ class _Pass:
 
 
 def _columns(matrix: Tensor, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Each column of `[P, k]` as tensors like the parameters."""
+    """Yield each column of `[P, k]` as tensors like the parameters."""
     for column in matrix.T:
         parts = column.split([p.numel() for p in parameters])
         yield [t.view_as(p).to(p.dtype) for t, p in zip(parts, parameters, strict=True)]
 
 
 def _along(ys: Sequence[Tensor | None], xs: Sequence[Tensor], v: Sequence[Tensor], *zeros: Tensor) -> list[Tensor]:
-    """Σ (∂y/∂x)ᵀ v over the pairs of y and v for each x, `zeros` where nothing depends on it; graphs are kept."""
+    """Σ (∂y/∂x)ᵀ v over the pairs of y and v for each x, `zeros` where no y depends on it; graphs are retained."""
     pairs = [(y, t) for y, t in zip(ys, v, strict=True) if y is not None and y.requires_grad]
     if not pairs:
         return list(zeros)
@@ -335,7 +336,7 @@ def _along(ys: Sequence[Tensor | None], xs: Sequence[Tensor], v: Sequence[Tensor
 
 
 class _OverData(LinearOperator):
-    """A symmetric operator that is a sum over batches, of losses by the sum of their divisors."""
+    """A symmetric operator, the sum over batches, divided by the sum of the losses' divisors."""
 
     def __init__(self, source: _Source, loss: Loss) -> None:
         self.source, self.loss = source, loss
@@ -351,18 +352,18 @@ class _OverData(LinearOperator):
                 product = self._product(one, terms, matrix).mul_(float(terms.divisor))
                 total = product if total is None else total.add_(product)
                 divisors += float(terms.divisor)
-        assert total is not None  # there is a batch
+        assert total is not None  # there is at least one batch
         return (total.div_(divisors) if self.loss.reduction == "mean" else total).to(given)
 
     def _begin(self) -> None:
-        """Called before the first batch of a product."""
+        """Prepare a product, before its first batch."""
 
     def _passes(self, matrix: Tensor) -> Iterator[_Pass]:
         """The forward passes of a product."""
         return self.source.passes()
 
     def _product(self, one: _Pass, terms: LossTerms, matrix: Tensor) -> Tensor:
-        """The product of one batch's matrix."""
+        """The product for one batch."""
         raise NotImplementedError
 
 
@@ -394,7 +395,7 @@ class _Middle(_OverData):
 
 
 class _Hessian(_OverData):
-    """By differentiating the gradient."""
+    """The Hessian, by differentiating the gradient."""
 
     def _product(self, one: _Pass, terms: LossTerms, matrix: Tensor) -> Tensor:
         value = self.loss.value(one.y, one.target)
@@ -404,7 +405,7 @@ class _Hessian(_OverData):
 
 
 class _Jacobian(LinearOperator):
-    """From parameters to the outputs of all batches."""
+    """The Jacobian, from parameters to the outputs of all batches."""
 
     def __init__(self, source: _Source) -> None:
         self.source, self.domain = source, source.space

@@ -1,5 +1,5 @@
-"""Models by name, example inputs for them, and data that packages ship. Nothing is downloaded.
+"""Models by name, their example inputs, and data of installed packages. Nothing is downloaded.
 
-A new source of images is a function in `data`, a new library of models one in `targets`. Imports go to
-`fxcurv.runtime` and the rooms below it.
+A new source of images is a function in `data`, a new model library a function in `targets`. May import from
+`fxcurv.runtime` and packages below it.
 """

@@ -1,7 +1,7 @@
-"""Batches to compute curvature on: random numbers, and real images that ship inside Python packages: no downloads.
+"""Batches of data: random numbers, and real images of installed Python packages; no downloads.
 
-Images are fitted to the shape that the model asks for, `[c, h, w]`, `[c, t, h, w]` (a still video), `[t, f]` (a
-sequence of rows) or `[d]` (d pixels); the same seed gives the same batch, and the global generator is never touched.
+Images are resized to the input shape of the model, `[c, h, w]`, `[c, t, h, w]` (a still video), `[t, f]` (a
+sequence of rows) or `[d]` (d pixels). The same seed gives the same batch; the global generator is not used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DataName = Literal["random", "digits", "mnist", "photos"]
 
 @dataclass(frozen=True)
 class Examples:
-    """`inputs[n, …]` float32, `targets[n]` class indices where the data have labels, and one line on what they are."""
+    """`inputs[n, …]` in float32, `targets[n]`, class indices or None for data without labels, and a description."""
 
     inputs: Tensor
     targets: Tensor | None
@@ -48,10 +48,10 @@ class _Request:
 def load(
     kind: DataName, batch: int, shape: Sequence[int], classes: int | None = None, seed: int | Generator = 0
 ) -> Examples:
-    """`batch` inputs of the given shape (without the batch axis); with `classes`, labels below it only."""
+    """Return `batch` inputs of the given shape (without the batch axis); with `classes`, only labels below it."""
     if kind not in _LOADERS:
         raise InputError(
-            f"there are no data named {kind!r}", remedy=f"choose one of {', '.join(get_args(DataName))}", code="FXC009"
+            f"no data set is called {kind!r}", remedy=f"choose one of {', '.join(get_args(DataName))}", code="FXC009"
         )
     if batch < 1 or any(n < 1 for n in shape):
         raise InputError(f"a batch of {batch} inputs of shape {tuple(shape)} is empty", code="FXC009")
@@ -88,7 +88,7 @@ def _mnist(ask: _Request) -> Examples:
 
 
 def _mnist_table() -> Tensor:
-    """`uint8[5000, 785]`: the pixels and the label; parsed once, then read from the user's cache."""
+    """Return `uint8[5000, 785]`: pixels and label; parsed once, then read from the user's cache."""
     import numpy as np
 
     file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxcurv" / "mnist-5k.npz"
@@ -103,13 +103,13 @@ def _mnist_table() -> Tensor:
     array = np.column_stack([pixels, labels]).astype(np.uint8)
     try:
         _save(file, lambda stream: np.savez_compressed(stream, table=array))
-    except OSError:  # a cache that cannot be written only costs time
+    except OSError:  # the cache is optional
         pass
     return torch.from_numpy(array)
 
 
 def _save(file: Path, write: Callable[[Any], None]) -> None:
-    """Write beside the file and rename: no reader ever sees half of it."""
+    """Write to a temporary file and rename it, so that readers never see a partial file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         half = Path(folder) / file.name
@@ -119,7 +119,7 @@ def _save(file: Path, write: Callable[[Any], None]) -> None:
 
 
 def _labelled(ask: _Request, images: Tensor, labels: Tensor, name: str) -> Examples:
-    """Images `[n, h, w]` in random order, each at most once before any comes again."""
+    """Return images `[n, h, w]` in random order; none is repeated before all are used."""
     every = int(labels.max()) + 1
     classes = every if ask.classes is None else min(every, ask.classes)
     kept = (labels < classes).nonzero().flatten()
@@ -151,7 +151,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixe
 
 
 def _photos(ask: _Request) -> Examples:
-    """Colour photos of scikit-image and scikit-learn, centre-cropped; once they are used up, random crops of them."""
+    """Return centre crops of colour photos of scikit-image and scikit-learn, then random crops of the same photos."""
     files = _photo_files()[: ask.batch]
     photos = [_pixels(file) for file in files]
     views = [_centre(photo, ask.shape) for photo in photos]
@@ -165,7 +165,7 @@ def _photos(ask: _Request) -> Examples:
 
 
 def _photo_files() -> list[Path]:
-    """The photos that are installed, in a fixed order."""
+    """Return the installed photos, in a fixed order."""
     specs = {package: find_spec(package) for package in ("skimage", "sklearn")}
     roots = {package: spec.submodule_search_locations for package, spec in specs.items() if spec is not None}
     places = [photo.partition("/") for photo in _PHOTOS]
@@ -179,7 +179,7 @@ def _photo_files() -> list[Path]:
 
 
 def _pixels(file: Path) -> Tensor:
-    """The image `[3, h, w]` in 0 … 1."""
+    """Return the image, `[3, h, w]` in 0 … 1."""
     import numpy as np
 
     with imported("PIL.Image").open(file) as image:
@@ -187,14 +187,14 @@ def _pixels(file: Path) -> Tensor:
 
 
 def _centre(photo: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The largest centred window whose sides have the ratio that `shape` asks for."""
+    """Return the largest centred window with the aspect ratio of `shape`."""
     h, w = _window(photo, shape)
     top, left = (photo.shape[1] - h) // 2, (photo.shape[2] - w) // 2
     return photo[:, top : top + h, left : left + w]
 
 
 def _random_crop(photo: Tensor, shape: tuple[int, ...], generator: Generator) -> Tensor:
-    """A window of the asked ratio, half to the whole of the largest one, mirrored every other time."""
+    """Return a window of this aspect ratio, of 1/2 to 1 times the largest size, mirrored with probability 1/2."""
     scale, vertical, horizontal, mirror = torch.rand(4, generator=generator).tolist()
     h, w = (max(1, round(side * (1 + scale) / 2)) for side in _window(photo, shape))
     top, left = int(vertical * (photo.shape[1] - h + 1)), int(horizontal * (photo.shape[2] - w + 1))
@@ -213,14 +213,14 @@ def _window(photo: Tensor, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _fitted(images: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`[n, c, h, w]` as `[n, *shape]`: resized, grey repeated over channels, a still repeated over frames."""
+    """Convert `[n, c, h, w]` to `[n, *shape]`: resize, repeat grey over channels, repeat a still over frames."""
     if len(shape) == 1:
         return _fitted(images, _square(prod(shape), images)).flatten(1)
     if len(shape) == 2:
         return _resized(images.mean(1, keepdim=True), *shape).squeeze(1)
     if len(shape) not in (3, 4):
         raise InputError(
-            f"images do not fit into {shape}", remedy="use random data, or an input of 1 to 4 axes", code="FXC009"
+            f"images do not fit the shape {shape}", remedy="use random data, or an input of 1 to 4 axes", code="FXC009"
         )
     channels, (height, width) = shape[0], shape[-2:]
     x = _resized(images, height, width)
@@ -230,12 +230,12 @@ def _fitted(images: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _square(pixels: int, images: Tensor) -> tuple[int, int, int]:
-    """The image shape `[c, side, side]` that holds so many numbers, in the images' own colours if it can."""
+    """Return the image shape `[c, side, side]` with this number of entries, with the images' channels if possible."""
     for channels in sorted((1, 3), key=lambda c: c != images.shape[1]):
         side = isqrt(pixels // channels)
         if channels * side * side == pixels:
             return channels, side, side
-    raise InputError(f"{pixels} inputs are no square image", remedy="use random data", code="FXC009")
+    raise InputError(f"{pixels} inputs are not a square image", remedy="use random data", code="FXC009")
 
 
 def _resized(images: Tensor, height: int, width: int) -> Tensor:

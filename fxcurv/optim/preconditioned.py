@@ -22,7 +22,7 @@ __all__ = ["Preconditioned"]
 
 
 class Options(TypedDict, total=False):
-    """What a step does besides its length; see `Preconditioned`."""
+    """Options of a step besides `lr` and `damping`; see `Preconditioned`."""
 
     momentum: float
     weight_decay: float
@@ -39,33 +39,34 @@ BELOW_ONE = ("momentum", "decay")
 
 
 class Preconditioned(torch.optim.Optimizer):
-    """v ← μ v + ν (B̄ + δI)⁻¹ ∇L, θ ← (1 − lr·λ) θ − lr·v, for the parameters that the curvature B was asked of.
+    """v ← μ v + ν (B̄ + δI)⁻¹ ∇L, θ ← (1 − lr·λ) θ − lr·v, for the parameters for which the curvature B is requested.
 
-    Others are left to another optimizer; those without a gradient stay where they are.
-    `compiled` computes one quantity, such as "kfac" (Martens & Grosse 2015) or "diag_ggn", of the loss L as its
-    reduction scales it. The caller says on which data, before the gradient is taken or after:
+    Other parameters need another optimizer. A parameter without a gradient is not changed.
+    `compiled` computes one quantity, such as "kfac" (Martens & Grosse 2015) or "diag_ggn", of the loss L with its
+    reduction. The caller gives the data, before or after the gradient is computed:
 
         optimizer.update_curvature(x, y)
         optimizer.zero_grad(); loss(model(x), y).backward(); optimizer.step()
 
     - `damping` δ, in the units of B, applied by `method` as in `Kronecker.inverse`;
     - `momentum` μ; `weight_decay` λ, decoupled from the curvature as in AdamW;
-    - `decay`: B̄ is a running average, after the k-th update min(1 − 1/k, decay) B̄ + the rest B (§5 there; 0: the last
-      one); factors of a Kronecker product are averaged each, eigenbases as the newest with the others projected on it;
-    - `every`: of so many calls of `update_curvature` one computes;
-    - `clip`: ν = min(1, √(clip / (lr² ∇Lᵀ(B̄ + δI)⁻¹∇L))), a bound on the change of the loss's model (Ba et al. 2017).
+    - `decay`: B̄ is a running average; the k-th update gives w B̄ + (1 − w) B with w = min(1 − 1/k, decay) (§5 there;
+      0: the last B). Kronecker factors are averaged separately; older eigenbases are projected on the newest;
+    - `every`: one in `every` calls of `update_curvature` computes the curvature;
+    - `clip`: ν = min(1, √(clip / (lr² ∇Lᵀ(B̄ + δI)⁻¹∇L))), a bound on the change of the quadratic model of the loss
+      (Ba et al. 2017).
 
-    The defaults (0.3, 0.01, μ = 0.9, λ = 0, 0.95, every = 1, clip = 0.001, "exact") serve small networks; a Newton step
-    is lr = 1, momentum = 0, clip = inf. All may be changed in `param_groups[0]`, by a scheduler for one. Raises an
-    InputError (FXC440) for values out of range, for parameters in the place of `compiled` and for a second group of
-    parameters, a QuantityError (FXC440) where `compiled` has several quantities.
+    The defaults (0.3, 0.01, μ = 0.9, λ = 0, 0.95, every = 1, clip = 0.001, "exact") suit small networks; a Newton step
+    is lr = 1, momentum = 0, clip = inf. All may be changed in `param_groups[0]`, for example by a scheduler. Raises an
+    InputError (FXC440) for values out of range, for parameters instead of `compiled` and for a second group of
+    parameters, and a QuantityError (FXC440) if `compiled` has several quantities.
     """
 
     def __init__(self, compiled: Compiled, lr: float = 0.3, damping: float = 1e-2, **options: Unpack[Options]) -> None:
         if not isinstance(compiled, Compiled):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(
                 f"the first argument is {a_value(compiled)}, not a compiled model",
-                remedy="give fxcurv.compile(model, loss, 'kfac'), which knows the parameters",
+                remedy="give fxcurv.compile(model, loss, 'kfac'), which has the parameters",
                 code="FXC440",
             )
         if len(compiled.selection.quantities) != 1:
@@ -84,19 +85,19 @@ class Preconditioned(torch.optim.Optimizer):
         super().__init__([p for n, p in compiled.model.named_parameters() if n in named and p.requires_grad], defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raise an InputError (FXC440) after construction: other parameters have no curvature here."""
+        """Raise an InputError (FXC440) after construction: other parameters have no curvature."""
         if self.param_groups:
             raise InputError(
-                "a second group of parameters: there is curvature only for those that the quantity was compiled for",
-                remedy="give another optimizer the others, or make a Preconditioned of a model compiled for all",
+                "a second group of parameters: only parameters of the compiled quantity have curvature",
+                remedy="give the others to another optimizer, or compile the quantity for all parameters",
                 code="FXC440",
             )
         super().add_param_group(param_group)
 
     def update_curvature(self, x: Inputs, y: Tensor, generator: torch.Generator | None = None) -> bool:
-        """Take the curvature at a batch into the average; whether it was due.
+        """Update the running average with the curvature at a batch; return whether an update was due.
 
-        It is that of the model in eval mode, in which modules are for the time of the call.
+        The model is in eval mode during the call; the mode of each module is restored afterwards.
         """
         group = self.param_groups[0]
         due = self.calls % group["every"] == 0
@@ -121,7 +122,7 @@ class Preconditioned(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step with the gradients that are there, or those that `closure` computes; its loss is returned."""
+        """Take one step with the stored gradients, or with those computed by `closure`; return its loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -147,20 +148,20 @@ class Preconditioned(torch.optim.Optimizer):
         return loss
 
     def _inverted(self) -> BlockDiagonal:
-        """(B̄ + δI)⁻¹, anew where one of them changed."""
+        """(B̄ + δI)⁻¹, cached until B̄, δ or the method changes."""
         if self.curvature is None:
             raise FxcurvError(
-                "there is no curvature to step with", remedy="call update_curvature(x, y) first", code="FXC440"
+                "no curvature has been computed", remedy="call update_curvature(x, y) first", code="FXC440"
             )
         key = self.param_groups[0]["damping"], self.param_groups[0]["method"]
         if self._inverse is None or self._inverse[0] != key:
             self._inverse = key, self.curvature.inverse(*key)
         return self._inverse[1]
 
-    # Saved and read ---------------------------------------------------------------------------------------------------
+    # Saving and loading -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, and under `curvature` the average as plain tensors and containers."""
+        """Return torch's state, and the running average under `curvature`, as plain tensors and containers."""
         held = self.curvature and {
             "shapes": dict(self.curvature.domain.shapes),
             "blocks": [_saved(part) for part in self.curvature.parts],
@@ -168,7 +169,7 @@ class Preconditioned(torch.optim.Optimizer):
         return {**super().state_dict(), "curvature": held, "calls": self.calls, "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The state that another optimizer of the same quantity and model had."""
+        """Load the state of another optimizer of the same quantity and model."""
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self.calls, self.updates, held = (state_dict[key] for key in ("calls", "updates", "curvature"))
         device = self.param_groups[0]["params"][0].device
@@ -179,7 +180,7 @@ class Preconditioned(torch.optim.Optimizer):
 
 
 def _check(group: dict[str, Any]) -> None:
-    """An InputError for a value out of its range."""
+    """Raise an InputError for a value out of its range."""
     odd = next((name for name in group if name not in DEFAULTS and name not in ("lr", "damping")), None)
     if odd is None:
         odd = next((name for name in ("lr", "weight_decay", *BELOW_ONE) if not 0 <= group[name] < math.inf), None)
@@ -192,7 +193,7 @@ def _check(group: dict[str, Any]) -> None:
     if odd is not None:
         raise InputError(
             f"{odd}={group[odd]!r}",
-            remedy="give lr and weight_decay from 0, momentum and decay from 0 to below 1, every from 1, clip above 0",
+            remedy="use lr ≥ 0, weight_decay ≥ 0, 0 ≤ momentum < 1, 0 ≤ decay < 1, every ≥ 1 and clip > 0",
             code="FXC440",
         )
 

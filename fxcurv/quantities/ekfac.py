@@ -1,6 +1,6 @@
-"""EKFAC: the eigenbases of Kronecker factors, and the diagonal of the exact block in them, found in a second pass.
+"""EKFAC: the eigenbases of Kronecker factors, and the diagonal of the exact block in them, from a second pass.
 
-The bases are those of the factors of a batch, or of a whole data set (fxcurv/second_pass.py): then they are given.
+The bases are computed from the factors of a batch, or given, from a whole data set (fxcurv/dataset/two_passes.py).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ __all__ = ["EKFAC", "Bases", "Eigenvalues", "bases", "diagonalized", "eigenvecto
 class EKFAC(KFAC):
     """(U_G ⊗ U_A) diag(Λ) (U_G ⊗ U_A)ᵀ with Λ = Σ_vn (U_Gᵀ J_vn U_A)², an `Eigenbasis` (George et al. 2018).
 
-    U_A, U_G are the eigenvectors of KFAC's A and G, `approx` and `joint` are KFAC's too; J = Σ_s S xᵀ. Of all blocks
-    with these eigenvectors it is the nearest to the exact one (in Frobenius norm), whose trace it has. It takes each
-    column back twice, and over a data set two passes (`Compiled.accumulate`). Parameters without a Kronecker form have
-    KFAC's blocks. Where eigenvalues of A or G coincide (of "reduce" with few samples, at 0) the basis is not unique,
-    and with it the block; its trace is.
+    U_A, U_G are the eigenvectors of KFAC's A and G, with KFAC's `approx` and `joint`; J = Σ_s S xᵀ. Of all blocks with
+    these eigenvectors it is the nearest to the exact one (in Frobenius norm), and has the same trace. It backpropagates
+    each column twice, and takes two passes over a data set (`Compiled.accumulate`). Parameters without a Kronecker form
+    have KFAC's blocks. Where eigenvalues of A or G coincide (with "reduce" and few samples, at 0) the basis and the
+    block are not unique; the trace is.
     """
 
     structure: ClassVar[Structure] = "block"
@@ -54,14 +54,14 @@ class EKFAC(KFAC):
         return Eigenbasis(self._shape(usage), U_A, U_G, values, in_out=usage.in_out)
 
     def _second(self, usage: ParameterUsage) -> dict[str, Statistic]:
-        """What the second pass sums."""
+        """The statistics of the second pass."""
         A = KFAC.statistics(self, usage).get("A")
         return {"eigenvalues": RotatedDiagonal(A.ones)} if isinstance(A, InputCovariance) else {}
 
 
 @dataclass(frozen=True)
 class Eigenvalues(EKFAC):
-    """Λ alone, in bases that are given (`Bases`), `[g,o,i]`: a `Diagonal` in them, which adds over batches."""
+    """Λ alone, in given bases (`Bases`), `[g,o,i]`: a `Diagonal` in them, which adds over batches."""
 
     structure: ClassVar[Structure] = "block"
     combine: ClassVar[Combine] = "add"
@@ -78,7 +78,7 @@ class Eigenvalues(EKFAC):
 
 
 def rotated(jobs: Iterable[Job]) -> Iterator[tuple[Job, str, RotatedDiagonal]]:
-    """The jobs with a sum that is taken in the eigenbases of others, in a second pass; and that sum."""
+    """Yield the jobs with a sum in the eigenbases of other sums (second pass), its name and statistic."""
     for job in jobs:
         for name, statistic in job.quantity.statistics(job.usage).items():
             if isinstance(statistic, RotatedDiagonal):
@@ -86,21 +86,21 @@ def rotated(jobs: Iterable[Job]) -> Iterator[tuple[Job, str, RotatedDiagonal]]:
 
 
 def bases(jobs: Iterable[Job], job: Job) -> tuple[str, str]:
-    """The names under which the second pass of a factor with these jobs takes U_A and U_G of one of them."""
+    """The names of U_A and U_G of one of these jobs, as inputs of the second pass of their factor."""
     number = next(n for n, other in enumerate(jobs) if other is job)
     return f"eigenvectors_{number}_A", f"eigenvectors_{number}_G"
 
 
 def eigenvectors(value: StatisticValue, what: str = "the factor") -> Tensor:
-    """Those of a factor `[g,d,d]`, in columns; `what` names it in errors."""
+    """The eigenvectors of a factor `[g,d,d]`, in columns; `what` names it in errors."""
     return decomposed(torch.linalg.eigh, moment_of(value).dense(), what)[1]
 
 
 @dataclass(frozen=True)
 class Bases:
-    """U_A `[g,i,i]` and U_G `[g,o,o]` of every block, by its quantity and parameters, for a second pass on its own.
+    """U_A `[g,i,i]` and U_G `[g,o,o]` of every block, by its quantity and parameters, for a separate second pass.
 
-    `factors` are those of the first pass in their order, whose columns are drawn again from the same state.
+    `factors` are the factors of the first pass in order, whose columns are drawn again from the same state.
     """
 
     vectors: Mapping[tuple[str, tuple[str, ...]], tuple[Tensor, Tensor]]
@@ -110,7 +110,7 @@ class Bases:
 def diagonalized(
     jobs: Iterable[Job], factor: Factor, sums: dict[str, StatisticValue], given: Bases | None
 ) -> dict[str, Tensor]:
-    """Eigenvectors `[g,d,d]` as inputs of the second pass: those given, else of the sums A and G, in whose places."""
+    """Eigenvectors `[g,d,d]` as inputs of the second pass: given ones, else of the sums A and G, replacing these."""
     jobs, found = [job for job in jobs if job.quantity.factor == factor], dict[str, Tensor]()
     for job, _, _ in rotated(jobs):
         for k, (kind, name) in enumerate(zip("AG", bases(jobs, job), strict=True)):

@@ -1,4 +1,4 @@
-"""Factors: which columns of a square root of the loss Hessian are pulled back."""
+"""Factors: the columns of a square root of the loss Hessian to backpropagate."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Sampled:
-    """k columns of gradients at targets that the model draws: unbiased for ∇²loss (the Monte-Carlo Fisher)."""
+    """k columns of gradients at targets drawn from the model: unbiased for ∇²loss (the Monte-Carlo Fisher)."""
 
     k: int = 1
 
@@ -50,10 +50,10 @@ class Stratified:
 
     With ω the weight of a loss term and p = softmax: for each of the `top` likeliest classes c the column
     √(ω·p_c)·(e_c - p), and for the rest, of mass q, k columns √(ω·q/k)·(e_c - p) with c drawn from p among the rest.
-    Σ_c p_c (e_c - p)(e_c - p)ᵀ = diag(p) - ppᵀ, so what is left to chance are classes that matter little. Where a
-    sample has several terms (positions), each column has an independent random sign per term: products of two terms
-    vanish in expectation, and what the `top` columns hold of them by chance shrinks with no k. With `top` ≥ the number
-    of classes these are the columns of `Exact`.
+    Σ_c p_c (e_c - p)(e_c - p)ᵀ = diag(p) - ppᵀ, so only classes with small weight are random. Where a sample has
+    several terms (positions), each column has an independent random sign per term: products of two terms vanish in
+    expectation, but their noise in the `top` columns does not decrease with k. With `top` ≥ the number of classes the
+    columns are the same as for `Exact`.
     """
 
     top: int = 1
@@ -72,7 +72,7 @@ class Rademacher:
     """k columns 1/√k Σ_j ε_j R_j, ε_j = ±1 at random for each sample and column R_j of a root R Rᵀ of ∇²loss: unbiased.
 
     For cross entropy R_c = √(ω·p_c)·(e_c - p), summed in closed form; for losses of single entries R is diagonal, so
-    that each sample's loss Hessian has its diagonal exactly, and only products of two entries are left to chance.
+    the diagonal of each sample's loss Hessian is exact, and only products of two entries are random.
     """
 
     k: int = 1
@@ -94,7 +94,7 @@ class Empirical:
 
 @dataclass(frozen=True)
 class LossGradient:
-    """One column, ∂loss/∂output: what backpropagation carries."""
+    """One column, ∂loss/∂output, as in backpropagation."""
 
     def __str__(self) -> str:
         return "gradient"
@@ -102,7 +102,7 @@ class LossGradient:
 
 @dataclass(frozen=True)
 class Identity:
-    """One column per output entry, 1 there and 0 elsewhere: what is pulled back are Jacobians, whatever the loss."""
+    """One column per output entry, 1 there and 0 elsewhere: the backpropagated columns are Jacobians, for any loss."""
 
     def __str__(self) -> str:
         return "identity"
@@ -110,7 +110,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class SecondPass:
-    """The columns of a factor once more, in a second pass: for sums in the eigenbases of sums of the first."""
+    """The columns of a factor in a second pass, for sums in the eigenbases of sums of the first."""
 
     factor: Factor
 
@@ -119,7 +119,7 @@ class SecondPass:
 
 
 def _at_least(least: int, factor: object, **counts: object) -> None:
-    """Refuse a factor whose numbers of columns are not whole numbers from `least` on."""
+    """Raise an error unless a factor's numbers of columns are whole numbers, at least `least`."""
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
             raise QuantityError(
@@ -131,7 +131,7 @@ Factor = Exact | Sampled | Stratified | Rademacher | Empirical | LossGradient | 
 
 
 def most_columns(factor: Factor, outputs: int) -> int:
-    """How many columns a factor has at most, for so many output entries per sample."""
+    """Maximum number of columns of a factor, for a number of output entries per sample."""
     match factor:
         case Exact() | Identity():
             return outputs

@@ -44,7 +44,7 @@ class DiagGGN(WithOptions):
         return None
 
 
-# Of the GGN ---------------------------------------------------------------------------------------------------------
+# GGN ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class SqrtGGN(OfEach):
 class GGNBlock(OfEach):
     """Σ_vn J Jᵀ, J[v,n,o·i] = Σ_s S xᵀ: the GGN's block of each parameter, a `Dense`.
 
-    While the columns J are fewer than entries, they are kept in the place of the matrix, which is formed when read.
+    While there are fewer columns J than entries, it stores a lazy Gram of them; the matrix is formed when read.
     """
 
     structure: ClassVar[Structure] = "block"
@@ -98,9 +98,9 @@ class GGNBlock(OfEach):
 
 @dataclass(frozen=True)
 class GGNGram(OfEach):
-    """K[(v,n),(w,m)] = ⟨J_vn, J_wm⟩, `[V·N, V·N]`: its eigenvalues are those of the GGN's block, but for zeros.
+    """K[(v,n),(w,m)] = ⟨J_vn, J_wm⟩, `[V·N, V·N]`: its nonzero eigenvalues are those of the GGN's block.
 
-    Summed over parameters it belongs to the whole GGN (Dangel et al. 2022, ViViT); rows run over columns v, then n.
+    The sum over parameters is the Gram matrix of the whole GGN (Dangel et al. 2022, ViViT); rows run over v, then n.
     """
 
     factor: Factor = EXACT
@@ -116,7 +116,7 @@ class GGNGram(OfEach):
 
 @dataclass(frozen=True)
 class Jacobian(OfEach):
-    """J[n,c,*θ] = ∂f(x_n)_c / ∂θ, `[N, C, *θ]`; c counts the entries of one sample's output. The loss plays no part."""
+    """J[n,c,*θ] = ∂f(x_n)_c / ∂θ, `[N, C, *θ]`; c counts one sample's output entries. Independent of the loss."""
 
     factor: Factor = field(default=Identity(), init=False)
     family: str = field(default="jacobian", init=False, repr=False)

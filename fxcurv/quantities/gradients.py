@@ -1,4 +1,4 @@
-"""Quantities of gradients: their sum, those of single samples, and their norms, products and moments."""
+"""Quantities of gradients: their sum, single samples' gradients, and their norms, products and moments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["BatchDot", "BatchGrad", "BatchL2", "Grad", "SumGradSquared", "Varian
 
 @dataclass(frozen=True)
 class Grad(WithOptions):
-    """∇loss[o,i] = Σ_ns S[n,s,o] x[n,s,i] with S = ∂loss/∂output pulled back; a tensor of the parameter's shape."""
+    """∇loss[o,i] = Σ_ns S[n,s,o] x[n,s,i] with S = ∂loss/∂output backpropagated; a tensor of the parameter's shape."""
 
     structure: ClassVar[Structure] = "vector"
     combine: ClassVar[Combine] = "add"
@@ -41,12 +41,12 @@ class Grad(WithOptions):
         return None
 
 
-# Of single samples' gradients ---------------------------------------------------------------------------------------
+# Single samples' gradients ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class BatchGrad(OfEach):
-    """g_n = Σ_s S[n,s,o] x[n,s,i] with S = ∂loss/∂output pulled back: `[N, *θ]`; their sum is the gradient."""
+    """g_n = Σ_s S[n,s,o] x[n,s,i] with S = ∂loss/∂output backpropagated: `[N, *θ]`; their sum is the gradient."""
 
     factor: Factor = field(default=LossGradient(), init=False)
     family: str = field(default="batch_grad", init=False, repr=False)
@@ -103,10 +103,10 @@ class SumGradSquared(OfEach):
 
 @dataclass(frozen=True)
 class Variance(OfEach):
-    """1/N Σ_n g_n² - (1/N Σ_n g_n)², a tensor like the parameter, as BackPACK's: g_n is scaled as the loss is.
+    """1/N Σ_n g_n² - (1/N Σ_n g_n)², a tensor like the parameter, as in BackPACK: g_n is scaled as the loss is.
 
-    For reduction "mean" these are N² times smaller than the variance of the gradients of the samples' own losses.
-    Where rounding would make it negative it is zero.
+    For reduction "mean" it is N² times smaller than the variance of the gradients of the samples' own losses. Values
+    that are negative by rounding are set to zero.
     """
 
     factor: Factor = field(default=LossGradient(), init=False)

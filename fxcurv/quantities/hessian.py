@@ -1,4 +1,4 @@
-"""The diagonal of the loss Hessian itself."""
+"""The diagonal of the loss Hessian."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fxcurv.results.entry import Combine, Structure
 __all__ = ["DiagHessian"]
 
 
-# Of the Hessian -----------------------------------------------------------------------------------------------------
+# Hessian ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DiagHessian(OfEach):
-    """diag ∂²loss/∂θ², a tensor like the parameter, or with `per_sample` that of each sample's part, `[N, *θ]`.
+    """diag ∂²loss/∂θ², a tensor like the parameter, or with `per_sample` each sample's part of it, `[N, *θ]`.
 
-    Not a Gauss-Newton: where the network bends, entries may be negative (Dangel et al. 2020). Where it does not bend in
-    a parameter, as behind a layer that ReLUs and other layers follow, the diagonal is that of the GGN, and is computed
-    so. Scaled as the loss is.
+    Not a Gauss-Newton: where the network is nonlinear in the parameter, entries may be negative (Dangel et al. 2020).
+    Where it is piecewise linear in the parameter, as in a layer followed by ReLUs and other layers, the diagonal equals
+    the GGN's, and is computed as such. Scaled as the loss is.
     """
 
     per_sample: bool = False
@@ -38,7 +38,7 @@ class DiagHessian(OfEach):
 
     @property
     def combine(self) -> Combine:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Batches add, unless samples are kept apart."""
+        """How batches combine: they add, unless samples are kept separate."""
         return "refuse" if self.per_sample else "add"
 
     @property

@@ -1,7 +1,7 @@
-"""Pairs: inner products of the columns of samples, from the columns themselves or from the positions they are made of.
+"""Inner products of the columns of samples, from the columns themselves or from their positions.
 
-A parameter's column at sample n is J[v,n,g,o,i] = Σ_s S[v,n,s,g,o] x[n,s,g,i]. For two of them
-⟨J_vn, J'_wm⟩ = Σ_g Σ_st (x_ns x'_mt) (S_vns S'_wmt), which forms no J: cheaper where positions are few beside weights.
+A parameter's column at sample n is J[v,n,g,o,i] = Σ_s S[v,n,s,g,o] x[n,s,g,i]. For two of them ⟨J_vn, J'_wm⟩ = Σ_g Σ_st
+(x_ns x'_mt) (S_vns S'_wmt), which forms no J: cheaper for few positions relative to weights.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ Strategy = Literal["jacobian", "structured"]
 
 
 ROOM = 1 << 28
-"""Numbers that products form at once besides their result, unless those of one sample are more."""
+"""Number of temporary entries that products form at once, unless a single sample needs more."""
 
 
 @dataclass(frozen=True, eq=False)
 class StoredColumns:
-    """One parameter's columns, as their positions `S[v,n,s,g,o]` and `x[n,s,g,i]`; without x entries S[v,n,1,1,p]."""
+    """One parameter's columns as positions `S[v,n,s,g,o]` and `x[n,s,g,i]`; without x they are entries S[v,n,1,1,p]."""
 
     S: Tensor
     x: Tensor | None = None
 
     @property
     def numel(self) -> int:
-        """Entries of one column."""
+        """Number of entries of one column."""
         return self.S.shape[3:].numel() * (1 if self.x is None else self.x.shape[-1])
 
     def part(self, samples: slice) -> StoredColumns:
-        """Those of some samples."""
+        """The columns of some samples."""
         return StoredColumns(self.S[:, samples], None if self.x is None else self.x[samples])
 
     def entries(self) -> Tensor:
@@ -60,7 +60,7 @@ class StoredColumns:
 
 
 def stored_columns(usage: ParameterUsage, strategy: Strategy | None = None) -> dict[str, Statistic]:
-    """What to keep of a parameter's columns: positions, if these are fewer numbers than entries (or by `strategy`)."""
+    """The statistics that store a parameter's columns: positions if fewer than entries, or as `strategy` says."""
     return {"x": Inputs(), "S": Outputs()} if _as_positions(usage, strategy) else {"entries": Columns()}
 
 
@@ -71,7 +71,7 @@ def _as_positions(usage: ParameterUsage, strategy: Strategy | None) -> bool:
 
 
 def stored_of(sums: Mapping[str, StatisticValue]) -> StoredColumns:
-    """The columns, from the sums of `kept`."""
+    """The columns, from the sums of `stored_columns`."""
     tensors = {name: t for name, t in sums.items() if isinstance(t, Tensor)}
     if "entries" in tensors:
         return StoredColumns(tensors["entries"].flatten(2)[:, :, None, None, :])
@@ -79,7 +79,7 @@ def stored_of(sums: Mapping[str, StatisticValue]) -> StoredColumns:
 
 
 def stored_like(usage: ParameterUsage, strategy: Strategy | None, columns: int, samples: int) -> StoredColumns:
-    """The shapes of what `kept` keeps of so many columns and samples."""
+    """The shapes of the columns stored by `stored_columns`, for a number of columns and samples."""
     if not _as_positions(usage, strategy):
         return StoredColumns(torch.empty(columns, samples, 1, 1, usage.numel, device="meta"))
     lead = samples, usage.positions, usage.groups
@@ -90,9 +90,9 @@ def stored_like(usage: ParameterUsage, strategy: Strategy | None, columns: int, 
 def products(
     left: StoredColumns, right: StoredColumns, alike: bool = False, strategy: Strategy | None = None, room: int = ROOM
 ) -> Tensor:
-    """K[v,n,w,m] = ⟨J_vn, J'_wm⟩, or with `alike` of equal columns v = w only: [v,n,m].
+    """K[v,n,w,m] = ⟨J_vn, J'_wm⟩, or with `alike` for equal columns v = w only: [v,n,m].
 
-    At most `room` numbers are formed besides, if those of one sample on each side are no more (`room_needed`).
+    At most `room` temporary entries are formed, unless one sample on each side needs more (`room_needed`).
     """
     if _structured(left, right, alike, strategy):
         return _by_positions(left, right, alike, min(room, 2 * CHUNK))
@@ -100,7 +100,7 @@ def products(
 
 
 def room_needed(left: StoredColumns, right: StoredColumns, alike: bool, strategy: Strategy | None, room: int) -> int:
-    """How many numbers `products` forms besides its result, from the shapes of its arguments."""
+    """Number of temporary entries that `products` forms, from the shapes of its arguments."""
     (v, n, s), (w, m, t) = left.S.shape[:3], right.S.shape[:3]
     if _structured(left, right, alike, strategy):
         rows, others = _pairs_at_once(left, right, alike, min(room, 2 * CHUNK))
@@ -112,7 +112,7 @@ def room_needed(left: StoredColumns, right: StoredColumns, alike: bool, strategy
 
 
 def _structured(left: StoredColumns, right: StoredColumns, alike: bool, strategy: Strategy | None) -> bool:
-    """Whether products of positions are taken: they are there, and it is asked for or takes fewer operations."""
+    """Whether to multiply positions: they are stored, and `strategy` requests it or it takes fewer operations."""
     if left.x is None or right.x is None or strategy == "jacobian":
         return False
     (v, n, s, _, o), (w, m, t, _, _), i = left.S.shape, right.S.shape, left.x.shape[-1]
@@ -125,7 +125,7 @@ def _structured(left: StoredColumns, right: StoredColumns, alike: bool, strategy
 
 
 def _formed(columns: StoredColumns, samples: int) -> int:
-    """Numbers that are there at most while the entries of so many samples are laid out as a matrix."""
+    """Maximum number of temporary entries while forming the matrix of entries of a number of samples."""
     if columns.x is None:
         return 0
     s, groups = columns.S.shape[2:4]
@@ -134,7 +134,7 @@ def _formed(columns: StoredColumns, samples: int) -> int:
 
 
 def _samples_at_once(left: StoredColumns, right: StoredColumns, room: int) -> tuple[int, int]:
-    """Of how many samples on each side entries are formed: of many on the left, for each of which the right's are."""
+    """Numbers of samples on each side to form entries for: many on the left, as the right is formed per part."""
     n, m, one, other = left.S.shape[1], right.S.shape[1], _formed(left, 1), _formed(right, 1)
     if _formed(left, n) + _formed(right, m) <= room:
         return n, m
@@ -143,7 +143,7 @@ def _samples_at_once(left: StoredColumns, right: StoredColumns, room: int) -> tu
 
 
 def _by_entries(left: StoredColumns, right: StoredColumns, alike: bool, room: int) -> Tensor:
-    """The products, in blocks of samples where entries that are yet to be formed are too many."""
+    """The products, in blocks of samples if the entries do not fit in `room`."""
     (v, n), (w, m) = left.S.shape[:2], right.S.shape[:2]
     rows, others = _samples_at_once(left, right, room)
     if rows == n and others == m:
@@ -161,7 +161,7 @@ def _by_entries(left: StoredColumns, right: StoredColumns, alike: bool, room: in
 
 
 def _block(L: Tensor, R: Tensor, alike: bool) -> Tensor:
-    """The products of entries J[v,n,p], whose rows lie column by column or sample by sample."""
+    """The products of entries J[v,n,p], with rows ordered by column or by sample."""
     if alike:
         return L @ R.mT
     (rows, here), (others, there) = _matrix(L), _matrix(R)
@@ -172,7 +172,7 @@ def _block(L: Tensor, R: Tensor, alike: bool) -> Tensor:
 
 
 def _matrix(J: Tensor) -> tuple[Tensor, bool]:
-    """The rows of J[v,n,p] as they lie in memory, and whether that is sample by sample."""
+    """The rows of J[v,n,p] in memory order, and whether they are ordered by sample."""
     swapped = J.transpose(0, 1).is_contiguous() and not J.is_contiguous()
     return (J.transpose(0, 1) if swapped else J).flatten(0, 1), swapped
 
@@ -181,14 +181,14 @@ def _matrix(J: Tensor) -> tuple[Tensor, bool]:
 
 
 def _pairs_at_once(left: StoredColumns, right: StoredColumns, alike: bool, room: int) -> tuple[int, int]:
-    """Of how many samples on each side pairs of positions are formed."""
+    """Numbers of samples on each side whose pairs of positions are formed at once."""
     s, (w, m, t) = left.S.shape[2], right.S.shape[:3]
     pairs = room // max(1, 2 * s * t * (1 if alike else w))
     return max(1, pairs // m), max(1, min(m, pairs))
 
 
 def _by_positions(left: StoredColumns, right: StoredColumns, alike: bool, room: int) -> Tensor:
-    """The products, in blocks of samples where all pairs of positions at once are too many."""
+    """The products, in blocks of samples if the pairs of positions do not fit in `room`."""
     assert left.x is not None
     assert right.x is not None
     (v, n, s, groups, _), (w, m, t) = left.S.shape, right.S.shape[:3]

@@ -28,8 +28,8 @@ class KFAC(WithOptions):
     """G ⊗ A per weight (Martens & Grosse 2015; Grosse & Martens 2016; expand and reduce: Eschenhagen et al. 2023).
 
     expand: A = 1/(N·S_l) Σ_ns x xᵀ, G = Σ_vns S Sᵀ; reduce: A = 1/N Σ_n x̄ x̄ᵀ with x̄ = mean_s x, G = Σ_vn ŝ ŝᵀ with
-    ŝ = Σ_s S. One pair per group of a grouped convolution; A ⊗ G for a weight that lies as `W[i,o]`. A bias has its
-    exact dense block, or with `joint` the constant 1 is appended to x and weight and bias share one block over the rows
+    ŝ = Σ_s S. One pair per group of a grouped convolution; A ⊗ G for a weight stored as `W[i,o]`. A bias has its exact
+    dense block, or with `joint` the constant 1 is appended to x and weight and bias share one block over the rows
     `[W | b]`, or W with b below it. A scale has its exact dense block.
     """
 
@@ -67,7 +67,7 @@ class KFAC(WithOptions):
         return Kronecker(self._shape(usage), A, sums["G"], averaged=averaged, in_out=usage.in_out)
 
     def _shape(self, usage: ParameterUsage) -> tuple[int, ...]:
-        """The block's: that of the parameter, or of a weight with its bias."""
+        """Shape of the block: the parameter's, or that of a weight with its bias."""
         return usage.joint_shape if self._joined(usage) else usage.shape
 
     def approximation(self, usage: ParameterUsage) -> str | None:

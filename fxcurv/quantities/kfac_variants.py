@@ -1,4 +1,4 @@
-"""Relatives of KFAC: FOOF, of the inputs alone, and KFRA, by a recursion over averages."""
+"""Variants of KFAC: FOOF, from the inputs alone, and KFRA, by a recursion over averages."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from fxcurv.results.entry import Combine, Structure
 __all__ = ["FOOF", "KFRA"]
 
 
-# Of the inputs ------------------------------------------------------------------------------------------------------
+# Inputs -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FOOF(KFAC):
-    """I ⊗ A per weight, A of the inputs as KFAC's, by `approx` and `joint` (Benzing 2022): the loss plays no part.
+    """I ⊗ A per weight, A of the inputs as in KFAC, by `approx` and `joint` (Benzing 2022): independent of the loss.
 
-    A parameter that is no weight of a linear layer or convolution sees the constant 1: its block is the identity.
-    Weights alone, or with `joint` those with their biases, take a forward pass only.
+    Parameters other than weights of linear layers and convolutions get the identity, since their input is the constant
+    1. Weights alone, or with `joint` weights with their biases, need a forward pass only.
     """
 
     structure: ClassVar[Structure] = "block"
@@ -53,12 +53,12 @@ class FOOF(KFAC):
 
 @dataclass(frozen=True)
 class KFRA(KFAC):
-    """G ⊗ A per weight, A as KFAC's, G by a recursion that averages over the batch (Botev et al. 2017).
+    """G ⊗ A per weight, A as in KFAC, G by a recursion that averages over the batch (Botev et al. 2017).
 
-    G(f) = Σ_n ∂²loss/∂f_n², G(v) = 1/N Σ_n J_nᵀ G(u) J_n with u the first node that all paths from v to the output
-    pass, J_n = ∂u_n/∂v_n: in sequential networks the next one. A weight has the sum of G over positions s = t, a bias
-    and any other parameter the block of all of G; several uses of a parameter count as independent. For small networks:
-    it holds G, with a side of all entries of one sample. Not by autograd: `fallback` is refused.
+    G(f) = Σ_n ∂²loss/∂f_n², G(v) = 1/N Σ_n J_nᵀ G(u) J_n with u the first node on all paths from v to the output, J_n =
+    ∂u_n/∂v_n: in sequential networks the next one. A weight has the sum of G over positions s = t, a bias and any other
+    parameter the block of all of G; several uses of a parameter count as independent. For small networks: it stores G,
+    whose side is the number of entries of one sample. `fallback` to autograd is an error.
     """
 
     structure: ClassVar[Structure] = "block"

@@ -1,4 +1,4 @@
-"""The plan: which results are made, of which sums."""
+"""The plan: the results to make, and their sums."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Job", "Plan", "jobs_for"]
 
 @dataclass(frozen=True)
 class Job:
-    """One result to assemble: a quantity of a parameter (and of what is joined to it), from sums by their names.
+    """One result to assemble: a quantity of a parameter (and of those joined to it), from sums by their names.
 
     `fallback` says that the sums come from plain autograd.
     """
@@ -30,7 +30,7 @@ class Job:
 
     @property
     def status(self) -> str:
-        """`exact` or `fallback`, or where something else than the definition is reported `approx(<name>)`, …"""
+        """`exact` or `fallback`, or `approx(<name>)`, … where the result differs from the definition."""
         approximation = self.quantity.approximation(self.usage)
         if approximation:
             return f"{'fallback' if self.fallback else 'approx'}({approximation})"
@@ -40,7 +40,7 @@ class Job:
 def jobs_for(
     quantities: Mapping[str, Quantity], usage: Mapping[str, Mapping[str, ParameterUsage]], fallback: bool = False
 ) -> tuple[Job, ...]:
-    """One job for each result; `used[quantity]` describes the parameters of which the quantity is asked."""
+    """One job for each result; `used[quantity]` has the usage of the parameters that the quantity is requested for."""
     return tuple(
         Job(
             name,
@@ -56,15 +56,15 @@ def jobs_for(
 
 
 def _sums(name: str, quantity: Quantity, usage: ParameterUsage) -> dict[str, str]:
-    """The statistics that a quantity needs of a parameter, and the names of their sums."""
+    """Maps the statistics that a quantity needs for a parameter to the names of their sums."""
     return {statistic: f"{name}.{usage.name}.{statistic}" for statistic in quantity.statistics(usage)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is made of sums: the jobs, and `statuses[quantity][parameter]` with or without a job.
+    """The results to make from sums: the jobs, and `statuses[quantity][parameter]` with or without a job.
 
-    `refusals` says of each parameter that is `unsupported` or `fallback` why.
+    `refusals` has the reason for each parameter that is `unsupported` or `fallback`.
     """
 
     jobs: tuple[Job, ...]
@@ -83,7 +83,7 @@ class Plan:
         jobs: tuple[Job, ...],
         refusals: Mapping[str, FxcurvError],
     ) -> Plan:
-        """The plan of the jobs for a model; `asked[quantity]` are the parameters of which the quantity is asked."""
+        """The plan of the jobs for a model; `asked[quantity]` are the parameters that the quantity is requested for."""
         parameters = dict(model.named_parameters())
         statuses = {
             quantity: {name: _without_job(parameters[name], name in refusals) for name in names}

@@ -1,4 +1,4 @@
-"""The interface of a quantity, and the description of a parameter that it is given."""
+"""The interface of a quantity, and the usage of a parameter."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fxcurv.results.entry import Combine, Structure
 __all__ = ["EXACT", "OfEach", "ParameterUsage", "Quantity", "Sums", "WithOptions", "owners"]
 
 
-# What a quantity is told about a parameter ------------------------------------------------------------------------
+# The usage of a parameter -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ParameterUsage:
-    """A parameter as its uses see it, over `positions` in all: `W[g,o,i]`, or a vector (a bias, a scale).
+    """Usage of a parameter with `positions` positions in all: `W[g,o,i]`, or a vector (a bias, a scale).
 
-    `partner` is the wanted bias that exactly the uses of this matrix add, and for that bias the matrix. With
-    `inputs_first` the parameter itself lies as `W[i,o]`; only the methods here say what that means. Unless it `bends`,
-    the output is piecewise linear in it.
+    `partner` is the requested bias that is added at exactly the uses of this matrix, and for that bias the matrix. With
+    `in_out` the parameter is stored as `W[i,o]`; only the methods here depend on it. Unless it is `nonlinear`, the
+    output is piecewise linear in it.
     """
 
     name: str
@@ -48,22 +48,22 @@ class ParameterUsage:
 
     @property
     def joint_shape(self) -> tuple[int, int]:
-        """The shape of this matrix with a bias beside it: `[W | b]`, or W with b below."""
+        """The shape of this matrix with a bias appended: `[W | b]`, or W with b below."""
         o, i = self.groups * self.outputs, self.inputs + 1
         return (i, o) if self.in_out else (o, i)
 
     def to_layout(self, entries: Tensor, *lead: int) -> Tensor:
-        """Entries `[*lead, g, o, i]` as the parameter lies: `[*lead, *shape]`."""
+        """Convert entries `[*lead, g, o, i]` to the parameter layout: `[*lead, *shape]`."""
         if self.in_out:
             entries = entries.reshape(*lead, self.outputs, self.inputs).mT.contiguous()
         return entries.reshape((*lead, *self.shape))
 
     def flat(self, to_layout: Tensor) -> Tensor:
-        """The entries `[g·o·i]` of what lies as the parameter."""
+        """Convert a tensor in the parameter layout to entries `[g·o·i]`."""
         return (to_layout.mT if self.in_out else to_layout).reshape(-1)
 
     def matrix_to_layout(self, matrix: StatisticValue) -> StatisticValue:
-        """A matrix over the entries `[g·o·i]` as one over those of the parameter, flattened."""
+        """Convert a matrix over the entries `[g·o·i]` to one over the parameter's entries, flattened."""
         if not self.in_out:
             return matrix
         if isinstance(matrix, LazyGram):
@@ -76,9 +76,9 @@ Sums = Mapping[str, StatisticValue]
 
 
 class Quantity(Protocol):
-    """A frozen dataclass with a factor, the statistics it sums, and what it makes of them.
+    """A frozen dataclass with a factor, its statistics, and the result from their sums.
 
-    Two facts may be left out: `structure`, by default "array", and `combine`, by default "refuse", with the `degree` 1;
+    Two facts are optional: `structure`, by default "array", and `combine`, by default "refuse", with the `degree` 1;
     see `fxcurv.results.entry`.
     """
 
@@ -87,11 +87,11 @@ class Quantity(Protocol):
 
     @property
     def family(self) -> str:
-        """The name under which a result is found."""
+        """The name of its results."""
         ...
 
     def owner(self, usage: ParameterUsage) -> str:
-        """The parameter whose entry holds this one's result: itself, or the weight that it is joined to."""
+        """The parameter whose entry has this one's result: itself, or the weight that it is joined to."""
         ...
 
     def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
@@ -99,16 +99,16 @@ class Quantity(Protocol):
         ...
 
     def finish(self, usage: ParameterUsage, sums: Sums, samples: int) -> Tensor | Block:
-        """The result, from the sums over all samples and columns, whose memory it may take over."""
+        """The result, from the sums over all samples and columns, whose memory it may reuse."""
         ...
 
     def approximation(self, usage: ParameterUsage) -> str | None:
-        """The name of what is reported instead of the quantity's definition, if anything."""
+        """The name of the approximation to the quantity's definition, if the result is one."""
         ...
 
 
 class Facts(TypedDict):
-    """What an entry says about its quantity."""
+    """Facts of a quantity in an entry."""
 
     definition: str
     structure: Structure
@@ -117,7 +117,7 @@ class Facts(TypedDict):
 
 
 def facts_of(quantity: Quantity) -> Facts:
-    """The facts of a quantity, with the defaults of those that it leaves out; a QuantityError for an unknown one."""
+    """The facts of a quantity, with defaults for missing ones; a QuantityError for an unknown value."""
     facts: Facts = {
         "definition": definition_of(quantity),
         "structure": getattr(quantity, "structure", "array"),
@@ -145,7 +145,7 @@ def definition_of(quantity: Quantity) -> str:
 
 
 def owners(quantity: Quantity, usage: Mapping[str, ParameterUsage]) -> dict[str, tuple[str, ...]]:
-    """The parameters whose entry holds a result of the quantity -> those whose result it is."""
+    """Maps each parameter whose entry has a result of the quantity to the parameters of that result."""
     owned: dict[str, tuple[str, ...]] = {}
     for parameter in usage.values():
         owner = quantity.owner(parameter)
@@ -155,7 +155,7 @@ def owners(quantity: Quantity, usage: Mapping[str, ParameterUsage]) -> dict[str,
 
 @dataclass(frozen=True)
 class WithOptions:
-    """A quantity's options, each of the type that its field declares; a QuantityError for any other value."""
+    """Options of a quantity, each of its field's declared type; a QuantityError for any other value."""
 
     structure: ClassVar[Structure] = "array"
     combine: ClassVar[Combine] = "refuse"
@@ -167,7 +167,7 @@ class WithOptions:
             value, kind = getattr(self, option.name), kinds[option.name]
             if option.name == "factor" and not isinstance(value, Factor):
                 raise QuantityError(
-                    f"{value!r} is no factor",
+                    f"{value!r} is not a factor",
                     remedy="give one such as fxcurv.Exact() or fxcurv.Sampled(1)",
                     code="FXC409",
                 )
@@ -182,7 +182,7 @@ class WithOptions:
 
 @dataclass(frozen=True)
 class OfEach(WithOptions):
-    """A quantity of each parameter by itself, always equal to its definition."""
+    """A quantity of each parameter separately, always equal to its definition."""
 
     def owner(self, usage: ParameterUsage) -> str:
         return usage.name

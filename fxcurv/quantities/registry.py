@@ -1,4 +1,4 @@
-"""Names: every quantity that can be asked for by name, and what is meant by a list of names and objects."""
+"""Names: the registered quantities, and the parsing of names and objects."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ NAMES: dict[str, Quantity] = {
     "fisher_block": GGNBlock(Exact()),
     "empirical_fisher_block": GGNBlock(Empirical()),
 }
-"""Every quantity that can be asked for by name; for the supported losses the Fisher information is the GGN."""
+"""All quantities available by name; for the supported losses the Fisher information is the GGN."""
 
 
 def named(quantities: str | Quantity | Iterable[str | Quantity]) -> dict[str, Quantity]:
-    """Quantities by the name that their results are found under: as given, or an object's family, numbered if taken."""
+    """Quantities by the name of their results: as given, or an object's family, numbered if that name is taken."""
     asked = list(quantities) if isinstance(quantities, Iterable) and not isinstance(quantities, str) else [quantities]
     result: dict[str, Quantity] = {}
     for item in asked:
@@ -63,7 +63,7 @@ def named(quantities: str | Quantity | Iterable[str | Quantity]) -> dict[str, Qu
         if quantity not in (result[key] for key in taken):
             result[f"{name}_{len(taken)}" if name in result else name] = quantity
     if not result:
-        raise QuantityError("no quantity was asked for", remedy=f"choose some of {', '.join(NAMES)}", code="FXC409")
+        raise QuantityError("no quantity was requested", remedy=f"choose some of {', '.join(NAMES)}", code="FXC409")
     return result
 
 
@@ -71,15 +71,15 @@ def _by_name(name: str) -> Quantity:
     if name in NAMES:
         return NAMES[name]
     close = difflib.get_close_matches(name, NAMES)
-    close.sort(key=lambda known: sorted(known) != sorted(name))  # first what only has its letters in another order
+    close.sort(key=lambda known: sorted(known) != sorted(name))  # anagrams first
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise QuantityError(f"no quantity is called {name!r}", remedy=f"{hint}there are {', '.join(NAMES)}", code="FXC409")
+    raise QuantityError(f"no quantity is named {name!r}", remedy=f"{hint}there are {', '.join(NAMES)}", code="FXC409")
 
 
 def _family_of(quantity: Quantity) -> str:
     if isinstance(quantity, type) or not hasattr(quantity, "statistics"):
         raise QuantityError(
-            f"{quantity!r} is no quantity",
+            f"{quantity!r} is not a quantity",
             remedy=f"give a name ({', '.join(NAMES)}) or an object such as fxcurv.KFAC()",
             code="FXC409",
         )

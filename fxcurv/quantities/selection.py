@@ -1,4 +1,4 @@
-"""choice: which quantities are asked of which parameter."""
+"""Selection: the quantities requested for each parameter."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ OfOne = str | Quantity
 
 
 Asked = OfOne | Iterable[OfOne] | Mapping[Pattern, OfOne | Iterable[OfOne] | None]
-"""Quantities of every parameter, or by pattern; None asks for nothing."""
+"""Quantities for every parameter, or by pattern; None requests nothing."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Quantities by name, and by pattern the names of those that are asked for; of several patterns the last counts."""
+    """Quantities by name, and by pattern the names of the requested ones; the last matching pattern counts."""
 
     quantities: Mapping[str, Quantity]
     patterns: Mapping[Pattern, tuple[str, ...]]
     among: Collection[str] | None = None
 
     def only(self, parameters: Collection[str]) -> Selection:
-        """The same choice for no other parameters than these."""
+        """The same selection, restricted to these parameters."""
         return replace(self, among=parameters)
 
     def of(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
-        """Quantity -> the parameters of which it is asked, by their first names and in the model's order.
+        """Maps each quantity to the parameters that it is requested for, by their first names and in the model's order.
 
         Raises a QuantityError for a pattern without a parameter, and for a trainable parameter without a pattern.
         """
@@ -56,7 +56,7 @@ class Selection:
             if names is None and model.get_parameter(name).requires_grad:
                 raise QuantityError(
                     f"no pattern of quantities= matches the parameter {name!r}",
-                    remedy="add one, such as '*'; the value None asks for nothing",
+                    remedy="add one, such as '*'; the value None requests nothing",
                     code="FXC409",
                 )
         counted = {name: names or () for name, names in asked.items() if self.among is None or name in self.among}
@@ -64,7 +64,7 @@ class Selection:
 
 
 def chosen(quantities: Asked) -> Selection:
-    """The choice that the argument `quantities` stands for."""
+    """The selection for the argument `quantities`."""
     if not isinstance(quantities, Mapping):
         names = named(quantities)
         return Selection(names, {"*": tuple(names)})
@@ -72,7 +72,7 @@ def chosen(quantities: Asked) -> Selection:
     for pattern in given:
         if not isinstance(pattern, str | type):  # pyright: ignore[reportUnnecessaryIsInstance]
             remedy = "write '*.bias', as in a shell, or a type such as nn.Linear"
-            raise QuantityError(f"{pattern!r} is no pattern of parameters", remedy=remedy, code="FXC409")
+            raise QuantityError(f"{pattern!r} is not a pattern of parameters", remedy=remedy, code="FXC409")
     by_pattern = {pattern: _listed(asked) for pattern, asked in given.items()}
     names = named([item for items in by_pattern.values() for item in items])
     return Selection(names, {p: tuple(_name(item, names) for item in items) for p, items in by_pattern.items()})
@@ -85,14 +85,14 @@ def _listed(asked: OfOne | Iterable[OfOne] | None) -> list[OfOne]:
 
 
 def _name(item: OfOne, names: Mapping[str, Quantity]) -> str:
-    """The name under which the results of one quantity are found."""
+    """The name of the results of one quantity."""
     if isinstance(item, str):
         return item
     return next(name for name, quantity in names.items() if quantity == item and name.startswith(item.family))
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """The first name of every parameter -> all its names."""
+    """Maps the first name of every parameter to all its names."""
     first: dict[int, str] = {}
     aliases: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""Recipes: what curvature is used for. Each takes what `fxcurv.compile` returns, with blocks of any form."""
+"""Recipes: applications of curvature. Each takes the result of `fxcurv.compile`, with blocks of any class."""
 
 from fxcurv.optim.preconditioned import Preconditioned as Preconditioned
 from fxcurv.recipes.averaging import weighted_average as weighted_average

@@ -1,4 +1,4 @@
-"""Averaging: one model out of several, each weighted by its curvature."""
+"""Averaging: the average of several models, each weighted by its curvature."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def weighted_average(
     """θ = (Σ_m (B_m + δI))⁻¹ Σ_m (B_m + δI) θ_m, the minimum of Σ_m ½ (θ − θ_m)ᵀ(B_m + δI)(θ − θ_m).
 
     With diagonals this is Fisher-weighted averaging (Matena & Raffel 2022, eq. 5); multiply a B to weight its model.
-    Large δ gives the plain average. The sum is solved block by block where its blocks have a form, as diagonals and
-    dense ones do, otherwise by at most `steps` of conjugate gradients from the plain average on, also for operators
-    without blocks such as `fxcurv.ggn_operator`. Raises an InputError (FXC440) unless there is a curvature for every
-    model.
+    Large δ gives the plain average. The system is solved block by block if the sum has blocks, as for diagonal and
+    dense ones. Otherwise, also for operators without blocks such as `fxcurv.ggn_operator`, it is solved by at most
+    `steps` steps of conjugate gradients from the plain average. Raises an InputError (FXC440) unless every model has
+    a curvature.
     """
     if not weights or len(weights) != len(curvatures):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Influence: what a training sample did to the loss of another one."""
+"""Influence: the effect of a training sample on the loss of a test sample."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ Data = tuple[Inputs, Tensor]
 
 
 def influence(compiled: Compiled, result: Curvature, train: Data, test: Data, damping: float) -> Tensor:
-    """By how much the loss of each test sample rises when a training sample is left out, `[tests, trains]`.
+    """Increase of the loss of each test sample when a training sample is left out, `[tests, trains]`.
 
     ∇ℓ_tᵀ (D (B + δI))⁻¹ ∇ℓ_i, to first order in the sample's weight (Koh & Liang 2017, eq. 2; with Kronecker factors
-    Grosse et al. 2023). `result` is that of `compiled` at all the training data, of one quantity, B; D is what "mean"
-    divides by, 1 for "sum"; δ is the weight decay with which the network was trained, or more. `train` and `test` are
-    inputs and targets, of which per-sample gradients `[N, P]` are formed: give batches of a size for which these fit.
-    Only parameters that the quantity was asked of may move. Raises an InputError (FXC440) for several quantities.
+    Grosse et al. 2023). `result` is the result of `compiled` on all the training data, with one quantity, B. D is the
+    divisor of "mean", 1 for "sum". δ is at least the weight decay of the training. `train` and `test` are inputs and
+    targets. Their per-sample gradients `[N, P]` are formed: choose batch sizes for which these fit in memory.
+    Only parameters for which the quantity is requested may change. Raises an InputError (FXC440) for several
+    quantities.
     """
     if len(result) != 1 or result.divisor is None:
         raise InputError(f"an influence by {', '.join(result)}", remedy="give a result of one quantity", code="FXC440")

@@ -24,15 +24,15 @@ Predictive = Literal["probit", "outputs", "weights"]
 
 
 class Laplace:
-    """N(θ̂, (H + τI)⁻¹): θ̂ the parameters as they are, H the curvature of the negative log likelihood of the data.
+    """N(θ̂, (H + τI)⁻¹): θ̂ the current parameters, H the curvature of the negative log likelihood of the data.
 
-    `result` is what `compiled` returned at the training data, of several batches `fxcurv.merge` of theirs; H is its one
-    quantity times what "mean" divided by. Only parameters that the quantity was asked of are random: with
-    `{"*": None, "head.*": "kfac"}` this is a last-layer approximation, with "diag_ggn" a diagonal one. The prior is
-    N(0, I/τ), τ = `prior_precision`. The mean squared error is that of a Gaussian of variance `noise`: it enters as
-    1/(2·noise) of its sum. (MacKay 1992, A practical Bayesian framework; Ritter et al. 2018; Daxberger et al. 2021.)
+    `result` is the result of `compiled` on the training data; for several batches, the `fxcurv.merge` of their results.
+    H is its one quantity times the divisor of "mean". Only parameters with a requested quantity are random:
+    `{"*": None, "head.*": "kfac"}` gives a last-layer approximation, "diag_ggn" a diagonal one. The prior is
+    N(0, I/τ), τ = `prior_precision`. The mean squared error corresponds to a Gaussian of variance `noise`: its sum is
+    multiplied by 1/(2·noise). (MacKay 1992, A practical Bayesian framework; Ritter et al. 2018; Daxberger et al. 2021.)
     Raises an InputError (FXC440) for a result of several quantities, for outputs `[N, C, d…]` of cross entropy, and for
-    a precision or noise that is not above 0.
+    a precision or noise that is not positive.
     """
 
     def __init__(self, compiled: Compiled, result: Curvature, prior_precision: float = 1.0, noise: float = 1.0) -> None:
@@ -59,7 +59,7 @@ class Laplace:
 
     @property
     def _scale(self) -> float:
-        """From the loss as it is reduced to the negative log likelihood of the data."""
+        """Factor from the reduced loss to the negative log likelihood of the data."""
         return self.terms / (2 * self.noise) if self.gaussian else self.terms
 
     @cached_property
@@ -68,7 +68,7 @@ class Laplace:
         return self.curvature.inverse(self.prior_precision)
 
     def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """A draw of the random parameters, for `torch.func.functional_call`."""
+        """Draw the random parameters, for `torch.func.functional_call`."""
         drawn = self.curvature.sample(generator, self.prior_precision)
         return {name: mean + drawn[name].to(mean) for name, mean in self.mean.items()}
 
@@ -82,7 +82,7 @@ class Laplace:
     def marginals(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Mean `[N, C]` and covariance `[N, C, C]` of the outputs, linearised in the weights: f(θ̂), J (H + τI)⁻¹ Jᵀ.
 
-        J is `[N, C, P]`: give batches of a size for which that fits. Noise of a regression's targets comes on top.
+        J is `[N, C, P]`: choose a batch size for which it fits in memory. The noise of a regression is not included.
         """
         with at_weights(self.compiled.model, self.mean):
             f, J = (t.to(self.curvature.dtype) for t in jacobians(self._jacobian, self.mean, inputs))
@@ -96,12 +96,12 @@ class Laplace:
         samples: int = 100,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Predictive probabilities `[N, C]` of a classifier, a regression's mean; E softmax(f), or sigmoid for BCE.
+        """Predictive probabilities `[N, C]`, E softmax(f) (sigmoid for BCE), or the mean for a regression.
 
         - `probit`: f linearised, softmax(f_c / √(1 + π σ_c²/8)) (MacKay 1992, The evidence framework applied to
           classification networks, eq. 10, by class);
         - `outputs`: f linearised, the mean over `samples` of N(f, J Σ Jᵀ);
-        - `weights`: the mean over `samples` of the network itself with drawn weights.
+        - `weights`: the mean over `samples` of the network with drawn weights.
         """
         if method not in get_args(Predictive):
             raise InputError(f"method={method!r}", remedy=f"choose one of {get_args(Predictive)}", code="FXC440")
@@ -124,7 +124,7 @@ class Laplace:
 
     @cached_property
     def _eigenvalues(self) -> Tensor:
-        """Of H, `[P]`."""
+        """Eigenvalues of H, `[P]`."""
         return self.curvature.eigvalsh().clamp(min=0)
 
     @property
@@ -133,7 +133,7 @@ class Laplace:
         return sum(float(w.square().sum()) for w in self.mean.values())
 
     def effective_parameters(self) -> float:
-        """γ = Σ λ/(λ + τ), the number of parameters that the data determine."""
+        """γ = Σ λ/(λ + τ), the number of parameters determined by the data."""
         return float((self._eigenvalues / (self._eigenvalues + self.prior_precision)).sum())
 
     def log_marginal_likelihood(self) -> float:
@@ -150,9 +150,9 @@ class Laplace:
         return fit - tau * self._squares / 2 + volume / 2
 
     def tuned(self, steps: int = 1000) -> Laplace:
-        """The same with the prior precision at which the marginal likelihood, θ̂ held fixed, has its maximum.
+        """Return a copy with the prior precision that maximizes the marginal likelihood at fixed θ̂.
 
-        It is where τ = γ(τ)/‖θ̂‖², and is found by iterating this (MacKay 1992), from the τ that there is.
+        There τ = γ(τ)/‖θ̂‖². The fixed point is found by iteration (MacKay 1992) from the current τ.
         """
         tau, squares, values = self.prior_precision, max(self._squares, 1e-30), self._eigenvalues
         for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Pruning: which weights the loss can do without, and how the others make up for them."""
+"""Pruning: saliencies of weights, masks, and the update of the remaining weights."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Weights = Mapping[str, Tensor]
 
 
 def saliencies(curvature: BlockDiagonal, weights: Weights) -> dict[str, Tensor]:
-    """½ B_ii w_i², by how much the loss rises when w_i becomes 0 (LeCun et al. 1990, Optimal brain damage, eq. 5)."""
+    """½ B_ii w_i², the increase of the loss when w_i becomes 0 (LeCun et al. 1990, Optimal brain damage, eq. 5)."""
     diagonal = curvature.diag()
     return {name: diagonal[name].to(w) * w.detach().square() / 2 for name, w in weights.items()}
 
 
 def masks(scores: Weights, sparsity: float) -> dict[str, Tensor]:
-    """False for the share `sparsity` of lowest score over all tensors together, True for the rest.
+    """Masks, False for the share `sparsity` of lowest scores over all tensors together, True for the rest.
 
     Raises an InputError (FXC440) for a share that is not from 0 to 1.
     """
@@ -42,11 +42,11 @@ def masks(scores: Weights, sparsity: float) -> dict[str, Tensor]:
 def compensated(
     curvature: LinearOperator, weights: Weights, kept: Weights, damping: float = 1e-4, steps: int = 200
 ) -> dict[str, Tensor]:
-    """The weights without those of which `kept` is False, and the others moved to where the quadratic is least.
+    """Set the weights where `kept` is False to zero, and move the others to the minimum of the quadratic.
 
-    The move d minimises ½ dᵀ(B + δI)d with d = −w where w goes (Hassibi & Stork 1993, Optimal brain surgeon, eq. 5, for
-    many weights at once), by conjugate gradients, so that
-    B may be any operator. `weights` are all its parameters; those without a mask stay free.
+    The update d minimizes ½ dᵀ(B + δI)d with d = −w for removed weights (Hassibi & Stork 1993, Optimal brain surgeon,
+    eq. 5, for many weights at once). It is solved by conjugate gradients, so B may be any operator. `weights` are all
+    its parameters; parameters without a mask stay free.
     """
     space, damping = curvature.domain, damping_of(damping)
     w = space.flat({name: p.detach() for name, p in weights.items()}).to(curvature.dtype)

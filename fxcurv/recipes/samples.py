@@ -26,7 +26,7 @@ Weights = Mapping[str, Tensor]
 
 
 def weights_of(compiled: Compiled, names: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of those parameters of the model."""
+    """Copies of the named parameters of the model."""
     return {name: compiled.model.get_parameter(name).detach().clone() for name in names}
 
 
@@ -39,7 +39,7 @@ def outputs(compiled: Compiled, weights: Weights, inputs: Inputs) -> Tensor:
 
 @contextmanager
 def at_weights(model: nn.Module, weights: Weights) -> Generator[None]:
-    """Give the parameters these values for the time of the context; those that have them already stay untouched."""
+    """Set the parameters to these values within the context; parameters that already have them are not changed."""
     parameters = {name: model.get_parameter(name) for name in weights}
     moved = {name: p.data for name, p in parameters.items() if not torch.equal(p, weights[name])}
     try:
@@ -55,9 +55,9 @@ def at_weights(model: nn.Module, weights: Weights) -> Generator[None]:
 
 
 def jacobian_of(compiled: Compiled, names: Iterable[str]) -> Compiled:
-    """The same model compiled for the Jacobians of these parameters.
+    """Compile the same model for the Jacobians of these parameters.
 
-    Its loss is the squared error, because Jacobians depend on no loss and this one takes any output.
+    The loss is the squared error: Jacobians do not depend on the loss, and this loss takes any output.
     """
     selection = chosen("jacobian").only(tuple(names))
     return Compiled(compiled.model, as_loss(nn.MSELoss(reduction="sum")), selection, compiled.options)
@@ -66,7 +66,7 @@ def jacobian_of(compiled: Compiled, names: Iterable[str]) -> Compiled:
 def jacobians(jacobian: Compiled, names: Iterable[str], inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Outputs `[N, C]` and ∂ output[n] / ∂ parameters, `[N, C, P]`, with the parameters in the order of `names`.
 
-    C counts the entries of one sample's output; `jacobian` comes from `jacobian_of`.
+    C is the number of output entries per sample; `jacobian` comes from `jacobian_of`.
     """
     result = jacobian(inputs, torch.zeros_like(_output_like(jacobian, inputs)))
     f = result.output.reshape(batch_size(inputs), -1)
@@ -81,7 +81,7 @@ def gradients(compiled: Compiled, names: Iterable[str], inputs: Inputs, target: 
 
 
 def _output_like(compiled: Compiled, inputs: Inputs) -> Tensor:
-    """A tensor of the output's shape, type and device; the model runs only where it cannot be compiled."""
+    """A tensor of the output's shape, type and device; the model runs only if it cannot be compiled."""
     try:
         facts = output_of(compiled.prepare(inputs).canonical).meta
     except (CaptureError, UnsupportedError):
@@ -94,7 +94,7 @@ def _output_like(compiled: Compiled, inputs: Inputs) -> Tensor:
 
 
 def _flat(entries: Entries, names: Iterable[str], like: Tensor) -> Tensor:
-    """Tensors `[…, *shape]` by parameter as one, `[…, P]`, with the leading axes of `like`; unreached ones are zero."""
+    """Concatenate tensors `[…, *shape]` to `[…, P]`, with the leading axes of `like`; unreached parameters are zero."""
 
     def flat(name: str) -> Tensor:
         size = *like.shape, math.prod(entries.entries[name].shape)

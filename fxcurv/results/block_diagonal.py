@@ -1,4 +1,4 @@
-"""A quantity of all parameters as one block-diagonal operator."""
+"""Block-diagonal operator of one quantity over all parameters."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["BlockDiagonal", "PlacedBlock"]
 
 @dataclass(frozen=True, eq=False)
 class PlacedBlock:
-    """A block, and the entries of the flat vector that it acts on: a slice, or `[numel]` indices of a joint block."""
+    """A block and its entries of the flat vector: a slice, or `[numel]` indices for a joint block."""
 
     block: Block
     at: slice | Tensor
 
 
 class BlockDiagonal(LinearOperator):
-    """blockdiag(B_1, B_2, …) over the parameters of a quantity, in their order; B + δI is used as for a block.
+    """blockdiag(B_1, B_2, …) over the parameters of a quantity, in order; damping B + δI is as for a block.
 
-    Parameters that the output does not reach have the block 0; those that are frozen, or of which the quantity was not
-    asked, are no part of the vectors. `domain.shapes` says which are.
+    Unreached parameters have the block 0. Frozen parameters, and parameters without this quantity, are not part of
+    the vectors. `domain.shapes` lists the parameters of the vectors.
     """
 
     def __init__(self, space: Space, parts: Sequence[PlacedBlock]) -> None:
@@ -40,9 +40,9 @@ class BlockDiagonal(LinearOperator):
 
     @classmethod
     def of(cls, entries: Entries) -> BlockDiagonal:
-        """The operator of a quantity's values; a QuantityError for one that is no matrix, or has unsupported entries.
+        """Return the operator of a quantity; raise a QuantityError if it is not a matrix or has unsupported entries.
 
-        A plain tensor stands for the diagonal that it is.
+        A plain tensor is used as a diagonal.
         """
         taken = {name: entry for name, entry in entries.entries.items() if entry.status != "frozen"}
         blocks = {name: _block(entry) for name, entry in taken.items()}
@@ -69,7 +69,7 @@ class BlockDiagonal(LinearOperator):
         return self._each(matrix, lambda block, rows: block.mm(rows))
 
     def _each(self, matrix: Tensor, f: Callable[[Block, Tensor], Tensor]) -> Tensor:
-        """f of each block and its rows of `[numel, k]`."""
+        """Apply f to each block and its rows of `[numel, k]`."""
         result = torch.empty_like(matrix)
         for part in self.parts:
             result[part.at] = f(part.block, matrix[part.at])
@@ -80,24 +80,24 @@ class BlockDiagonal(LinearOperator):
     @overload
     def solve(self, v: Mapping[str, Tensor], damping: float = 0.0) -> dict[str, Tensor]: ...
     def solve(self, v: Vector, damping: float = 0.0) -> Tensor | dict[str, Tensor]:
-        """(B + δI)⁻¹ v, a dict for a dict; a singular block needs δ > 0."""
+        """Return (B + δI)⁻¹ v, a dict for a dict; a singular block needs δ > 0."""
         flat = self.domain.flat(v).unsqueeze(1)
         solved = self._each(flat, lambda block, rows: block.solve(rows, damping))[:, 0]
         return solved if isinstance(v, Tensor) else self.domain.split(solved)
 
     def sample(self, generator: torch.Generator | None = None, damping: float = 0.0) -> dict[str, Tensor]:
-        """A draw of N(0, (B + δI)⁻¹), by parameter."""
+        """Draw from N(0, (B + δI)⁻¹), by parameter."""
         like = torch.empty(self.domain.numel, 1, dtype=self.dtype, device=self.device)
         drawn = self._each(like, lambda block, _: block.sample(generator, damping).reshape(-1, 1))
         return self.domain.split(drawn[:, 0])
 
     def diag(self) -> dict[str, Tensor]:
-        """The diagonal, by parameter."""
+        """Return the diagonal, by parameter."""
         like = torch.empty(self.domain.numel, 1, dtype=self.dtype, device=self.device)
         return self.domain.split(self._each(like, lambda block, _: block.diag().reshape(-1, 1))[:, 0])
 
     def dense(self) -> Tensor:
-        """The matrix, `[numel, numel]`."""
+        """Return the matrix, `[numel, numel]`."""
         result = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         index = torch.arange(self.domain.numel, device=self.device)
         for part in self.parts:
@@ -108,23 +108,23 @@ class BlockDiagonal(LinearOperator):
     # Numbers ----------------------------------------------------------------------------------------------------------
 
     def trace(self) -> Tensor:
-        """The trace."""
+        """Return the trace."""
         return self._sum(lambda block: block.trace())
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """log det(B + δI); -inf where a block is singular to rounding, or 0 by itself, and δ = 0."""
+        """Return log det(B + δI); -inf if δ = 0 and a block is zero or singular to rounding."""
         return self._sum(lambda block: block.logdet(damping))
 
     def det(self, damping: float = 0.0) -> Tensor:
-        """det(B + δI), which overflows where `logdet` does not."""
+        """Return det(B + δI); it may overflow where `logdet` does not."""
         return self.logdet(damping).exp()
 
     def frobenius_norm(self) -> Tensor:
-        """√Σ B_ij²."""
+        """Return √Σ B_ij²."""
         return self._sum(lambda block: block.frobenius_norm().square()).sqrt()
 
     def eigvalsh(self) -> Tensor:
-        """All eigenvalues, ascending: `[numel]`."""
+        """Return all eigenvalues, ascending: `[numel]`."""
         return torch.cat([part.block.eigvalsh() for part in self.parts]).sort().values
 
     def _sum(self, f: Callable[[Block], Tensor]) -> Tensor:
@@ -133,23 +133,23 @@ class BlockDiagonal(LinearOperator):
     # Operators --------------------------------------------------------------------------------------------------------
 
     def inverse(self, damping: float = 0.0, method: Damping = "exact") -> BlockDiagonal:
-        """(B + δI)⁻¹, each block damped by the method (see `Kronecker.inverse`)."""
+        """Return (B + δI)⁻¹, each block damped by `method` (see `Kronecker.inverse`)."""
         return self._mapped(lambda block: block.inverse(damping, method))
 
     def decomposed(self) -> BlockDiagonal:
-        """The same operator with nothing left to decompose; see `distributed.mapped` for several processes."""
+        """Return the decomposed operator; see `fxcurv.dataset.processes.mapped` for several processes."""
         return self._mapped(lambda block: block.decomposed())
 
     def sqrt(self) -> BlockDiagonal:
-        """The symmetric root."""
+        """Return the symmetric root."""
         return self.power(0.5)
 
     def power(self, exponent: float) -> BlockDiagonal:
-        """Bᵖ, for any real p; for p < 0 if no block is singular."""
+        """Return Bᵖ for real p; p < 0 requires nonsingular blocks."""
         return self._mapped(lambda block: block.power(exponent))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BlockDiagonal:
-        """The operator elsewhere, or in another floating-point type."""
+        """Return the operator on another device, or in another floating-point dtype."""
         moved = [
             PlacedBlock(part.block.to(device, dtype), part.at if isinstance(part.at, slice) else part.at.to(device))
             for part in self.parts
@@ -160,7 +160,7 @@ class BlockDiagonal(LinearOperator):
         return self._mapped(lambda block: block * factor)
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
-        """Block by block where each pair has a form that is closed under it; otherwise a sum of products."""
+        """Add block by block if each pair of forms is closed under addition; otherwise return a lazy sum."""
         total = super().__add__(other)
         if not isinstance(other, BlockDiagonal) or len(self.parts) != len(other.parts):
             return total
@@ -171,7 +171,7 @@ class BlockDiagonal(LinearOperator):
 
     @property
     def T(self) -> BlockDiagonal:
-        """The operator itself: it is symmetric."""
+        """The operator itself, which is symmetric."""
         return self
 
     def _mapped(self, f: Callable[[Block], Block]) -> BlockDiagonal:
@@ -179,7 +179,7 @@ class BlockDiagonal(LinearOperator):
 
 
 def _block(entry: Entry) -> Block | None:
-    """The block of an entry, None for one that is zero."""
+    """Return the block of an entry, None for an unreached entry."""
     if entry.status == "unreached":
         return None
     cause = None
@@ -196,7 +196,7 @@ def _block(entry: Entry) -> Block | None:
 
 
 def _entries_of(block: Block, space: Space) -> slice | Tensor:
-    """Where the entries of a block lie in a flat vector; a joint one acts on [W | b], or on W with b below."""
+    """Return the positions of a block in a flat vector; a joint block acts on [W | b], or on W with b below."""
     if len(block.parameters) == 1:
         return space.slices[block.parameters[0]]
     index = torch.arange(space.numel, device=block.device)

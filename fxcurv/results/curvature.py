@@ -1,4 +1,4 @@
-"""Curvature: the results of one call, by quantity and by the parameter's original name."""
+"""Curvature: the results of one call, by quantity and original parameter name."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["Curvature"]
 
 @dataclass(frozen=True, eq=False)
 class Curvature(Mapping[str, Entries]):
-    """`result[quantity][parameter]`, with the loss and the output that the curvature belongs to.
+    """Results `result[quantity][parameter]`, with the loss and the output of the call.
 
-    `divisor` is what `mean` divides the loss terms by, 1 for `sum`; `model` is what the model is recognised by. Either
-    is None where it is not known.
+    `divisor` is the divisor of the loss terms for `mean`, 1 for `sum`; `model` is the fingerprint of the model. Both
+    are None if unknown.
     """
 
     quantities: Mapping[str, Entries]
@@ -51,16 +51,16 @@ class Curvature(Mapping[str, Entries]):
 
     @property
     def entries(self) -> list[Entry]:
-        """Every parameter × quantity, of those without a value too."""
+        """Entries of every parameter × quantity, including entries without a value."""
         return [entry for entries in self.quantities.values() for entry in entries.entries.values()]
 
     def updated(self, other: Curvature) -> Curvature:
-        """With the entries of `other` in the places of one's own."""
+        """Return the result with its entries replaced by the entries of `other`."""
         theirs = {name: entries.entries for name, entries in other.quantities.items()}
         return self._mapped(lambda e: theirs.get(e.quantity, {}).get(e.parameter, e))
 
     def explained(self, reasons: Mapping[str, object]) -> Curvature:
-        """With the reasons at the entries of those parameters."""
+        """Return the result with these reasons, by parameter."""
         return self._mapped(lambda e: replace(e, reason=str(reasons.get(e.parameter, e.reason))))
 
     def _mapped(self, change: Callable[[Entry], Entry]) -> Curvature:
@@ -68,11 +68,11 @@ class Curvature(Mapping[str, Entries]):
         return replace(self, quantities=changed)
 
     def operator(self, quantity: str) -> BlockDiagonal:
-        """A quantity of all parameters as one operator: unreached ones have the block 0, frozen ones are left out."""
+        """Return a quantity as one operator: unreached parameters have the block 0, frozen parameters are omitted."""
         return BlockDiagonal.of(self[quantity])
 
     def table(self, fmt: str = "simple") -> str:
-        """One row per parameter × quantity: shape, factor, status, form, shapes of its tensors, and trace (or sum)."""
+        """Return a row per parameter × quantity: shape, factor, status, form, tensor shapes, and trace (or sum)."""
         rows = [
             (e.parameter, list(e.shape), e.quantity, e.factor, e.status, e.form(), _shapes(e), _trace(e))
             for e in self.entries
@@ -89,7 +89,7 @@ class Curvature(Mapping[str, Entries]):
         return self.table("html")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers: quantity -> parameter -> status, factor, shape and tensors; and the fields beside them."""
+        """Return plain containers: quantity -> parameter -> status, factor, shape, tensors; and the other fields."""
         quantities = {
             name: {
                 e.parameter: {
@@ -107,7 +107,7 @@ class Curvature(Mapping[str, Entries]):
         return {**scalars, "output": self.output, "quantities": quantities}
 
     def save(self, path: str | Path) -> None:
-        """Write the result to a safetensors file, from which `fxcurv.load` reads the same; see fxcurv/files.py."""
+        """Write the result to a safetensors file for `fxcurv.load`; see fxcurv/results/writing.py."""
         save(self, Path(path))
 
 

@@ -15,21 +15,21 @@ __all__ = ["Combine", "Entries", "Entry", "Structure"]
 
 
 Structure = Literal["vector", "diagonal", "block", "array"]
-"""A vector such as a gradient, the diagonal of a matrix, a block, or an array with a shape of its own."""
+"""A vector such as a gradient, the diagonal of a matrix, a block, or an array of any other shape."""
 
 Combine = Literal["add", "concatenate", "refuse"]
-"""How the values of two batches make that of their union: a weighted sum, samples along axis 0, or not at all."""
+"""Merging of the values of two batches: weighted sum, concatenation of samples along axis 0, or an error."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One parameter × quantity: its status, and its value where there is one.
+    """One parameter × quantity: its status, and its value if computed.
 
     `status` is `exact` (equal to the quantity's definition), `approx(<name>)`, `fallback` (exact or named, by plain
     autograd), `frozen` (requires_grad is False), `unreached` (the output does not depend on it) or `unsupported`;
-    `reason` says why it is one of the last, or a fallback. `value` is a tensor of the parameter's shape or a block;
-    `definition` is the quantity with its options, `structure` and `combine` are facts of the quantity; under a loss
-    that is scaled by c, values scale by c to the power `degree`.
+    `reason` explains the last status, or a fallback. `value` is a tensor of the parameter's shape or a block;
+    `definition` is the quantity with its options; `structure` and `combine` are properties of the quantity. If the
+    loss is scaled by c, values scale by c to the power `degree`.
     """
 
     quantity: str
@@ -46,27 +46,27 @@ class Entry:
     degree: int = 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """The entry's stored tensors by name; a plain tensor is called `value`."""
+        """Return the entry's stored tensors by name; a plain tensor is called `value`."""
         if self.value is None:
             return {}
         return self.value.tensors if isinstance(self.value, Block) else {"value": self.value}
 
     def form(self) -> str:
-        """How the value is held."""
+        """Return the type of the value: a block class, `tensor`, or `-` for none."""
         if self.value is None:
             return "-"
         return type(self.value).__name__ if isinstance(self.value, Block) else "tensor"
 
 
 class Entries(Mapping[str, Any]):
-    """The values of one quantity by parameter name, in `named_parameters()` order; `.status` says what each is."""
+    """Values of one quantity by parameter name, in `named_parameters()` order, with `.status` of each."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.entries = {entry.parameter: entry for entry in entries}
 
     @property
     def status(self) -> dict[str, str]:
-        """Status of every parameter, of those without a value too."""
+        """Status of every parameter, including parameters without a value."""
         return {name: entry.status for name, entry in self.entries.items()}
 
     def __getitem__(self, parameter: str) -> Any:

@@ -1,4 +1,4 @@
-"""JSON of a file, read strictly: every value has the type that it must have, or an error says where it has not."""
+"""Strict JSON of a file: every value must have the expected type; errors give the location."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["Json"]
 
 
 def strict_json(path: Path, text: Any) -> Any:
-    """Strict JSON, in which no key comes twice and no number is NaN or infinite."""
+    """Parse JSON strictly: no duplicate keys, no NaN or infinite numbers."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise broken(path, f"the key {twice!r} is there twice")
+            raise broken(path, f"the key {twice!r} is duplicated")
         return found
 
     def finite(number: str) -> float:
@@ -41,7 +41,7 @@ def broken(path: Path, cause: str) -> FxcurvError:
 
 @dataclass(frozen=True)
 class Json:
-    """A value out of a file, read as the type that it must have; `at` is where it stands."""
+    """A JSON value of a file, read with type checks; `at` is its location."""
 
     value: Any
     path: Path
@@ -54,30 +54,30 @@ class Json:
         return Json(value[key], self.path, f"{self.at}.{key}")
 
     def of(self, kind: type) -> Any:
-        """The value, of this very type."""
+        """Return the value, if it has exactly this type."""
         if type(self.value) is not kind:
-            raise self.wrong(f"is no {kind.__name__}")
+            raise self.wrong(f"is not of type {kind.__name__}")
         return self.value
 
     def items(self) -> list[tuple[str, Json]]:
-        """The members of an object."""
+        """Return the members of an object."""
         return [(key, self[key]) for key in self.of(dict)]
 
     def each(self) -> list[Json]:
-        """The members of a list."""
+        """Return the members of a list."""
         return [Json(value, self.path, f"{self.at}[{k}]") for k, value in enumerate(self.of(list))]
 
     def texts(self) -> tuple[str, ...]:
-        """A list of strings."""
+        """Return a list of strings."""
         return tuple(node.of(str) for node in self.each())
 
     def numbers(self) -> tuple[int, ...]:
-        """A list of whole numbers, 0 or above."""
+        """Return a list of integers, 0 or above."""
         found = tuple(node.of(int) for node in self.each())
         if any(number < 0 for number in found):
             raise self.wrong("holds a negative number")
         return found
 
     def wrong(self, cause: str) -> FxcurvError:
-        """The error that something is not as it must be here."""
+        """Return an error about the value at this location."""
         return broken(self.path, f"{self.at} {cause}")

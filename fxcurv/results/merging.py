@@ -1,8 +1,8 @@
-"""merge: two results -> that of the union of their batches, as if it had been one batch of the same model.
+"""merge: combine the results of two batches into the result of their union, for the same model.
 
-A loss is a sum of terms over a divisor: what `mean` divides by, 1 for `sum`. Everything but A is linear in the terms,
-so that results of divisors D and D' add with the weights D/(D + D') and D'/(D + D'), for `sum` with 1 and 1; A is a
-mean over samples (and positions, for expand) and is weighted with their numbers.
+A loss is a sum of terms over a divisor: the divisor of `mean`, or 1 for `sum`. Everything except A is linear in the
+terms, so results with divisors D and D' are added with weights D/(D + D') and D'/(D + D'), for `sum` with 1 and 1. A
+is a mean over samples (and positions, for expand), weighted by their numbers.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Value = Tensor | Block
 
 
 def merge(first: Curvature | str | Path, second: Curvature | str | Path) -> Curvature:
-    """The curvature of the union of two batches, exactly, from the results of both or the files they were saved to.
+    """Return the exact curvature of the union of two batches, from two results or their files.
 
-    Both must be of one model at the same parameters, of the same quantities and loss (of which the reduction is
-    checked). Results of sampled factors add as columns of independent draws do. Tensors of the second go where those
-    of the first are; outputs are stacked, or left empty, `[N, 0]`, where their samples have different shapes. Raises a
-    FxcurvError (FXC425) that says what does not fit.
+    Both need the same model at the same parameters, the same quantities and the same loss (only its reduction is
+    checked). Sampled factors are added as independent draws. Tensors of the second result are moved to the device of
+    the first. Outputs are concatenated, or empty, `[N, 0]`, if their samples have different shapes. Raises a
+    FxcurvError (FXC425) with the mismatch.
     """
     a, b = (x if isinstance(x, Curvature) else load(x) for x in (first, second))
     _check_alike(a, b)
@@ -42,23 +42,23 @@ def merge(first: Curvature | str | Path, second: Curvature | str | Path) -> Curv
 
 
 def blended(a: Curvature, b: Curvature, share: float) -> Curvature:
-    """Both as they are weighted with 1 - share and share, whatever the numbers of their samples.
+    """Return the average of both with weights 1 - share and share, independent of their numbers of samples.
 
-    The outcome is no sum over a batch: neither divisor nor averaged inputs are known, and it does not merge.
+    It is not a sum over a batch: its divisor and number of averaged inputs are unknown, and it cannot be merged.
     """
     _check_alike(a, b)
     return replace(_combined(a, b, _Merge((1 - share, share), counted=False)), divisor=None)
 
 
 def _combined(a: Curvature, b: Curvature, merge: _Merge) -> Curvature:
-    """The values, losses, outputs and samples of both."""
+    """Combine the values, losses, outputs and samples of both."""
     values = dict[tuple[int, int], Value]()
 
     def merged(mine: Entry, its: Entry) -> Entry:
         status = _status(mine, its)
         if mine.value is None or its.value is None:
             return mine
-        key = id(mine.value), id(its.value)  # a block that several parameters share stays one
+        key = id(mine.value), id(its.value)  # a block shared by several parameters remains shared
         if key not in values:
             values[key] = replace(merge, entry=mine).value(mine.value, its.value, status)
         return replace(mine, status=status, value=values[key], reason=mine.reason or its.reason)
@@ -73,12 +73,12 @@ def _combined(a: Curvature, b: Curvature, merge: _Merge) -> Curvature:
 
 
 def values_of(result: Curvature) -> list[Value]:
-    """The values of a result in the order of its entries, those that parameters share once."""
+    """Return the values of a result in the order of its entries, shared values once."""
     return list({id(e.value): e.value for e in result.entries if e.value is not None}.values())
 
 
 def values_changed(result: Curvature, changed: Sequence[Value]) -> Curvature:
-    """With other values in the places of `values_of(result)`."""
+    """Return the result with the values `values_of(result)` replaced by `changed`."""
     new = dict(zip(map(id, values_of(result)), changed, strict=True))
     quantities = {
         name: Entries(e if e.value is None else replace(e, value=new[id(e.value)]) for e in entries.entries.values())
@@ -88,15 +88,15 @@ def values_changed(result: Curvature, changed: Sequence[Value]) -> Curvature:
 
 
 def check_adds(result: Curvature) -> None:
-    """An error where a quantity does not add over batches."""
+    """Raise if a quantity is not additive over batches."""
     for e in result.entries:
         if e.combine == "refuse":
-            raise _unfit(f"{e.quantity} of two batches is not made of {e.quantity} of each")
+            raise _unfit(f"{e.quantity} of two batches is not determined by {e.quantity} of each")
 
 
 def _check_alike(a: Curvature, b: Curvature) -> None:
-    """An error where the results are not of the same things."""
-    difference = a.model.difference(b.model) if a.model and b.model else "one of them does not know its model"
+    """Raise if the results differ in model, loss reduction, quantities or parameters."""
+    difference = a.model.difference(b.model) if a.model and b.model else "the model of one of them is unknown"
     if difference:
         raise _unfit(f"the results are of different models: {difference}")
     check_adds(a)
@@ -107,26 +107,26 @@ def _check_alike(a: Curvature, b: Curvature) -> None:
     for name in a:
         ours, theirs = a[name].entries, b[name].entries
         if list(ours) != list(theirs):
-            raise _unfit(f"{name} is of other parameters")
+            raise _unfit(f"{name} has other parameters")
         for mine, its in zip(ours.values(), theirs.values(), strict=True):
             if mine.definition != its.definition:
                 raise _unfit(f"{name} is {mine.definition} and {its.definition}")
 
 
 def _weights(a: Curvature, b: Curvature) -> tuple[float, float]:
-    """What sums over loss terms are multiplied with before they are added."""
+    """Return the weights of sums over loss terms."""
     if a.reduction != "mean":
         return 1.0, 1.0
     if a.divisor is None or b.divisor is None:
-        raise _unfit("one of the results does not know what its mean divides by")
+        raise _unfit("one of the results does not have the divisor of its mean")
     first, second = float(a.divisor), float(b.divisor)
-    if not first + second:  # neither has a term that counts
+    if not first + second:  # neither has a counted term
         return 1.0, 1.0
     return first / (first + second), second / (first + second)
 
 
 def _status(mine: Entry, its: Entry) -> str:
-    """Exact and fallback are the same number by different ways; any other two statuses do not fit."""
+    """Return the common status; exact and fallback are equal values, any other pair is an error."""
     both = {mine.status, its.status}
     if len(both) > 1 and both != {"exact", "fallback"}:
         raise _unfit(f"{_name(mine)} is {mine.status} and {its.status}")
@@ -141,14 +141,14 @@ def _stacked(a: Curvature, b: Curvature) -> Tensor:
 
 @dataclass(frozen=True)
 class _Merge:
-    """Of the values of one entry; `counted`: what averages over inputs by their number, else by `weights`."""
+    """Merge of the values of one entry; `counted`: weight averages over inputs by their number, not by `weights`."""
 
     weights: tuple[float, float]
     entry: Entry | None = None
     counted: bool = True
 
     def value(self, mine: Value, its: Value, status: str) -> Value:
-        """The value of the union."""
+        """Return the value of the union."""
         if self.apart and not all(isinstance(value, Tensor) and value.ndim for value in (mine, its)):
             raise _unfit(f"{self.name} has no axis of samples to concatenate along")
         if isinstance(mine, Tensor) and isinstance(its, Tensor):
@@ -159,24 +159,24 @@ class _Merge:
             or type(mine) is not type(its)
             or (mine.shape, mine.layout) != (its.shape, its.layout)
         ):
-            raise _unfit(f"{self.name} has another form in each of the results")
+            raise _unfit(f"{self.name} has different forms in the two results")
         if not mine.additive:
-            raise _unfit(f"{self.name} is a {type(mine).__name__} block, which does not add over batches")
+            raise _unfit(f"{self.name} is a {type(mine).__name__} block, which is not additive over batches")
         inputs = self._inputs(mine.count, its.count) if self.counted else None
         return replace(mine.weighted_sum(its.to(device=mine.device), self.weights, inputs), status=status)
 
     @property
     def apart(self) -> bool:
-        """Whether samples are laid side by side."""
+        """Whether samples are concatenated."""
         return self.entry is not None and self.entry.combine == "concatenate"
 
     @property
     def name(self) -> str:
-        """The entry in words."""
+        """Description of the entry."""
         return "a value" if self.entry is None else _name(self.entry)
 
     def _of_tensors(self, mine: Tensor, its: Tensor) -> Tensor:
-        """The weighted sum, or samples along axis 0 as their summands of the whole."""
+        """Return the weighted sum, or the concatenation of weighted samples along axis 0."""
         first, second = self.weights
         if self.entry is not None and self.apart:
             degree = self.entry.degree
@@ -184,11 +184,11 @@ class _Merge:
         return (mine if first == 1 else mine * first) + (its if second == 1 else its * second)
 
     def _inputs(self, mine: int | None, its: int | None) -> tuple[float, float]:
-        """The shares of both in an average over inputs."""
+        """Return the weights of both in an average over inputs."""
         if mine is None or its is None:
             return self.weights
         if not mine or not its:
-            raise _unfit(f"{self.name} does not know how many inputs its A averages")
+            raise _unfit(f"{self.name} lacks the number of inputs that its A averages")
         return mine / (mine + its), its / (mine + its)
 
 
@@ -197,6 +197,4 @@ def _name(entry: Entry) -> str:
 
 
 def _unfit(cause: str) -> FxcurvError:
-    return FxcurvError(
-        cause, remedy="merge results of one model, loss and choice of quantities, as they are returned", code="FXC425"
-    )
+    return FxcurvError(cause, remedy="merge unmodified results with the same model, loss and quantities", code="FXC425")

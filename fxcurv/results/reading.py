@@ -1,6 +1,6 @@
-"""Reading a result from a file. Nothing is unpickled, and nothing in the manifest makes a reader allocate.
+"""Reading a result from a file. Nothing is unpickled, and the manifest cannot cause allocations.
 
-Every tensor is one of the file, whose offsets safetensors checks against its size.
+Every tensor is stored in the file; safetensors checks its offsets against the size of the file.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ __all__ = ["load", "read"]
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Curvature:
-    """The result that `Curvature.save` wrote, equal to the last bit, its tensors on the CPU.
+    """Read a result written by `Curvature.save`, bitwise equal, with tensors on the CPU.
 
-    With a `model`, it must be that of the file: the same names, shapes and types of parameters. Raises a FxcurvError
-    for a file that is none of fxcurv, of another schema, truncated or inconsistent (FXC423), and for another model
+    A given `model` must match the file: the same names, shapes and dtypes of parameters. Raises a FxcurvError for a
+    file that is not of fxcurv, has another schema, or is truncated or inconsistent (FXC423), and for another model
     (FXC424).
     """
     return read(Path(path), model)[0]
 
 
 def read(path: Path, model: nn.Module | None = None) -> tuple[Curvature, Json | None]:
-    """The result in a file, as `load` gives it, and the progress in a checkpoint, of which the checksum is checked."""
+    """Read the result in a file, as `load` does, and the progress of a checkpoint, after a check of its checksum."""
     safetensors = safetensors_package()
     metadata = _metadata(path)
     manifest = Json(strict_json(path, metadata.get("manifest")), path)
     recorded = manifest["model"]
     fingerprint = None if recorded.value is None else _fingerprint(recorded)
     difference = model is not None and (
-        "its model is not known" if fingerprint is None else fingerprint.difference(Fingerprint.of(model))
+        "its model is unknown" if fingerprint is None else fingerprint.difference(Fingerprint.of(model))
     )
     if difference:
         raise FxcurvError(
-            f"{path} belongs to another model: {difference}", remedy="give the model that it is of", code="FXC424"
+            f"{path} belongs to another model: {difference}", remedy="give the model of the result", code="FXC424"
         )
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
@@ -61,7 +61,7 @@ def read(path: Path, model: nn.Module | None = None) -> tuple[Curvature, Json | 
         raise broken(path, f"it is truncated or inconsistent ({error})") from None
     progress = metadata.get("progress", "")
     if progress and metadata.get("checksum") != checksum(metadata, tensors):
-        raise broken(path, "it is damaged: its checksum is that of other contents")
+        raise broken(path, "it is damaged: its checksum does not match its contents")
     held = Json(strict_json(path, progress), path, "progress") if progress else None
     return _Reader(manifest, tensors, fingerprint).result(), held
 
@@ -70,23 +70,23 @@ _VERSION = re.compile("[0-9]{1,9}")
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """What a file of this schema says of itself, out of its header, which is read only as far as the file goes."""
+    """Read the metadata of a file of this schema from its header; never read beyond the end of the file."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                raise broken(path, "it is truncated, or no safetensors file")
+                raise broken(path, "it is truncated, or not a safetensors file")
             header = strict_json(path, file.read(length))
     except OSError as error:
         raise broken(path, f"it cannot be read ({error.strerror})") from None
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     name, _, version = str(metadata.get("format")).partition(" ") if isinstance(metadata, dict) else ("", "", "")
     if not isinstance(metadata, dict) or name != "fxcurv" or not _VERSION.fullmatch(version):
-        raise broken(path, "it holds no result of fxcurv")
+        raise broken(path, "it does not contain a result of fxcurv")
     if int(version) != SCHEMA:
-        age, remedy = ("older", "compute and save it anew") if int(version) < SCHEMA else ("newer", "update fxcurv")
-        raise FxcurvError(f"{path} is of the {age} schema {version}, not {SCHEMA}", remedy=remedy, code="FXC423")
+        age, remedy = ("older", "compute and save it again") if int(version) < SCHEMA else ("newer", "update fxcurv")
+        raise FxcurvError(f"{path} has the {age} schema {version}, not {SCHEMA}", remedy=remedy, code="FXC423")
     return metadata
 
 
@@ -94,7 +94,7 @@ def _fingerprint(node: Json) -> Fingerprint:
     kinds: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, kind in node["parameters"].items():
         if len(kind.of(list)) != 2:
-            raise kind.wrong("is no shape and type")
+            raise kind.wrong("is not a shape and a dtype")
         shape, dtype = kind.each()
         kinds[name] = shape.numbers(), dtype.of(str)
     fingerprint = Fingerprint(kinds)
@@ -104,7 +104,7 @@ def _fingerprint(node: Json) -> Fingerprint:
 
 
 class _Reader:
-    """Makes a result out of a manifest and the tensors that it names."""
+    """Builds a result from a manifest and its tensors."""
 
     def __init__(self, manifest: Json, tensors: Mapping[str, Tensor], model: Fingerprint | None) -> None:
         self.manifest, self.tensors, self.model = manifest, tensors, model
@@ -117,14 +117,14 @@ class _Reader:
         divisor = None if m["divisor"].value is None else m["divisor"].of(float)
         loss, output, samples = self.tensors["loss"], self.tensors["output"], m["samples"].of(int)
         if loss.ndim or output.ndim == 0 or len(output) != samples or (divisor is not None and divisor < 0):
-            raise m.wrong("has another loss, output, number of samples or divisor than a result has")
+            raise m.wrong("has an invalid loss, output, number of samples or divisor")
         reduction = m["reduction"].of(str)
         if reduction not in ("mean", "sum"):
             raise m["reduction"].wrong("is neither mean nor sum")
         return Curvature(quantities, loss, output, samples, reduction, divisor, self.model)
 
     def _entries(self, quantity: str, node: Json, values: list[Tensor | Block]) -> Entries:
-        """The entries of a quantity, each of another parameter."""
+        """Read the entries of a quantity; duplicate parameters are an error."""
         listed = node.each()
         entries = Entries(self._entry(quantity, item, values) for item in listed)
         if len(entries.entries) < len(listed):
@@ -132,26 +132,26 @@ class _Reader:
         return entries
 
     def _check_tensors(self, listed: Json) -> None:
-        """The tensors of the file are those of the manifest, of the same type and shape."""
+        """Check that the file and the manifest have the same tensors, with the same dtypes and shapes."""
         names = set(listed.of(dict))
         if names != set(self.tensors) or not names >= {"loss", "output"}:
             raise listed.wrong(f"and the file differ: {', '.join(sorted(names ^ set(self.tensors))[:3])}")
         for name, node in listed.items():
             found = self.tensors[name]
             if node.of(list) != [str(found.dtype), list(found.shape)]:
-                raise node.wrong(f"is not what the file holds, {list(found.shape)} of {found.dtype}")
+                raise node.wrong(f"differs from the file, {list(found.shape)} of {found.dtype}")
             if not found.is_floating_point():
-                raise node.wrong("is of no floating-point type")
+                raise node.wrong("does not have a floating-point dtype")
 
     def _entry(self, quantity: str, node: Json, values: list[Tensor | Block]) -> Entry:
         names = ("parameter", "status", "factor", "reduction", "reason", "structure", "combine")
         fields = {name: node[name].of(str) for name in names}
         for name, kind in (("structure", Structure), ("combine", Combine)):
             if fields[name] not in get_args(kind):
-                raise node[name].wrong(f"is none of {', '.join(get_args(kind))}")
+                raise node[name].wrong(f"is not one of {', '.join(get_args(kind))}")
         shape, definition, at = node["shape"].numbers(), node["definition"].of(str), node["value"]
         if at.value is not None and not 0 <= at.of(int) < len(values):
-            raise at.wrong("is not there")
+            raise at.wrong("is out of range")
         value = None if at.value is None else values[at.value]
         fits = (
             value.shape == shape or fields["structure"] == "array"
@@ -159,7 +159,7 @@ class _Reader:
             else value is None or fields["parameter"] in value.parameters
         )
         if not fits or (self.model and self.model.parameters.get(fields["parameter"], ((), ""))[0] != shape):
-            raise node.wrong("has a value or a shape of another parameter")
+            raise node.wrong("has the value or shape of another parameter")
         degree = node["degree"].of(int)
         return Entry(quantity=quantity, shape=shape, value=value, definition=definition, degree=degree, **fields)
 
@@ -185,7 +185,7 @@ class _Reader:
     def _tensor(self, node: Json) -> Tensor:
         name = node.of(str)
         if name not in self.tensors:
-            raise node.wrong(f"names {name!r}, which is not there")
+            raise node.wrong(f"names {name!r}, which does not exist")
         return self.tensors[name]
 
     def _held(self, node: Json) -> Tensor | LazyGram:
@@ -196,22 +196,22 @@ class _Reader:
         patches = None if geometry.value is None else _patches(geometry)
         rank = {3, 4, 5, 6} if patches is None else {2 + len(patches.kernel)}
         if not vectors or not 0 <= scale < math.inf or {t.ndim for t in vectors} - rank:
-            raise node.wrong("holds no vectors")
+            raise node.wrong("has no valid vectors")
         moment = LazyGram(vectors, patches, scale)
         fits = len({t.shape[1 if patches else -2 :] for t in vectors}) == 1
         if fits and patches is not None:
             fits = vectors[0].shape[1] % patches.groups == 0 and min(patches.outputs(vectors[0])) >= 1
         if not fits or not 0 < moment.count < moment.side:
-            raise node.wrong("holds vectors that do not fit each other")
+            raise node.wrong("has vectors of inconsistent shapes")
         return moment
 
 
 def _patches(node: Json) -> Patches:
-    """The geometry of a convolution."""
+    """Read the geometry of a convolution."""
     axes = [node[name].numbers() for name in ("kernel", "stride", "padding", "dilation")]
     groups = node["groups"].of(int)
     rows = list(zip(*axes, strict=False))
     possible = all(min(k, s, d) >= 1 for k, s, _, d in rows)
     if not possible or groups < 1 or not 1 <= len(rows) <= 3 or {len(axis) for axis in axes} != {len(rows)}:
-        raise node.wrong("is no convolution's")
+        raise node.wrong("is not the geometry of a convolution")
     return Patches(*axes, groups)  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -1,8 +1,7 @@
-"""Writing a result as a safetensors file with a JSON manifest in its metadata, whole or not at all.
+"""Writing a result to a safetensors file with a JSON manifest in its metadata, atomically.
 
-Tensors are called `quantity/parameter/tensor`, those of a factor that is kept as vectors `…/A.0`, `…/A.1`; `loss` and
-`output` are there too. The manifest names each of them with type and shape; a block that parameters share is there
-once.
+Tensors are called `quantity/parameter/tensor`, the vectors of a lazy Gram `…/A.0`, `…/A.1`; `loss` and `output` are
+stored too. The manifest lists each tensor with dtype and shape; a block shared by several parameters is stored once.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ __all__ = ["SCHEMA", "checksum", "save"]
 
 
 SCHEMA = 4
-"""The version of the manifest; 1 had none, and could not be read back, 2 knew one order of Kronecker factors,
-3 did not say how results combine."""
+"""Version of the manifest; 1 had no manifest and was not readable, 2 supported one order of Kronecker factors,
+3 did not have the combination rule of results."""
 
 
 class Result(Protocol):
-    """What is written: a `fxcurv.results.curvature.Curvature`."""
+    """Interface of `fxcurv.results.curvature.Curvature` for writing."""
 
     @property
     def quantities(self) -> Mapping[str, Entries]: ...
@@ -66,9 +65,9 @@ class Result(Protocol):
 
 
 def save(result: Result, path: Path, progress: str = "") -> None:
-    """Write a result, to a temporary file that then takes the place of `path`; a checkpoint has `progress` beside it.
+    """Write a result to a temporary file, then rename it to `path`; a checkpoint also stores `progress`.
 
-    A checkpoint also has a checksum of all that it holds.
+    A checkpoint also has a checksum of its contents.
     """
     safetensors = safetensors_package()
     if not path.parent.is_dir():
@@ -102,19 +101,19 @@ def safetensors_package() -> Any:
         importlib.import_module("safetensors.torch")
     except ImportError:
         raise FxcurvError(
-            "files of results need the safetensors package", remedy='pip install "fxcurv[save]"', code="FXC006"
+            "result files need the safetensors package", remedy='pip install "fxcurv[save]"', code="FXC006"
         ) from None
     return importlib.import_module("safetensors")
 
 
 def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """BLAKE2 of the texts and tensors of a file, as hexadecimal digits."""
+    """Return the BLAKE2 hash of the texts and tensors of a file, in hexadecimal digits."""
     texts = {key: text for key, text in metadata.items() if key != "checksum"}
     return digest((sorted(texts.items()), dict(sorted(tensors.items()))))
 
 
 def _synchronize(path: Path) -> None:
-    """Wait until a file, or the entry of a folder, is on the disk."""
+    """Wait until a file or folder is written to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -123,7 +122,7 @@ def _synchronize(path: Path) -> None:
 
 
 class _Writer:
-    """Collects the tensors of a result under their names."""
+    """Collects the tensors of a result by name."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -131,7 +130,7 @@ class _Writer:
         self._at: dict[int, int] = {}
 
     def manifest(self, result: Result) -> dict[str, Any]:
-        """What the file says of the tensors, in the order of the entries."""
+        """Return the manifest of the tensors, in the order of the entries."""
         self.tensors |= {"loss": result.loss, "output": result.output}
         return {
             "versions": {"fxcurv": __version__, "torch": torch.__version__},
@@ -147,7 +146,7 @@ class _Writer:
         }
 
     def unshared(self) -> dict[str, Tensor]:
-        """The tensors, contiguous and in memory of their own, as safetensors wants them."""
+        """Return the tensors contiguous and in separate memory, as safetensors requires."""
         seen, found = set[int](), dict[str, Tensor]()
         for key, t in self.tensors.items():
             t = t.detach().contiguous()
@@ -171,7 +170,7 @@ class _Writer:
         name = type(value).__name__
         if not value.fields or KINDS.get(name) is not type(value):
             raise FxcurvError(
-                f"{prefix} is a block of the form {name}, which has no place in a file",
+                f"{prefix} is a block of the form {name}, which cannot be saved",
                 remedy=f"save one of {', '.join(kind for kind in KINDS if KINDS[kind].fields)}, such as its as_dense()",
                 code="FXC423",
             )
@@ -187,7 +186,7 @@ class _Writer:
         }
 
     def _held(self, key: str, held: Tensor | LazyGram) -> object:
-        """The name of a tensor, or the parts of a moment."""
+        """Store a tensor or a lazy Gram; return its description in the manifest."""
         if isinstance(held, Tensor):
             self.tensors[key] = held
             return key
@@ -197,7 +196,7 @@ class _Writer:
 
 
 def _ungrouped(block: Block, held: Tensor | LazyGram) -> Tensor | LazyGram:
-    """A factor of a single group as it is read, `[d,d]`."""
+    """Return a factor with a single group without the group axis, `[d,d]`."""
     if isinstance(held, Tensor) and block.symmetric and held.ndim == 3 and len(held) == 1:
         return held[0]
     return held

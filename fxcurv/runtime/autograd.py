@@ -1,9 +1,9 @@
-"""eager: the same quantities by plain autograd on the model as it is, one column of one sample at a time.
+"""autograd: the same quantities by plain autograd on the original model, one column of one sample at a time.
 
-Nothing is traced, so that it works for any model that runs, control flow on values and samples that mix included; each
-column costs a backward pass per sample. It is what `on_unsupported="fallback"` falls back on, and what the compiled
-graphs are compared with. Linear layers and convolutions are seen as they are called: a zero added to what they return
-receives the cotangent S, and where Σ_s S xᵀ is all of a weight's gradient, the weight has Kronecker factors.
+Nothing is traced. This works for any model that runs, also with control flow on values or samples that mix; each
+column costs a backward pass per sample. It is the fallback of `on_unsupported="fallback"` and the reference for the
+compiled graphs. Calls of linear layers and convolutions are recorded: a zero added to their output receives the
+cotangent S, and if Σ_s S xᵀ equals the whole gradient of a weight, the weight has Kronecker factors.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def by_autograd(
     batch: Minibatch,
     output: Output = None,
 ) -> Curvature:
-    """The chosen quantities at a batch; every value has the status `fallback`.
+    """Return the selected quantities at a batch; every value has the status `fallback`.
 
-    A weight whose samples mix, or which is not used by linear layers and convolutions alone, has a dense block or a
-    named diagonal under KFAC. Columns of a sampled factor are those that the compiled model draws from `generator`.
+    Under KFAC, a weight whose samples mix, or that is not only used by linear layers and convolutions, has a dense
+    block or a named diagonal. A sampled factor draws the same columns from `generator` as the compiled model.
     Raises an InputError if the model's output or buffers change from call to call, as in training mode.
     """
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), without_autocast(), sdpa_kernel(SDPBackend.MATH):
@@ -64,7 +64,8 @@ def by_autograd(
         jobs = jobs_for(selection.quantities, described, fallback=True)
         for job, _, _ in recursive(jobs):
             raise UnsupportedError(
-                f"{job.name} of {job.usage.name!r} is a recursion over the nodes of a graph, and autograd has none",
+                f"{job.name} of {job.usage.name!r} is a recursion over the nodes of a graph, "
+                "which autograd does not have",
                 remedy="ask for kflr, or leave the parameter out",
                 code="FXC322",
             )
@@ -97,14 +98,14 @@ def by_autograd(
 
 
 def _idle(factor: Factor, jobs: Sequence[Job]) -> bool:
-    """Whether no column of a factor is read, or drawn."""
+    """Whether no column of a factor is read or drawn."""
     return isinstance(factor, Exact) and all(statistic.reads == "loss" for _, statistic in _statistics(jobs))
 
 
 def _over_columns(
     sums: dict[str, StatisticValue], jobs: Sequence[Job], columns: Iterable[Iterator[tuple[RecordedPass, Pulled]]]
 ) -> None:
-    """Put the parts of columns, each pulled back sample by sample, to what is there."""
+    """Accumulate the parts of columns, each pulled back sample by sample, into `sums`."""
     for column in columns:
         found: dict[str, StatisticValue] = {}
         for _, pulled in column:
@@ -115,7 +116,7 @@ def _over_columns(
 
 
 def _over_samples(sums: dict[str, StatisticValue], parts: Iterable[tuple[str, Statistic, Tensor]]) -> None:
-    """Put the parts of one more sample to those of the samples before."""
+    """Accumulate the parts of one more sample into `sums`."""
     for key, statistic, part in parts:
         combined(sums, key, part, statistic.samples)
 
@@ -128,7 +129,7 @@ def _statistics(jobs: Sequence[Job]) -> Iterator[tuple[str, Statistic]]:
 
 
 def _among(usage: Mapping[str, ParameterUsage]) -> dict[str, ParameterUsage]:
-    """The descriptions, without partners of which the quantity is not asked."""
+    """The usages, without partners for which the quantity is not requested."""
     return {name: u if u.partner in usage else replace(u, partner=None) for name, u in usage.items()}
 
 
@@ -138,7 +139,7 @@ def _among(usage: Mapping[str, ParameterUsage]) -> dict[str, ParameterUsage]:
 def _samples(
     passes: Sequence[RecordedPass], S: Tensor, wanted: Mapping[str, Tensor]
 ) -> Iterator[tuple[RecordedPass, Pulled]]:
-    """A column of all samples, pulled back for each sample alone."""
+    """A column of all samples, pulled back for each sample separately."""
     for one in passes:
         for S_n in one.columns(S):
             yield one, one.pulled(S_n, wanted)
@@ -178,7 +179,7 @@ def _summands(jobs: Sequence[Job], pulled: Pulled) -> Iterator[tuple[str, Statis
 
 
 def _input_sums(jobs: Sequence[Job], one: RecordedPass) -> Iterator[tuple[str, Statistic, Tensor]]:
-    """The summands of every statistic of inputs."""
+    """The summands of every statistic that reads x, by the names of the sums."""
     for job in jobs:
         for statistic, module in job.quantity.statistics(job.usage).items():
             if module.reads == "x":
@@ -189,7 +190,7 @@ def _input_sums(jobs: Sequence[Job], one: RecordedPass) -> Iterator[tuple[str, S
 
 
 def _used(wanted: Mapping[str, Tensor], passes: Sequence[RecordedPass]) -> dict[str, ParameterUsage]:
-    """The parameters that reach the output, as their uses see them."""
+    """The usages of the parameters that reach the output."""
     generator = torch.Generator().manual_seed(0)
     random = [torch.randn(p.output.shape, generator=generator).to(p.output) for p in passes]
     pulled = [one.pulled(S, wanted) for one, S in zip(passes, random, strict=True)]
@@ -208,7 +209,7 @@ def _used(wanted: Mapping[str, Tensor], passes: Sequence[RecordedPass]) -> dict[
 def _matrix(
     name: str, weight: Tensor, passes: Sequence[RecordedPass], pulled: Sequence[Pulled]
 ) -> ParameterUsage | None:
-    """The description of a weight that is used by linear layers and convolutions alone, each sample by itself."""
+    """The usage of a weight used only by linear layers and convolutions, separately for each sample; else None."""
     in_out, *more = {call.in_out for one in passes for call in one.calls_of(name)} or (False,)
     if more or not all(one.single and one.calls_of(name) for one in passes):
         return None
@@ -231,7 +232,7 @@ def _matrix(
 def _partner(
     name: str, reached: Collection[str], passes: Sequence[RecordedPass], pulled: Sequence[Pulled]
 ) -> str | None:
-    """The bias that exactly the uses of this weight add."""
+    """The bias that is added by the uses of this weight and nowhere else, if any."""
     biases = {call.bias for one in passes for call in one.calls_of(name)}
     bias = biases.pop()
     if biases or bias is None or bias not in reached:

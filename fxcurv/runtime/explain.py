@@ -1,8 +1,8 @@
-"""explain: what a call will take, node by node, before it runs.
+"""explain: the estimated cost of a call, node by node, before it runs.
 
-The emitted graphs run on fake tensors, which have shapes and no values. A statistic says itself what it costs, and
-which other forms of it would have cost what; of everything else the operators are counted: their floating-point
-operations, as torch.utils.flop_counter knows them, and the bytes that they read and write.
+The emitted graphs run on fake tensors, which have shapes and no values. A statistic reports its own cost and the cost
+of the alternative algorithms. For all other nodes the operators are counted: their floating-point operations, by
+torch.utils.flop_counter, and the bytes that they read and write.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Explanation", "Step", "explained"]
 
 @dataclass(frozen=True)
 class Step:
-    """One node of an emitted graph: what it does, what that costs, what for, and other ways with their seconds."""
+    """One node of an emitted graph: its module, cost, quantities, and alternative algorithms with their seconds."""
 
     graph: str
     node: str
@@ -44,7 +44,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The forecast of a call: its steps, and the bytes at its highest point beyond the model and the inputs."""
+    """The forecast of a call: its steps, and its peak bytes beyond the model and the inputs."""
 
     steps: tuple[Step, ...]
     peak_bytes: float
@@ -52,17 +52,17 @@ class Explanation:
 
     @property
     def seconds(self) -> float:
-        """How long the call should take."""
+        """Estimated seconds of the call."""
         return sum(step.seconds for step in self.steps)
 
     @property
     def flops(self) -> float:
-        """Its floating-point operations."""
+        """Floating-point operations of the call."""
         return sum(step.cost.flops for step in self.steps)
 
     @property
     def shares(self) -> dict[str, float]:
-        """The share of the time that each quantity takes; what several need is divided among them."""
+        """Share of the time of each quantity; steps of several quantities are divided among them."""
         shares: defaultdict[str, float] = defaultdict(float)
         for step in self.steps:
             for quantity in step.quantities:
@@ -70,7 +70,7 @@ class Explanation:
         return dict(shares)
 
     def table(self, fmt: str = "simple") -> str:
-        """A row per step: where, what, GFLOP, MiB moved, ms, share of the whole, and the other forms with their ms."""
+        """Return a table: graph, node, module, GFLOP, MiB moved, ms, % of the time, and alternatives with their ms."""
         rows = [
             (
                 step.graph,
@@ -84,7 +84,7 @@ class Explanation:
             )
             for step in self.steps
         ]
-        headers = ("graph", "node", "form", "GFLOP", "MiB", "ms", "%", "instead of (ms)")
+        headers = ("graph", "node", "module", "GFLOP", "MiB", "ms", "%", "alternatives (ms)")
         return tabulate(rows, headers, tablefmt=fmt, floatfmt=("", "", "", ".3g", ".3g", ".3g", ".1f", ""))
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class Explanation:
 
 
 def explained(program: Program, inputs: Inputs, loss: Loss, chunks: Chunks) -> Explanation:
-    """What a call on a batch like `inputs` takes, of which only shapes, types and devices are read."""
+    """Estimate the cost of a call on a batch like `inputs`; only their shapes, types and devices are read."""
     given = [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
     rates = rates_of(given[0].device, output_of(program.canonical).meta["dtype"])
     steps: list[Step] = []
@@ -126,7 +126,7 @@ def _steps(name: str, counted: _Counted, rates: Rates) -> Iterator[Step]:
 
 
 def _needed(gm: Any) -> dict[fx.Node, tuple[str, ...]]:
-    """Node -> the quantities that it is computed for."""
+    """Node -> the quantities that need it."""
     flow: nx.DiGraph[fx.Node] = nx.DiGraph((x, node) for node in gm.graph.nodes for x in node.all_input_nodes)
     needed: dict[fx.Node, dict[str, None]] = {}
     for key, node in sums_of(gm).items():
@@ -136,14 +136,14 @@ def _needed(gm: Any) -> dict[fx.Node, tuple[str, ...]]:
 
 
 class _Counted(fx.Interpreter):
-    """Runs a graph and takes down what every call of a module costs."""
+    """Runs a graph and records the cost of each module call."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
         self.costs: dict[fx.Node, Cost] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """The node's value; of a sum, which nothing reads, none."""
+        """Return the value of the node; None for a statistic, whose value no node reads."""
         if n.op != "call_module":
             return super().run_node(n)
         op = module_of(n)
@@ -161,11 +161,11 @@ aten = torch.ops.aten
 
 
 _FREE = {aten._unsafe_view, aten.empty, aten.new_empty, aten.empty_strided, aten.empty_like}
-"""What neither computes nor moves anything, besides views."""
+"""Operators, besides views, that neither compute nor move data."""
 
 
 class _Count(TorchDispatchMode):
-    """Counts the operations and the traffic of the operators that run."""
+    """Counts the floating-point operations and memory traffic of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""backend: a program's graphs run as they stand, or are compiled into fused kernels by torch's inductor.
+"""inductor: the backends of a program: run its graphs eagerly, or compile them into fused kernels by torch's inductor.
 
-Dynamo reads both graphs in one piece and guards the shapes, types and layouts it compiled for; the model's tensors are
-inputs of what it makes, so that later values need nothing new. Sums, which loop over samples and columns where a
-temporary of all of them would not fit, and pullbacks by autograd, whose batching rules may fix the batch size, are one
-operator each: `fxcurv::statistic` and `fxcurv::pull` call the very module that the eager graph calls.
+Dynamo captures each graph as a whole and guards its shapes, types and layouts. The model's tensors are inputs of the
+compiled code, so new values need no recompilation. Statistics may loop over samples and columns where a temporary of
+all of them would not fit, and the batching rules of pullbacks by autograd may fix the batch size. Each of these is one
+operator: `fxcurv::statistic` and `fxcurv::pull` call the same module as the eager graph.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COMPILER = "inductor"
 
 
 def built(program: Program, backend: str) -> Program:
-    """The program whose graphs a backend runs; nothing is compiled before they are called."""
+    """Return the program with the graphs of a backend; compilation happens at the first call."""
     if backend == "eager":
         return program
     backwards = {factor: _Kernels(gm) for factor, gm in program.backwards.items()}
@@ -43,7 +43,7 @@ def built(program: Program, backend: str) -> Program:
 
 
 class _Kernels:
-    """A graph as torch.compile runs it: compiled when called, again where a shape, type or layout is new."""
+    """A graph under torch.compile: compiled at the first call, and again for a new shape, type or layout."""
 
     def __init__(self, graph: Callable[..., Any]) -> None:
         assert isinstance(graph, fx.GraphModule)
@@ -55,16 +55,16 @@ class _Kernels:
         except compile_errors() as error:
             raise FxcurvError(
                 f"torch.compile fails: {' '.join(str(error).split())[:200]}",
-                remedy='use backend="eager"; the error that this one was raised from has the whole trace',
+                remedy='use backend="eager"; the cause of this error has the full trace',
                 code="FXC413",
             ) from error
 
 
-# What stays one operator ------------------------------------------------------------------------------------------
+# Custom operators -------------------------------------------------------------------------------------------------
 
 
 def _outlined(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph with an operator's call in the place of every sum and pullback by autograd."""
+    """Replace every statistic and every pullback by autograd with a call of a custom operator."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     modules = {str(n.target): _as_operator(module_of(n)) for n in gm.graph.nodes if n.op == "call_module"}
@@ -80,14 +80,14 @@ def _as_operator(module: nn.Module) -> nn.Module:
 
 
 _MODULES: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
-"""What the operators call. Names say all that a module computes: kernels that inductor caches hold them."""
+"""Modules of the operators by name. A name determines the computation: kernels cached by inductor contain it."""
 
 
 _NUMBERS = itertools.count()
 
 
 def _named(module: nn.Module) -> str:
-    """The name under which the operators find a module, for as long as it lives."""
+    """Register a module for the operators, for its lifetime; return its name."""
     op = getattr(module, "op", None)
     parts = [f"{type(m).__qualname__}({m.extra_repr()})" for m in (module, op) if m is not None]
     name = " ".join((*parts, str(next(_NUMBERS))))
@@ -100,7 +100,7 @@ class _Sum(Statistic):
 
     def __init__(self, statistic: Statistic) -> None:
         super().__init__()
-        self.calls = (statistic,)  # in a tuple: no submodule, whose parameters would be inputs
+        self.calls = (statistic,)  # a tuple, since parameters of a submodule would be inputs
         self.reads, self.key, self.scaled = statistic.reads, _named(statistic), statistic.scaled
 
     def forward(self, *uses: Sequence[Tensor | None]) -> Tensor:
@@ -109,7 +109,7 @@ class _Sum(Statistic):
 
 
 class _ByAutograd(nn.Module):
-    """A pullback by autograd, through an opaque op or to what all samples share, as an operator."""
+    """A pullback by autograd, through an opaque op or to a value shared by all samples, as an operator."""
 
     def __init__(self, pull: nn.Module) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def _statistic(key: str, xs: Sequence[Tensor | None], Ss: Sequence[Tensor]) -> T
 
 @_statistic.register_fake
 def _(key: str, xs: Sequence[Tensor | None], Ss: Sequence[Tensor]) -> Tensor:
-    """A sum over samples and columns is of the shape that one of each would give."""
+    """A sum over samples and columns has the shape of one sample and one column."""
     if not cast(Statistic, _MODULES[key]).grows:
         xs, Ss = [None if x is None else x[:1] for x in xs], [S[:1, :1] for S in Ss]
     return _sum(key, xs, Ss).contiguous()
@@ -140,7 +140,7 @@ def _sum(key: str, xs: Sequence[Tensor | None], Ss: Sequence[Tensor]) -> Tensor:
 
 
 _EAGER = dispatch_keys()
-"""What operators go through outside of compiled graphs, where autograd works."""
+"""Dispatch keys outside of compiled graphs, where autograd works."""
 
 
 @torch.library.custom_op("fxcurv::pull", mutates_args=())
@@ -153,7 +153,7 @@ def _pull(key: str, S: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
 
 @_pull.register_fake
 def _(key: str, S: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-    """Columns at inputs, of each sample where they are the same for all."""
+    """Columns at the inputs, per sample for inputs shared by all samples."""
     pull: Any = _MODULES[key]
     if isinstance(pull, PullInputs):
         lead = S.shape[: 2 if pull.per_sample else 1]

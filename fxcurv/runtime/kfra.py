@@ -1,7 +1,7 @@
-"""KFRA's recursion: the Gauss-Newton matrix at a node's output, averaged over the batch at each step back.
+"""KFRA's recursion: the Gauss-Newton matrix at a node's output, averaged over the batch at each backward step.
 
-G(f) = Σ_n ∂²loss/∂f_n² at the output, and G(v) = 1/N Σ_n J_nᵀ G(u) J_n with u the first node that all paths from v to
-the output pass, and J_n = ∂u_n/∂v_n (Botev et al. 2017). In a sequential network u is the next node.
+G(f) = Σ_n ∂²loss/∂f_n² at the output, and G(v) = 1/N Σ_n J_nᵀ G(u) J_n with u the first node on all paths from v to
+the output, and J_n = ∂u_n/∂v_n (Botev et al. 2017). In a sequential network u is the next node.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = ["recursive", "recursive_sums"]
 
 
 def recursive(jobs: Sequence[Job]) -> list[tuple[Job, str, Recursive]]:
-    """The jobs with a sum that the recursion gives, and that sum."""
+    """The jobs with a statistic of the recursion, its name, and the statistic."""
     found = ((job, name, s) for job in jobs for name, s in job.quantity.statistics(job.usage).items())
     return [(job, name, s) for job, name, s in found if isinstance(s, Recursive)]
 
 
 def recursive_sums(program: Program, inputs: Sequence[Tensor], terms: LossTerms) -> dict[str, Tensor]:
-    """The sums of all jobs that the recursion gives, of a whole batch; the canonical graph is bound already."""
+    """Return the sums of the recursion for all jobs, over a whole batch; the canonical graph must be bound."""
     wanted = recursive(program.plan.jobs)
     if not wanted:
         return {}
@@ -44,7 +44,7 @@ def recursive_sums(program: Program, inputs: Sequence[Tensor], terms: LossTerms)
 
 
 class _Recursion:
-    """G at the nodes of a canonical graph, each computed once."""
+    """G at the nodes of a canonical graph, computed once per node."""
 
     def __init__(self, canonical: fx.GraphModule, inputs: Sequence[Tensor], terms: LossTerms) -> None:
         run = fx.Interpreter(canonical, garbage_collect_values=False)
@@ -66,7 +66,7 @@ class _Recursion:
         return isinstance(self.values[node], Tensor) and self.values[node].requires_grad
 
     def matrix(self, node: fx.Node) -> Tensor:
-        """G at a node, `[d, d]` over the entries of one sample, its axes in order."""
+        """G at a node, `[d, d]` over the entries of one sample, in the order of its axes."""
         path = [node]
         while path[-1] not in self.matrices:
             path.append(self.above[path[-1]])
@@ -78,10 +78,12 @@ class _Recursion:
     def _step(self, root: Tensor, u: fx.Node, v: fx.Node) -> Tensor:
         """1/N Σ_n J_nᵀ R Rᵀ J_n, from the columns R `[r, d]`."""
         place, above, G = v.meta["samples"], u.meta["samples"], None
-        y = self.values[u].reshape(1, -1) if above is None else _apart(self.values[u], above)  # alike for all: one row
+        y = (
+            self.values[u].reshape(1, -1) if above is None else _apart(self.values[u], above)
+        )  # the same for all samples: one row
         for column in root:
             directions = [column.expand_as(y)]
-            if place is None:  # what all samples share is pulled back to for each of them
+            if place is None:  # a shared value needs a pullback per sample
                 directions = list(torch.diag_embed(column.expand_as(y).mT).permute(1, 2, 0))
             for direction in directions:
                 (S,) = torch.autograd.grad(y, self.values[v], direction, retain_graph=True)
@@ -121,19 +123,19 @@ class _Recursion:
 
 
 def _apart(value: Tensor, place: Samples) -> Tensor:
-    """`[n, d]`."""
+    """Move samples to the first axis and flatten the others: `[n, d]`."""
     return place.apart(value).flatten(1)
 
 
 def _entries(op: Any, place: Samples, shape: tuple[int, ...]) -> Tensor:
-    """Where in the order of G the positions [s,g,o] of one sample are."""
+    """Indices into G of the positions [s,g,o] of one sample."""
     numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape)
     order = _apart(numbers, place)[0].long().argsort()
     return order[OutputPositions(op, place)(numbers.unsqueeze(0))[0, 0].long()]
 
 
 def _root(G: Tensor) -> Tensor:
-    """R `[r, d]` with Rᵀ R = G, of as many rows as G has rank."""
+    """R `[r, d]` with Rᵀ R = G, where r is the rank of G."""
     values, vectors = torch.linalg.eigh(G.detach())
     seen = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     return (vectors * values.clamp(min=0).sqrt()).mT[seen]

@@ -1,9 +1,8 @@
-"""memory: how high a call's memory will rise, before it runs; and how to cut a batch so that it stays in a budget.
+"""memory: the forecast of a call's peak memory, before it runs, and the chunks of a batch that fit a budget.
 
-The emitted graphs run on fake tensors, which have shapes and no values, and every storage that comes and goes is
-counted: what the generated code holds and drops, and what the modules hold in between. Diagonals are charged what they
-say they cost, convolutions for the copies in which their kernels work. All figures are bytes beyond the model and the
-inputs.
+The emitted graphs run on fake tensors, which have shapes and no values. Every storage is counted from allocation to
+release, in the generated code and inside modules. Diagonals are charged the cost that they report, convolutions the
+workspace of their kernels. All figures are bytes beyond the model and the inputs.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def bytes_of(budget: int | str | None) -> int | None:
-    """A budget as bytes: a whole number of them, or a number and a unit, as "512MiB" or "1.5 GB"."""
+    """Convert a budget to bytes: a whole number of bytes, or a number and a unit, as "512MiB" or "1.5 GB"."""
     if budget is None:
         return None
     text = str(budget).strip() if isinstance(budget, str) or type(budget) is int else ""
@@ -57,7 +56,7 @@ def bytes_of(budget: int | str | None) -> int | None:
 
 
 def show_bytes(number: float) -> str:
-    """1.5 GiB."""
+    """Format a number of bytes, as in "1.5 GiB"."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if number >= size:
             return f"{number / size:.4g} {unit}"
@@ -69,10 +68,10 @@ def show_bytes(number: float) -> str:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes at the highest point of each part of a call, all that is held from before included.
+    """Peak bytes of each part of a call, including tensors held from earlier parts.
 
-    `forward`: the forward graph and the loss; `kept`: what is held from then on; `backward`: the backward graph of each
-    factor, on a chunk of its columns; `results`: the sums of the whole program.
+    `forward`: the forward graph and the loss; `kept`: tensors held after it, as saved for backward; `backward`: the
+    backward graph of each factor, on a chunk of its columns; `results`: the sums of the whole program.
     """
 
     forward: int
@@ -82,24 +81,24 @@ class Forecast:
 
     @property
     def peak(self) -> int:
-        """The highest point of the call."""
+        """Peak bytes of the call."""
         return max(self.forward, *self.backward.values(), self.kept + self.results)
 
     def __str__(self) -> str:
         backward = max(self.backward.values(), default=0)
         return (
             f"{show_bytes(self.peak)} (forward {show_bytes(self.forward)}, backward {show_bytes(backward)}, "
-            f"of which kept {show_bytes(self.kept)}, results {show_bytes(self.results)})"
+            f"of which saved {show_bytes(self.kept)}, results {show_bytes(self.results)})"
         )
 
 
 def forecast(
     program: Program, inputs: Inputs, samples: int, columns: int | Mapping[Factor, int], of: int | None = None
 ) -> Forecast:
-    """The memory of a call on a batch like `inputs`, of which only shapes and types are read.
+    """Forecast the memory of a call on a batch like `inputs`; only their shapes and types are read.
 
-    `samples` of the batch are processed at once, and `columns` of every factor (at most as many as it has), `of` so
-    many instead of all that it has.
+    `samples` of the batch are processed at once, and `columns` of every factor (at most its number of columns). `of`
+    replaces the number of columns of each factor.
     """
     asked = columns if isinstance(columns, Mapping) else dict.fromkeys(program.backwards, columns)
     live, given, place = _Live(), _tensors(as_call(inputs)), next(program.canonical.parameters())
@@ -128,16 +127,15 @@ def forecast(
             results.append(size)
             sums = {**sums, **found}
     del held
-    whole = sum(results)  # which later parts of the batch find there
+    whole = sum(results)  # held while later parts of the batch run
     backward = {f: h + (whole - sum(results[: i + 1]) if times > 1 else 0) for i, (f, h) in enumerate(highest.items())}
     return Forecast(forward + (whole if times > 1 else 0), base, backward, whole)
 
 
 def _grown(program: Program, parts: Mapping[str, Tensor], chunks: tuple[int, int]) -> tuple[int, int]:
-    """Bytes of sums over chunks of samples and columns, each like these, and at most beside them when one is added.
+    """Bytes of sums over chunks of samples and columns like `parts`, and the most temporary bytes when a part is added.
 
-    Moments that are kept as vectors grow with every chunk, until they are formed; samples and columns that are kept
-    apart are laid side by side.
+    A lazy Gram grows with every chunk until it is formed. Samples and columns kept separately are concatenated.
     """
     held, beside, times = 0, 0, chunks[0] * chunks[1]
     for key, part in parts.items():
@@ -156,7 +154,7 @@ def _grown(program: Program, parts: Mapping[str, Tensor], chunks: tuple[int, int
 
 
 HELD, WORKING, ROOT = 3, 4, 4
-"""Outputs that the loss holds (gradient, probabilities, weights) and works in, and copies in which columns are made."""
+"""Copies of the output: held by the loss (gradient, probabilities, weights), its temporaries, and those per column."""
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -164,13 +162,13 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _bytes(value: Any) -> int:
-    """The storage of all tensors in it, each once."""
+    """Bytes of the storages of all tensors in `value`, each counted once."""
     storages = {storage_id(t): t.untyped_storage().nbytes() for t in _tensors(value)}
     return sum(storages.values())
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operators made and that are still there, views and aliases once."""
+    """Counts the bytes of live storages allocated by operators; views and aliases count once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,11 +187,11 @@ class _Live(TorchDispatchMode):
         return out
 
     def begin(self) -> None:
-        """Count from here."""
+        """Start counting here."""
         self.start = self.peak = self.now
 
     def again(self) -> None:
-        """Look for the highest point from here."""
+        """Reset the peak to the current bytes."""
         self.peak = self.now
 
     @property
@@ -205,7 +203,7 @@ class _Live(TorchDispatchMode):
         return self.peak - self.start
 
     def see(self, t: Tensor, foreign: bool = False) -> None:
-        """Count a tensor's storage until it is dropped; a `foreign` one, of the model or the caller, as nothing."""
+        """Count a tensor's storage until it is freed; a `foreign` one, of the model or the caller, counts as zero."""
         storage = t.untyped_storage()
         key, size = storage_id(t), 0 if foreign else storage.nbytes()
         if key in self.seen:
@@ -220,19 +218,19 @@ class _Live(TorchDispatchMode):
         self.charge(0)
 
     def charge(self, temporary: float) -> None:
-        """Bytes that come and go at this point."""
+        """Charge temporary bytes at this point."""
         self.peak = max(self.peak, self.now + int(temporary))
 
 
 class _Run(fx.Interpreter):
-    """Runs a graph as its generated code does, which drops every value at its last use."""
+    """Runs a graph as its generated code does, freeing every value after its last use."""
 
     def __init__(self, gm: fx.GraphModule, live: _Live) -> None:
         super().__init__(gm)
         self.live = live
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A module's result; what loops over samples and columns is charged what it says it costs."""
+        """Return a module's result; statistics that loop over samples and columns are charged their reported cost."""
         module: Any = self.fetch_attr(target)
         statistic = module.statistic if isinstance(module, Scaled) else module
         if isinstance(statistic, ColumnsBySample):
@@ -245,22 +243,22 @@ class _Run(fx.Interpreter):
         self.live.charge(module.cost(*args).temporary)
         (x, *_), (S, *_) = args
         result = S.new_empty(*S.shape[3:], 1 if x is None else x.shape[-1])
-        self.live.charge(_bytes(result))  # a part, and the sum of those before
+        self.live.charge(_bytes(result))  # one part, and the sum of the earlier parts
         return result
 
 
-# Copies in which kernels work -------------------------------------------------------------------------------------
+# Workspace of convolution kernels ---------------------------------------------------------------------------------
 
 
 def _convolution(y: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> float:
-    """oneDNN's blocked copies of the larger side and the weight; the kernel's patches for a type that it lacks."""
+    """oneDNN's blocked copies of the larger side and the weight; the patches for a type that it does not support."""
     if x.dtype == torch.float64 and x.device.type == "cpu":
         return _patches(y, weight) + (y.nbytes if rest[-1] > 1 else 0)
     return max(x.nbytes, y.nbytes) + weight.nbytes
 
 
 def _convolution_backward(dxs: Any, S: Tensor, x: Tensor, weight: Tensor, _: Any, stride: Any, *rest: Any) -> float:
-    """The same for the transposed one, which also has a copy of its input, though it reads only its shape."""
+    """Workspace of the transposed convolution, which also copies its input although it reads only the shape."""
     given = math.prod(x.shape) * x.element_size()
     if x.dtype == torch.float64 and x.device.type == "cpu":
         return 2 * given + _patches(S, weight) / len(S)
@@ -282,18 +280,18 @@ _WORKSPACES: dict[Any, Callable[..., float]] = {
 
 @dataclass(frozen=True)
 class Chunks:
-    """How a batch is cut: so many samples at once, and of each factor so many columns at once."""
+    """Chunk sizes of a batch: samples at once, and columns at once for each factor."""
 
     samples: int
     columns: Mapping[Factor, int]
 
 
 MARGIN = 0.9
-"""The share of a budget that a forecast may fill: allocators round up, and kernels keep a little."""
+"""Share of a budget that a forecast may use: allocators round up, and kernels hold some memory."""
 
 
 def cut(program: Program, inputs: Inputs, budget: int, columns: int) -> Chunks:
-    """The largest chunks, of at most `columns`, with which a call stays within `budget` bytes.
+    """The largest chunks, of at most `columns` columns, for which a call fits in `budget` bytes.
 
     All samples at once if a single column then fits, else as many as fit.
     """
@@ -303,10 +301,10 @@ def cut(program: Program, inputs: Inputs, budget: int, columns: int) -> Chunks:
         least = min((forecast(program, inputs, n, 1) for n in (1, N)), key=lambda found: found.peak)
         raise FxcurvError(
             f"one column needs at least {least}, more than memory_budget={show_bytes(budget)}",
-            remedy=f"allow {show_bytes(math.ceil(1.001 * least.peak / MARGIN))}, or ask for less at once",
+            remedy=f"allow {show_bytes(math.ceil(1.001 * least.peak / MARGIN))}, or request fewer quantities",
             code="FXC503",
         )
-    samples = math.ceil(N / math.ceil(N / samples))  # of equal size, or nearly
+    samples = math.ceil(N / math.ceil(N / samples))  # of nearly equal size
     found, outputs = dict[Factor, int](), math.prod(resolve(output_of(program.canonical).meta["shape"], 1))
     for factor in program.backwards:
 
@@ -318,10 +316,10 @@ def cut(program: Program, inputs: Inputs, budget: int, columns: int) -> Chunks:
 
 
 def largest(most: int, allowed: float, needs: Callable[[int], int]) -> int:
-    """The largest count up to `most` that needs no more than is `allowed`, or 0.
+    """The largest count up to `most` whose need is at most `allowed`, or 0.
 
-    What is needed grows with the count, nearly in proportion: where it is convex, the chord from a count that fits to
-    one that does not is above it, so that the count at which the chord is level with what is allowed fits.
+    The need grows nearly in proportion to the count. If it is convex, the chord from a count that fits to one that
+    does not is above it, so the count at which the chord reaches `allowed` fits.
     """
     if (high := needs(most)) <= allowed:
         return most

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from fxcurv.core.errors import QuantityError
@@ -16,12 +17,13 @@ OnUnsupported = Literal["error", "skip", "fallback"]
 
 @dataclass(frozen=True)
 class Options:
-    """What `compile` takes besides the model, its loss and the quantities; the budget in bytes."""
+    """Options of `compile`; the memory budget is in bytes."""
 
     output: Output = None
     on_unsupported: OnUnsupported = "error"
     backend: Backend = "eager"
     memory_budget: int | None = None
+    algorithms: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, kind in (("on_unsupported", OnUnsupported), ("backend", Backend)):

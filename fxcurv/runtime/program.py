@@ -1,4 +1,4 @@
-"""Program: the emitted graphs as a backend runs them, and the plan of the results."""
+"""Program: the emitted graphs of a backend, and the plan of the results."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["Program", "sums_of"]
 class Program:
     """A model compiled for quantities.
 
-    `forward(*inputs)` returns the output, what the pullback keeps, and sums over inputs; `backwards[factor](S, **kept)`
-    returns sums over a chunk of columns; `plan` says what is made of them. Both are those of the `stages`, as a backend
-    runs them. A factor that is taken `SecondPass` has a backward graph of its own, which is given eigenvectors besides.
+    `forward(*inputs)` returns the output, the tensors saved for backward, and sums over inputs;
+    `backwards[factor](S, **saved)` returns sums over a chunk of columns; `plan` assembles the results. Both are graphs
+    of `stages`, run by the backend. A `SecondPass` factor has its own backward graph, which also takes eigenvectors.
     """
 
     stages: Mapping[str, fx.GraphModule]
@@ -34,37 +34,37 @@ class Program:
 
     @classmethod
     def of(cls, emitted: Emitted) -> Program:
-        """The program that runs the emitted graphs as they stand."""
+        """Return the program that runs the emitted graphs eagerly."""
         stages = emitted.stages
         return cls(stages, stages["forward"], {f: stages[f"backward[{f}]"] for f in emitted.factors}, emitted.plan)
 
     @cached_property
     def statistics(self) -> dict[str, Statistic]:
-        """What computes each sum."""
+        """The statistic of each sum, by name."""
         sums = (item for gm in self.graphs for item in sums_of(gm).items())
         return {key: cast(Statistic, module_of(node)) for key, node in sums}
 
     @property
     def graphs(self) -> tuple[fx.GraphModule, ...]:
-        """The graphs that run: forward, and one backward graph per factor, two where a factor is taken again."""
+        """The graphs that run: forward, and one backward graph per factor, two if the factor has a second pass."""
         return self.stages["forward"], *(self.stages[f"backward[{factor}]"] for factor in self.backwards)
 
     @property
     def canonical(self) -> fx.GraphModule:
-        """The model's computation, as modules of the vocabulary."""
+        """The model's computation in modules of the vocabulary."""
         return self.stages["canonical"]
 
     def given(self, factor: Factor) -> dict[str, tuple[int, ...] | None]:
-        """What the backward graph of a factor reads besides S, in order: eigenvectors with their shapes, and `kept`."""
+        """Inputs of a backward graph besides S, in order: eigenvectors with shapes, saved tensors with None."""
         _, *rest = self.stages[f"backward[{factor}]"].graph.find_nodes(op="placeholder")
         return {str(node.target): node.meta.get("eigenvectors") for node in rest}
 
     def saved(self, factor: Factor) -> list[str]:
-        """What the backward graph of a factor reads of what the forward graph keeps."""
+        """Names of the saved tensors that the backward graph of a factor reads."""
         return [name for name, eigenvectors in self.given(factor).items() if eigenvectors is None]
 
 
 def sums_of(gm: fx.GraphModule) -> dict[str, fx.Node]:
-    """The sums that a forward or backward graph returns, by name."""
+    """The sums returned by a forward or backward graph, by name."""
     returned: Any = gm.graph.output_node().args[0]
     return dict(returned if isinstance(returned, dict) else returned[2])

@@ -1,6 +1,6 @@
-"""Forward passes of the model as it is, with the calls of linear layers and convolutions recorded.
+"""Forward passes of the original model that record the calls of linear layers and convolutions.
 
-A zero that is added to what a layer returns receives the cotangent S of its output."""
+A zero added to the output of a layer receives its cotangent S."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One call of a linear layer or convolution, whose output has the zero `z` added: its input, its parameters."""
+    """One call of a linear layer or convolution: its input, its parameters, and the zero `z` added to its output."""
 
     op: nn.Linear | ops.MatMul | Convolution
     x: Tensor
@@ -60,7 +60,7 @@ class RecordedCall:
     bias: str | None
     z: Tensor
     reads: bool
-    """Whether what the layer sees is differentiable in the model's inputs."""
+    """Whether the layer's input depends differentiably on the model's inputs."""
 
     @property
     def _use(self) -> WeightUsage:
@@ -70,17 +70,17 @@ class RecordedCall:
 
     @property
     def in_out(self) -> bool:
-        """Whether the weight lies as `W[i,o]`."""
+        """Whether the weight has in–out layout, `W[i,o]`."""
         return self._use.weight == "in_out"
 
     def input_positions(self) -> Tensor:
-        """x[1,s,g,i]: what the layer sees, all rows of it positions of one sample."""
+        """x[1,s,g,i]: the layer's input, with all rows as positions of one sample."""
         if isinstance(self.op, nn.Linear | ops.MatMul):
             return positions(self.x.reshape(1, -1, self.x.shape[-1]), lead=1)
         return self._use.x(self.op, self.x).flatten(0, 1).unsqueeze(0)
 
     def output_positions(self, S: Tensor) -> Tensor:
-        """S[1,1,s,g,o]: what arrives at the layer's output."""
+        """S[1,1,s,g,o]: the cotangent of the layer's output."""
         if isinstance(self.op, nn.Linear | ops.MatMul):
             return positions(S.reshape(1, 1, -1, S.shape[-1]), lead=2)
         batched = S.reshape(1, -1, *S.shape[-len(self.op.kernel_size) - 1 :])
@@ -89,7 +89,7 @@ class RecordedCall:
 
 @dataclass(frozen=True)
 class Pulled:
-    """One column of the factor, pulled back: at every parameter, and at the output of every call."""
+    """One column of the factor, pulled back to every parameter and to the output of every call."""
 
     gradients: Mapping[str, Tensor]
     reached: Mapping[str, bool]
@@ -120,14 +120,14 @@ class RecordedPass:
         return [call.input_positions() for call in self.calls_of(weight)]
 
     def columns(self, S: Tensor) -> Iterator[Tensor]:
-        """A column `[N, …]` of all samples -> one for each sample of this pass, zero at its others."""
+        """Split a column `[N, …]` of all samples into one per sample of this pass, zero at the other samples."""
         for n, rows in enumerate(S[self.samples]):
             alone = torch.zeros_like(S[self.samples])
             alone[n] = rows
             yield alone
 
     def pulled(self, S: Tensor, wanted: Mapping[str, Tensor]) -> Pulled:
-        """The column `S` of the output's shape, pulled back."""
+        """Pull back the column `S`, which has the output's shape."""
         at = [*wanted.values(), *(call.z for call in self.calls)]
         found = _gradients(self.output, at, S)
         zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(at, found, strict=True)]
@@ -139,19 +139,19 @@ class RecordedPass:
 
 
 def _gradients(y: Tensor, at: Sequence[Tensor], S: Tensor) -> Sequence[Tensor | None]:
-    """(∂y/∂t)ᵀ S for each tensor t, None where y does not depend on it."""
+    """(∂y/∂t)ᵀ S for each tensor t, None if y does not depend on it."""
     return torch.autograd.grad(y, at, S, retain_graph=True, allow_unused=True) if at else ()
 
 
 def recorded(model: nn.Module, inputs: Inputs, output: Output) -> list[RecordedPass]:
-    """A pass per sample where each sample's output is its own, else one over the whole batch."""
+    """Record one pass per sample if samples do not interact, else one pass over the whole batch."""
     copy, select = structural_copy(model, *model.parameters()), selector(output)
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     number = batch_size(inputs)
 
     def forward(samples: slice) -> RecordedPass:
         given = pytree.tree_map_only(Tensor, lambda t: _leaf(t[samples]), as_call(inputs))
-        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, given)  # which the model may write into
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, given)  # the model may write into them
         with _Recorder(names, [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor)]) as recorder:
             y = select(copy(*args, **kwargs))
         if not y.requires_grad:
@@ -169,14 +169,14 @@ def recorded(model: nn.Module, inputs: Inputs, output: Output) -> list[RecordedP
         single = [forward(slice(n, n + 1)) for n in range(number)]
     except FxcurvError:
         raise
-    except Exception:  # whatever a model raises that only takes whole batches
+    except Exception:  # a model that only takes whole batches may raise anything
         return [whole]
     apart = all(close(one.output.detach(), whole.output[one.samples].detach()) for one in single)
     return single if apart else [whole]
 
 
 def _leaf(t: Tensor) -> Tensor:
-    """A leaf of autograd's graph with these values."""
+    """Return a leaf of autograd's graph with these values."""
     return t.detach().requires_grad_(t.is_floating_point())
 
 
@@ -193,7 +193,7 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:  # a Python function, whose body calls linear layers
+        if func is F.multi_head_attention_forward:  # a Python function that calls linear layers
             with self:
                 return _body(func)(*args, **kwargs)
         y = func(*args, **kwargs)
@@ -212,7 +212,7 @@ class _Recorder(TorchFunctionMode):
         return y + z
 
     def _weight(self, given: Any) -> tuple[str | None, bool]:
-        """The name of a parameter that is given, and whether it is given as its transpose."""
+        """The name of a given parameter, and whether it is given as its transpose."""
         base = base_of(given)
         if base is None or id(base) not in self.names or base.ndim != 2:
             return self.names.get(id(given)), False
@@ -220,7 +220,7 @@ class _Recorder(TorchFunctionMode):
         return (self.names[id(base)], True) if swapped else (None, False)
 
     def _reads(self, end: Any) -> bool:
-        """Whether the graph of autograd leads from a node to an input of the model; `reading` remembers."""
+        """Whether the autograd graph leads from a node to an input of the model; cached in `reading`."""
         stack = [end]
         while stack:
             node = stack[-1]
@@ -236,12 +236,12 @@ class _Recorder(TorchFunctionMode):
 
 
 def _product(func: Any, swapped: bool) -> nn.Linear | ops.MatMul:
-    """The module that a call with a matrix, or its transpose, amounts to."""
+    """The module equivalent to a call with a matrix, or its transpose."""
     return ops.MatMul(1, 1) if (func in PRODUCTS) != swapped else nn.Linear(1, 1, device="meta")
 
 
 def _body(func: FunctionType) -> FunctionType:
-    """A Python function of torch that does not ask first whether its arguments or a mode override it."""
+    """Return a Python function of torch without its check for overrides by arguments or modes."""
     plain = {**func.__globals__, "has_torch_function": lambda _: False}
     return FunctionType(func.__code__, plain, func.__name__, func.__defaults__, func.__closure__)
 
@@ -249,7 +249,7 @@ def _body(func: FunctionType) -> FunctionType:
 def _convolution(
     func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, **geometry: Any
 ) -> tuple[Convolution, Tensor]:
-    """The module that a call of a convolution amounts to, and its input, batched and padded."""
+    """The module equivalent to a call of a convolution, and its input, batched and padded."""
     kernel = tuple(weight.shape[2:])
     x = input if input.ndim == weight.ndim else input.unsqueeze(0)
     groups, padding = geometry.pop("groups", 1), geometry.pop("padding", 0)

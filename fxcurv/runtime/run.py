@@ -1,4 +1,4 @@
-"""run: a batch through a program's forward graph, chunks of columns through its backward graphs, sums into results."""
+"""run: run a batch through the forward graph, chunks of columns through the backward graphs, and assemble results."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ __all__ = ["COLUMN_BYTES", "Gathered", "Minibatch", "assembled", "bind", "defaul
 
 
 COLUMN_BYTES = 1 << 29
-"""How much memory one chunk of columns may take at the widest place of the backward graph."""
+"""Bytes that one chunk of columns may take at the widest node of the backward graph."""
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """What a program is run on; `generator` draws sampled columns, `progress` shows a bar on a terminal.
+    """A batch of a run; `generator` draws sampled columns, `progress` shows a progress bar on a terminal.
 
-    With `bases`, there is a second pass only, in these.
+    With `bases`, only the second pass runs, in these bases.
     """
 
     inputs: Inputs
@@ -57,9 +57,9 @@ class Minibatch:
 
 
 def run(program: Program, model: nn.Module, loss: Loss, batch: Minibatch, chunks: Chunks) -> Curvature:
-    """The curvature of `loss` at a batch, with `chunks` of its samples and of columns at once.
+    """Compute the curvature of `loss` at a batch, in `chunks` of samples and columns.
 
-    However it is cut, the terms of the loss and the columns drawn are those of the whole batch.
+    For any chunks, the terms of the loss and the drawn columns are the same as for the whole batch.
     """
     inputs = [t for t in pytree.tree_leaves(as_call(batch.inputs)) if isinstance(t, Tensor)]
     N, n = len(inputs[0]), chunks.samples
@@ -87,7 +87,7 @@ def _cut(inputs: Sequence[Tensor], part: slice) -> list[Tensor]:
 
 
 class Gathered:
-    """The sums of chunks of columns of a part of the batch, and over the parts."""
+    """Sums over chunks of columns for one part of the batch, and over all parts."""
 
     def __init__(self, program: Program) -> None:
         self.statistics = program.statistics
@@ -95,14 +95,14 @@ class Gathered:
         self.part: dict[str, StatisticValue] = {}
 
     def add(self, parts: dict[str, Tensor]) -> None:
-        """Put what a graph returned to the sums of earlier chunks, and let go of it piece by piece."""
+        """Accumulate the sums returned by a graph, and free them one by one."""
         for key in list(parts):
             statistic = self.statistics[key]
             into = self.whole if statistic.samples is None else self.part
             combined(into, key, statistic.sum_of(parts.pop(key)), statistic.columns)
 
     def close(self) -> None:
-        """The part of the batch is done: what keeps samples apart is laid beside the samples before."""
+        """Finish a part of the batch: concatenate its per-sample sums with those of earlier parts."""
         while self.part:
             key, part = self.part.popitem()
             combined(self.whole, key, part, self.statistics[key].samples)
@@ -110,7 +110,7 @@ class Gathered:
 
 @dataclass
 class _Walk:
-    """A batch on its way through a program, in parts; `draws` are the generator's states where factors begin."""
+    """The run of a batch through a program, in parts; `draws` holds the generator state at each factor's start."""
 
     program: Program
     inputs: Sequence[Tensor]
@@ -123,7 +123,7 @@ class _Walk:
         self.sums = Gathered(self.program)
 
     def through(self, factors: Sequence[Factor], first: Any) -> None:
-        """The sums over inputs, and those of these factors; `first` is what the forward graph returned, if uncut."""
+        """Compute the sums over inputs and of these factors; `first` is the forward result of an uncut batch."""
         for part in self._parts():
             _, saved, found = first or self.program.forward(*_cut(self.inputs, part))
             self.sums.add(found)
@@ -133,14 +133,14 @@ class _Walk:
             del saved, found
 
     def past(self, factors: Sequence[Factor]) -> None:
-        """Draw what `through` draws, and take nothing back."""
+        """Advance the generator as `through` would, without a backward pass."""
         assert self.batch.generator is not None
         for factor in factors:
             self.draws[factor] = self.batch.generator.get_state()
             self.terms.skip(factor, self.batch.generator)
 
     def again(self, factors: Sequence[SecondPass], first: Any) -> None:
-        """The sums of these factors in the eigenbases of what there is, or those given, from the same columns."""
+        """Compute the sums of these factors, from the same columns, in the eigenbases of the sums so far or `bases`."""
         if not factors:
             return
         assert self.batch.generator is not None
@@ -160,7 +160,7 @@ class _Walk:
         return [slice(a, a + n) for a in range(0, len(self.inputs[0]), n)]
 
     def _pull_back(self, factor: Factor, drawn: Factor, saved: Mapping[str, Any], part: slice) -> None:
-        """The sums of one factor at some samples; they are taken out of the same draws for each part and pass."""
+        """Compute the sums of one factor at some samples; every part and pass uses the same draws."""
         generator, size, count = self.batch.generator, self.chunks.columns[factor], self.terms.count(drawn)
         assert generator is not None
         generator.set_state(self.draws.setdefault(drawn, generator.get_state()))
@@ -173,7 +173,7 @@ class _Walk:
 def pull_back(
     program: Program, factor: Factor, saved: Mapping[str, Any], columns: Iterable[Tensor], sums: Gathered
 ) -> None:
-    """Add the sums of one factor, over chunks of its columns."""
+    """Accumulate the sums of one factor into `sums`, over chunks of its columns."""
     backward = program.backwards[factor]
     needed = {name: saved[name] for name in program.given(factor)}
     dtype = output_of(program.canonical).meta["dtype"]
@@ -182,7 +182,7 @@ def pull_back(
 
 
 def default_columns(program: Program, samples: int) -> int:
-    """How many columns to pull back at once, so that those of the widest node stay within `COLUMN_BYTES`."""
+    """Number of columns to pull back at once, so that columns of the widest node fit in `COLUMN_BYTES`."""
     nodes = [node for node in program.canonical.graph.nodes if "shape" in node.meta]
     sizes = [
         math.prod(resolve(n.meta["shape"], samples)) * (samples if n.meta["samples"] is None else 1) for n in nodes
@@ -192,7 +192,7 @@ def default_columns(program: Program, samples: int) -> int:
 
 
 def bind(canonical: fx.GraphModule, model: nn.Module) -> None:
-    """Point every slot at the model's tensors as they are now."""
+    """Set every slot to the model's current tensors."""
     parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     tensors: dict[str, Tensor] = {**dict(parameters), **dict(buffers)}
     for node in canonical.graph.nodes:
@@ -210,7 +210,7 @@ def _hold(op: nn.Module, slot: str, tensor: Tensor) -> None:
 def assembled(
     plan: Plan, sums: Mapping[str, StatisticValue], terms: LossTerms, output: Tensor, reduction: str
 ) -> Curvature:
-    """Sums -> values, by quantity and parameter."""
+    """Turn sums into values by quantity and parameter."""
     samples, values = len(output), dict[tuple[str, str], Tensor | Block]()
     owners = Counter(id(sums[key]) for job in plan.jobs for key in job.sums.values())
     for job in plan.jobs:

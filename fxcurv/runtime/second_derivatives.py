@@ -1,10 +1,10 @@
-"""The diagonal of the loss Hessian itself, by differentiating the gradient once more: exact for any model.
+"""The exact diagonal of the loss Hessian, by differentiating the gradient again, for any model.
 
-Each product with the Hessian is a backward pass through the graph of the gradient, of the whole batch and one at a
-time, so that memory stays that of two backward passes. Where a parameter is a weight or bias that one layer uses, the
-zero z added to its output y = W x + b + z tells all of it: ∂²L/∂W_oi² = Σ_st x_si x_ti ∂²L/∂z_so∂z_to for each sample,
-which takes the fewer of s·o and o·i products (a linear layer without positions: o), those of all samples at once. Any
-other parameter takes one product per entry, or with samples apart one per sample and entry.
+Each product with the Hessian is a backward pass through the graph of the gradient for the whole batch, one at a time,
+so the memory is that of two backward passes. For the weight or bias of a single layer, the zero z added to its output
+y = W x + b + z suffices: ∂²L/∂W_oi² = Σ_st x_si x_ti ∂²L/∂z_so∂z_to for each sample, with the smaller of s·o and o·i
+products (a linear layer without positions: o), for all samples at once. Any other parameter takes one product per
+entry, or one per sample and entry for per-sample diagonals.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ LossOfOutput = Callable[[Tensor], Tensor]
 
 
 _Slot = tuple[fx.Node, str]
-"""A node that holds a parameter, and in which slot."""
+"""A node that holds a parameter, and the slot."""
 
 
 def twice(jobs: Sequence[Job]) -> Iterator[tuple[Job, str, HessianDiagonal]]:
-    """The jobs with a sum that differentiates the loss twice, and that sum."""
+    """Yield the jobs with a Hessian diagonal, its name, and the statistic."""
     for job in jobs:
         for name, statistic in job.quantity.statistics(job.usage).items():
             if isinstance(statistic, HessianDiagonal):
@@ -48,7 +48,7 @@ def twice(jobs: Sequence[Job]) -> Iterator[tuple[Job, str, HessianDiagonal]]:
 def hessian_diagonals(
     program: Program, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor], loss: LossOfOutput
 ) -> dict[str, Tensor]:
-    """The sums of all jobs that differentiate the loss twice, at `inputs`; the canonical graph is bound already."""
+    """Return the Hessian diagonals of all jobs at `inputs`; the canonical graph must be bound."""
     wanted = list(twice(program.plan.jobs))
     if not wanted:
         return {}
@@ -72,7 +72,7 @@ def hessian_diagonals(
 
 
 def _single_uses(canonical: fx.GraphModule, names: set[str]) -> dict[str, _Slot]:
-    """The parameters among these that one affine layer uses, once."""
+    """Node and slot of the parameters among `names` that are used once, by an affine layer."""
     uses: dict[str, list[_Slot]] = {}
     for node in canonical.graph.nodes:
         for slot, source in node.meta.get("slots", {}).items():
@@ -83,7 +83,7 @@ def _single_uses(canonical: fx.GraphModule, names: set[str]) -> dict[str, _Slot]
 
 
 class _Watched(fx.Interpreter):
-    """Runs the canonical graph with zeros added to the outputs of some nodes; they and what the nodes saw are kept."""
+    """Runs the canonical graph with zeros added to the outputs of some nodes; stores zeros and node inputs."""
 
     def __init__(self, gm: fx.GraphModule, nodes: set[fx.Node]) -> None:
         super().__init__(gm)
@@ -101,7 +101,7 @@ class _Watched(fx.Interpreter):
 
 
 def _of_use(value: Tensor, watched: _Watched, use: _Slot) -> Tensor:
-    """The diagonal for each sample, [n,g,o,i], of a parameter that one layer uses."""
+    """The per-sample diagonal, [n,g,o,i], of a parameter used by one layer."""
     node, slot = use
     x, z = watched.seen[node]
     op, place = module_of(node), node.meta["samples"]
@@ -127,9 +127,9 @@ def _of_use(value: Tensor, watched: _Watched, use: _Slot) -> Tensor:
 
 
 def _columns(like: Tensor, x: Tensor | None) -> Iterator[tuple[tuple[int, int, int] | None, Tensor]]:
-    """Directions E[1,n,s,g,o] at a layer's output: of each output entry, or of each entry of its parameter, if fewer.
+    """Yield directions E[1,n,s,g,o] at a layer's output: one per output entry, or per parameter entry if fewer.
 
-    The latter come with the entry's indices g, o, i.
+    The latter come with the indices g, o, i of the entry.
     """
     _, _, s, groups, outputs = like.shape
     inputs = 1 if x is None else x.shape[-1]
@@ -146,7 +146,7 @@ def _columns(like: Tensor, x: Tensor | None) -> Iterator[tuple[tuple[int, int, i
 
 
 def _each_sample(canonical: fx.GraphModule, parameter: Tensor, inputs: Sequence[Tensor], loss: LossOfOutput) -> Tensor:
-    """The diagonal of each sample's part of the loss, `[n, *θ]`: one sample at a time, the others' outputs held."""
+    """The diagonal per sample, `[n, *θ]`: one sample at a time, with the outputs of the others fixed."""
     with torch.no_grad():
         held = canonical(*inputs)
     found: list[Tensor] = []
@@ -156,7 +156,7 @@ def _each_sample(canonical: fx.GraphModule, parameter: Tensor, inputs: Sequence[
     return torch.stack(found)
 
 
-# Any graph of autograd ----------------------------------------------------------------------------------------------
+# By autograd --------------------------------------------------------------------------------------------------------
 
 
 def entries_apart(value: Tensor, parameter: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def entries_apart(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _grad(slope: Tensor, at: Tensor, direction: Tensor) -> Tensor:
-    """The product of the second derivative with a direction, zero where the slope is constant."""
+    """The product of the second derivative with a direction, zero if the slope is constant."""
     if not slope.requires_grad:
         return torch.zeros_like(at)
     return torch.autograd.grad(slope, at, direction, retain_graph=True, allow_unused=True, materialize_grads=True)[0]

@@ -1,9 +1,10 @@
-"""The empirical neural tangent kernel, and what the network linearized in its parameters predicts.
+"""The empirical neural tangent kernel.
 
 K[n,m,c,d] = Σ_θ ⟨∂f(x_n)_c/∂θ, ∂f(x'_m)_d/∂θ⟩ over the trainable parameters (Jacot et al. 2018). Strategies:
-"jacobian" forms Jacobians and multiplies them; "structured" multiplies what they are made of, Σ_st (x_ns x'_mt)
-(S_ncs S'_mdt) per layer, and forms none (Novak et al. 2022); None takes for each parameter what costs less. "ntvp" is
-products with unit vectors: nothing is compiled, so that it serves any model that autograd can differentiate twice.
+"jacobian" forms Jacobians and multiplies them; "structured" multiplies their factors, Σ_st (x_ns x'_mt)
+(S_ncs S'_mdt) per layer, and forms no Jacobian (Novak et al. 2022); None uses the cheaper one for each parameter.
+"ntvp" takes products with unit vectors: nothing is compiled, so it supports any model that autograd can differentiate
+twice.
 """
 
 from __future__ import annotations
@@ -53,21 +54,21 @@ def ntk(
     *,
     memory_budget: int | str | None = None,
 ) -> Tensor:
-    """The kernel of two batches (or of one with itself), by entries c, d of one sample's output, flattened.
+    """Return the kernel of two batches (or of one with itself); c and d index the flattened output of one sample.
 
     `kind` is "full", `[N, M, C, C]`; "diagonal", K[n,m,c,c], `[N, M, C]`; or "trace", Σ_c K[n,m,c,c], `[N, M]`.
-    `memory_budget` is that of `fxcurv.compile`. `NTK(model)` is compiled once for many batches, and has the summands of
-    each parameter. Raises what `compile` does.
+    `memory_budget` is as for `fxcurv.compile`. `NTK(model)` is compiled once for many batches, and also gives the
+    summand of each parameter. Raises the errors of `compile`.
     """
     return NTK(model, strategy, memory_budget=memory_budget)(x1, x2, kind)
 
 
 class NTK:
-    """The kernel of a model; its parameters are read when it is called.
+    """The kernel of a model; its parameters are read at each call.
 
-    With a `memory_budget`, as "2GiB" or in bytes, a call raises memory no further, its result included: it is made of
-    tiles that a forecast says will fit (fxcurv/tiles.py). A budget that the kernel, and one column of one sample of
-    each batch, do not fit is refused (FXC503) before anything runs.
+    A `memory_budget`, as "2GiB" or in bytes, bounds the memory of a call, its result included: the kernel is computed
+    in tiles that fit by a forecast (fxcurv/tangent_kernel/tiling.py). A call raises FXC503 before anything runs if the
+    budget does not fit the kernel and one column of one sample of each batch.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class NTK:
             _refuse("strategy", strategy, get_args(How))
         if strategy == "ntvp" and memory_budget is not None:
             raise QuantityError(
-                "strategy='ntvp' is plain autograd, whose memory no budget bounds",
+                "strategy='ntvp' is plain autograd, which does not support a memory budget",
                 remedy="choose another strategy, or leave out memory_budget",
                 code="FXC409",
             )
@@ -93,7 +94,7 @@ class NTK:
         self._known: WeakKeyDictionary[Program, WeakKeyDictionary[Program, dict[object, Tiles]]] = WeakKeyDictionary()
 
     def __call__(self, x1: Inputs, x2: Inputs | None = None, kind: KernelKind = "full") -> Tensor:
-        """The kernel, as in `ntk`."""
+        """Return the kernel, as `ntk` does."""
         found = self._sums(x1, x2, kind, apart=False)
         if not found:
             raise InputError(
@@ -102,11 +103,11 @@ class NTK:
         return found[""]
 
     def of_each(self, x1: Inputs, x2: Inputs | None = None, kind: KernelKind = "full") -> dict[str, Tensor]:
-        """Each parameter's summand of the kernel."""
+        """Return the summand of the kernel for each parameter."""
         return self._sums(x1, x2, kind, apart=True)
 
     def _sums(self, x1: Inputs, x2: Inputs | None, kind: KernelKind, apart: bool) -> dict[str, Tensor]:
-        """The kernel of each parameter by its name, or not `apart` that of all of them under no name."""
+        """The summand of each parameter by name if `apart`, else their sum under the name ""."""
         if kind not in get_args(KernelKind):
             _refuse("kind", kind, get_args(KernelKind))
         found: dict[str, Tensor] = {}
@@ -131,7 +132,7 @@ class NTK:
         return found
 
     def _tiles(self, left: KernelInput, right: KernelInput | None, request: Request) -> Tiles:
-        """How the batches are cut, remembered for their sizes."""
+        """Tile sizes, cached by batch size."""
         other = right or left
         key = (left.samples, right and right.samples, request)
         known = self._known.setdefault(left.program, WeakKeyDictionary()).setdefault(other.program, {})
@@ -142,7 +143,7 @@ class NTK:
     def _products(
         self, left: KernelInput, right: KernelInput | None, request: Request, tiles: Tiles
     ) -> Iterator[tuple[str, Tile, Tile, Tensor]]:
-        """Every parameter's products of every two tiles, of one batch with itself of every pair."""
+        """The products of every two tiles for each parameter; of every unordered pair for one batch with itself."""
         ours = tiles.of(left)
         for i, a in enumerate(ours):
             L = self._columns(left, a)
@@ -156,7 +157,7 @@ class NTK:
             del L
 
     def _columns(self, batch: KernelInput, tile: Tile) -> dict[str, StoredColumns]:
-        """The Jacobians of each parameter at a tile, as what is kept of them."""
+        """The stored Jacobian columns of each parameter at a tile."""
         program, (start, stop) = batch.program, (tile.columns.start, tile.columns.stop)
         with torch.no_grad(), without_autocast():
             bind(program.canonical, self.model)
@@ -177,7 +178,7 @@ class NTK:
     # Products with vectors --------------------------------------------------------------------------------------------
 
     def product(self, v: Tensor, x1: Inputs, x2: Inputs | None = None) -> Tensor:
-        """Σ_md K[n,m,c,d] v[m,d]: `v` and the result have the shapes of the outputs; one vjp and one jvp, no kernel."""
+        """Return Σ_md K[n,m,c,d] v[m,d], by one vjp and one jvp; `v` and the result have the shapes of the outputs."""
         return self._product(v, x1, x2, self._trainable())
 
     def _product(self, v: Tensor, x1: Inputs, x2: Inputs | None, wanted: dict[str, Tensor]) -> Tensor:
@@ -201,7 +202,7 @@ class NTK:
             return torch.autograd.grad(gradients, w, directions)[0].detach()  # w ↦ Jᵀw is linear: this is J u
 
     def _by_products(self, x1: Inputs, x2: Inputs | None) -> dict[str, Tensor]:
-        """Each parameter's summand, `[N, M, C, C]`, column by column."""
+        """The summand of each parameter, `[N, M, C, C]`, column by column."""
         with torch.no_grad(), without_autocast():
             y2 = self._output(x1 if x2 is None else x2)
         units = torch.eye(y2.numel(), dtype=y2.dtype, device=y2.device).view(-1, *y2.shape)
@@ -212,7 +213,7 @@ class NTK:
         return found
 
     def outputs(self, inputs: Inputs) -> Tensor:
-        """What the model returns, without a graph."""
+        """Return the output of the model, without a graph."""
         with torch.no_grad(), without_autocast():
             return self._output(inputs)
 
@@ -226,7 +227,7 @@ class NTK:
 
 @dataclass(frozen=True)
 class _OutputColumns(OfEach):
-    """The kernel of a batch with itself, `[C·N, C·N]`, of which here only what it is made of is used."""
+    """The kernel of a batch with itself, `[C·N, C·N]`; only its stored columns are used here."""
 
     strategy: Strategy | None = None
     factor: Factor = field(default=Identity(), init=False)
@@ -241,7 +242,7 @@ class _OutputColumns(OfEach):
 
 
 def _reduced(K: Tensor, kind: KernelKind) -> Tensor:
-    """The kernel of some kind, from the full one."""
+    """The kernel of the given kind, from the full one."""
     if kind == "full":
         return K
     diagonal = K.diagonal(dim1=2, dim2=3)
@@ -249,7 +250,7 @@ def _reduced(K: Tensor, kind: KernelKind) -> Tensor:
 
 
 def _add(found: dict[str, Tensor], key: str, block: Tensor, shape: Sequence[int], place: tuple[Any, ...]) -> None:
-    """Add a block to the tensor of that shape under `key`, at a place; or make it that tensor."""
+    """Add `block` at `place` of `found[key]`, a tensor of that shape that is created if missing."""
     if key not in found and block.shape == shape:
         found[key] = block
         return

@@ -22,9 +22,9 @@ __all__ = ["Linearized"]
 class Linearized:
     """The model linearized at its parameters, trained on ½ Σ_n ‖f(x_n) - y_n‖² by gradient flow (Lee et al. 2019).
 
-    At time t with learning rate η it predicts, with K the kernel of the training inputs,
-    f_t(x) = f_0(x) + K(x, X) (K + jitter)⁻¹ (I - exp(-ηKt)) (y - f_0(X)); at t = ∞ that is kernel (ridge) regression.
-    What K does not see, within rounding, stays as it is.
+    At time t with learning rate η, with K the kernel of the training inputs, the prediction is
+    f_t(x) = f_0(x) + K(x, X) (K + jitter)⁻¹ (I - exp(-ηKt)) (y - f_0(X)); at t = ∞ it is kernel (ridge) regression.
+    Null-space eigenvalues of K, within rounding, do not contribute.
     """
 
     kernel: NTK
@@ -33,7 +33,7 @@ class Linearized:
     jitter: float = 0.0
 
     def __call__(self, x: Inputs, time: float = math.inf, rate: float = 1.0) -> Tensor:
-        """The predictions at x, of the shape of the model's output there."""
+        """Return the predictions at x, in the shape of the model's output."""
         start, fitted = self.kernel.outputs(x), self.kernel.outputs(self.inputs)
         if self.targets.shape != fitted.shape:
             raise InputError(

@@ -1,8 +1,8 @@
-"""Tiles: how the kernel of two batches is cut so that it stays in a memory budget.
+"""Tiling of the kernel of two batches, so that it stays within a memory budget.
 
-A tile is the columns of some samples and output entries, which are pulled back and held. The kernel is made of the
-products of every tile of one batch with every tile of the other, of which one is held at a time; those of one batch
-with itself are taken once for both orders.
+A tile holds the columns of some samples and output entries after their pullback. The kernel consists of the products
+of every tile of one batch with every tile of the other; one tile of each is in memory at a time. For one batch with
+itself, each pair of tiles is computed once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["KernelInput", "Peak", "Request", "Tile", "Tiles", "tiles_for"]
 
 @dataclass(frozen=True, eq=False)
 class KernelInput:
-    """A batch, and the program whose columns are those of the model's outputs there."""
+    """A batch, and the program that pulls back the output columns of the model."""
 
     program: Program
     inputs: Inputs
@@ -42,7 +42,7 @@ class KernelInput:
 
     @property
     def outputs(self) -> int:
-        """Output entries per sample."""
+        """Number of output entries per sample."""
         return math.prod(resolve(output_of(self.program.canonical).meta["shape"], 1))
 
     def part(self, samples: slice) -> Inputs:
@@ -51,7 +51,7 @@ class KernelInput:
         return cut
 
     def pulled(self, samples: int, columns: int) -> Forecast:
-        """What the columns of a tile take."""
+        """The memory forecast of the columns of a tile."""
         key = samples, columns
         if key not in self.known:
             at_once, inputs = min(columns, default_columns(self.program, samples)), self.part(slice(samples))
@@ -61,7 +61,7 @@ class KernelInput:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: kernels of equal output entries only (`alike`), summed over them or not; and how many."""
+    """The requested kernel: equal output entries only if `alike`, summed over them if `traced`; `count` of them."""
 
     alike: bool = False
     traced: bool = False
@@ -71,7 +71,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Tile:
-    """Some samples of a batch, and some output entries."""
+    """Slices of the samples of a batch and of the output entries."""
 
     samples: slice
     columns: slice
@@ -79,7 +79,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """So many samples and columns in a tile; `room` is how many numbers products form besides."""
+    """Numbers of samples and columns of a tile; `room` is the number of temporary entries of products."""
 
     samples: int
     columns: int
@@ -96,10 +96,10 @@ def _cut(whole: int, at_once: int) -> list[slice]:
 
 
 def tiles_for(left: KernelInput, right: KernelInput | None, request: Request, budget: int | None) -> Tiles:
-    """The largest tiles with which the kernel stays within `budget` bytes: all columns of some samples, or of one some.
+    """The largest tiles that fit in `budget` bytes: all columns of some samples, or some columns of one sample.
 
-    `right` is None for the kernel of a batch with itself. Without a budget nothing is cut. Raises FxcurvError (FXC503)
-    with the forecast where the kernel, and one column of one sample on each side, need more.
+    `right` is None for the kernel of a batch with itself. Without a budget there is one tile. Raises FxcurvError
+    (FXC503) with the forecast if the kernel and one column of one sample of each batch need more.
     """
     samples, columns = max(b.samples for b in (left, right or left)), max(b.outputs for b in (left, right or left))
     if budget is None:
@@ -128,19 +128,19 @@ def tiles_for(left: KernelInput, right: KernelInput | None, request: Request, bu
 
 
 def _size(batch: KernelInput) -> int:
-    """Bytes of a number."""
+    """Bytes per entry."""
     return max(4, output_of(batch.program.canonical).meta["dtype"].itemsize)
 
 
 def _kernel(left: KernelInput, right: KernelInput, request: Request) -> int:
-    """Entries of the result."""
+    """Number of entries of the result."""
     each = (1 if request.traced else left.outputs) if request.alike else left.outputs * right.outputs
     return request.count * left.samples * right.samples * each
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes at the highest point of the pullbacks, and of the products: what they form, `beside` all that is held."""
+    """Peak bytes of the pullbacks (`pulling`) and of the products: temporaries (`forming`) and all else (`beside`)."""
 
     pulling: int
     beside: int
@@ -152,7 +152,7 @@ class Peak:
 
     @classmethod
     def of(cls, left: KernelInput, right: KernelInput | None, request: Request, tiles: Tiles) -> Peak:
-        """Those of the kernel of two batches, or of one with itself, cut so."""
+        """The peaks for two batches, or for one with itself, with these tiles."""
         other, size = right or left, _size(left)
         one = right is None and tiles.samples >= left.samples and tiles.columns >= left.outputs
         (n, v), (m, w) = ((min(tiles.samples, b.samples), min(tiles.columns, b.outputs)) for b in (left, other))

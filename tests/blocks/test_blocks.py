@@ -15,7 +15,7 @@ import fxcurv
 from fxcurv.blocks.base import Damping
 from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.convolution.patches import Patches
-from fxcurv.linalg.factorizations import cholesky
+from fxcurv.linalg.factorizations import cholesky, rank
 
 G = torch.Generator().manual_seed(0)
 
@@ -29,7 +29,7 @@ def psd(*shape: int) -> Tensor:
     return root @ root.mT
 
 
-def kept(*shape: int) -> LazyGram:
+def saved(*shape: int) -> LazyGram:
     """Of vectors `[n, s, g, d]`."""
     return LazyGram((draw(*shape), draw(*shape)), scale=0.3)
 
@@ -39,17 +39,17 @@ PATCHES = LazyGram((draw(1, 4, 2, 2),), Patches((3, 3), (1, 1), (1, 1), (1, 1), 
 BLOCKS: dict[str, fxcurv.Block] = {
     "diagonal": fxcurv.Diagonal((2, 3), torch.rand(2, 3, dtype=torch.float64, generator=G)),
     "dense": fxcurv.Dense((6,), psd(6)),
-    "dense_kept": fxcurv.Dense((2, 6), kept(1, 2, 1, 12), parameters=("p",)),
+    "dense_kept": fxcurv.Dense((2, 6), saved(1, 2, 1, 12), parameters=("p",)),
     "kronecker": fxcurv.Kronecker((4, 2, 3), psd(6), psd(4), parameters=("w",)),
-    "kronecker_one_kept": fxcurv.Kronecker((4, 2, 3), kept(1, 2, 1, 6), psd(4), parameters=("w",)),
-    "kronecker_kept": fxcurv.Kronecker((7, 6), kept(1, 2, 1, 6), kept(1, 1, 1, 7), parameters=("w",)),
+    "kronecker_one_kept": fxcurv.Kronecker((4, 2, 3), saved(1, 2, 1, 6), psd(4), parameters=("w",)),
+    "kronecker_kept": fxcurv.Kronecker((7, 6), saved(1, 2, 1, 6), saved(1, 1, 1, 7), parameters=("w",)),
     "grouped": fxcurv.Kronecker((4, 3), psd(2, 3), psd(2, 2)),
-    "grouped_kept": fxcurv.Kronecker((6, 2, 3, 3), PATCHES, kept(1, 1, 2, 3), parameters=("conv.weight",)),
+    "grouped_kept": fxcurv.Kronecker((6, 2, 3, 3), PATCHES, saved(1, 1, 2, 3), parameters=("conv.weight",)),
 }
 BLOCKS["eigenbasis"] = BLOCKS["grouped"].inverse(0.1)
 BLOCKS["eigenbasis_kept"] = BLOCKS["kronecker_one_kept"].inverse(0.1)
 BLOCKS["swapped"] = fxcurv.Kronecker((3, 4), psd(3), psd(4), in_out=True, parameters=("w",))
-BLOCKS["swapped_kept"] = fxcurv.Kronecker((6, 5), kept(1, 2, 1, 6), psd(5), in_out=True, parameters=("w",))
+BLOCKS["swapped_kept"] = fxcurv.Kronecker((6, 5), saved(1, 2, 1, 6), psd(5), in_out=True, parameters=("w",))
 BLOCKS["eigenbasis_swapped"] = BLOCKS["swapped"].inverse(0.1)
 BLOCKS["eigenbasis_swapped_kept"] = BLOCKS["swapped_kept"].inverse(0.1)
 REGULAR = [name for name in BLOCKS if "kept" not in name or "eigenbasis" in name]
@@ -225,7 +225,7 @@ def test_kronecker_blocks_add_where_they_share_a_factor() -> None:
     close((block + other).dense(), block.dense() + other.dense())
     third = replace(block, input_moment=psd(6))
     close((block + third).dense(), block.dense() + third.dense())
-    with pytest.raises(fxcurv.InputError, match=r"of neither form; add a.as_dense\(\) \+ b.as_dense\(\)"):
+    with pytest.raises(fxcurv.InputError, match=r"of neither kind; add a.as_dense\(\) \+ b.as_dense\(\)"):
         _ = other + third
     with pytest.raises(fxcurv.InputError, match="Kronecker and a Diagonal"):
         _ = block + fxcurv.Diagonal(block.shape, torch.ones(block.shape))
@@ -251,8 +251,8 @@ def test_kept_factors_stay_kept() -> None:
     block = BLOCKS["kronecker_kept"]
     assert isinstance(block, fxcurv.Kronecker)
     block = replace(block)  # nothing is cached
-    for use in (block.logdet, lambda d: block.solve(draw(7, 6), d), lambda d: block.sample(G, d)):
-        use(0.1)
+    for usage in (block.logdet, lambda d: block.solve(draw(7, 6), d), lambda d: block.sample(G, d)):
+        usage(0.1)
     block.frobenius_norm()
     assert "A" not in vars(block)
     assert "G" not in vars(block)
@@ -270,20 +270,20 @@ SINGULAR: dict[str, Callable[[fxcurv.Block], object]] = {
 
 
 @pytest.mark.parametrize("use", SINGULAR.values(), ids=SINGULAR)
-def test_singular_blocks_need_damping(use: Callable[[fxcurv.Block], object]) -> None:
+def test_singular_blocks_need_damping(usage: Callable[[fxcurv.Block], object]) -> None:
     for name, text in {
         "dense_kept": r"the block of 'p' is singular: its rank is \d of 12; give damping > 0",
         "kronecker_one_kept": "the factor A of the block of 'w' is singular: its rank is 4 of 6",
         "grouped_kept": "the factor A of the block of 'conv.weight' is singular: its rank is 4 of 18",
     }.items():
         with pytest.raises(fxcurv.FxcurvError, match=text) as caught:
-            use(BLOCKS[name])
+            usage(BLOCKS[name])
         assert caught.value.code == "FXC420"
     formed = fxcurv.Dense((3,), torch.ones(3, 3, dtype=torch.float64), parameters=("b",))
     with pytest.raises(fxcurv.FxcurvError, match="the block of 'b' is singular: its rank is 1 of 3"):
-        use(formed)
+        usage(formed)
     with pytest.raises(fxcurv.FxcurvError, match="rank is 2 of 3"):
-        use(fxcurv.Diagonal((3,), torch.tensor([1.0, 0, 1e-30], dtype=torch.float64)))
+        usage(fxcurv.Diagonal((3,), torch.tensor([1.0, 0, 1e-30], dtype=torch.float64)))
     assert formed.logdet() == BLOCKS["kronecker_kept"].logdet() == -math.inf
     assert formed.det() == 0
 
@@ -300,9 +300,9 @@ def test_singular_factors_need_damping(method: Damping) -> None:
 @pytest.mark.parametrize("damping", [-1e-9, math.nan, math.inf, "much", None])
 def test_dampings_are_finite_and_not_negative(damping: float) -> None:
     for block in BLOCKS.values():
-        for use in (block.inverse, block.logdet, lambda d, block=block: block.solve(torch.zeros(block.shape), d)):
+        for usage in (block.inverse, block.logdet, lambda d, block=block: block.solve(torch.zeros(block.shape), d)):
             with pytest.raises(fxcurv.InputError, match="give a finite number, 0 or above") as caught:
-                use(damping)
+                usage(damping)
             assert caught.value.code == "FXC421"
 
 
@@ -326,6 +326,12 @@ def test_blocks_that_are_not_finite_say_so() -> None:
         dense = fxcurv.Dense((3,), LazyGram((entries[None, None, :2, :].mT[..., :1].mT,)), parameters=("b",))
         with pytest.raises(fxcurv.FxcurvError, match="the block of 'b' has no eigenvalues"):
             dense.eigvalsh()
+
+
+def test_rounding_adds_nothing_to_a_rank() -> None:
+    values = torch.tensor([[2.0, 1.0, 1e-8], [2.0, 1e-3, 1e-3]])
+    assert rank(values, 3) == 2
+    assert rank(values.double(), 3) == 3
 
 
 def test_cholesky_tries_again_in_float64() -> None:

@@ -198,7 +198,7 @@ def test_a_broken_baseline_is_refused(folder: Path, capsys: Capture, text: str) 
     (folder / "known.json").write_text(text)
     code, _, err = check(capsys, "nets.py:Good", "--baseline", "known.json")
     assert code == 2
-    assert "known.json is no baseline" in err
+    assert "known.json is not a baseline" in err
     assert check(capsys, "nets.py:Good", "--baseline", "none.json")[0] == 2
 
 

@@ -152,7 +152,7 @@ def test_wrong_curvature_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(entry.error for entry in demo._checked(narrow(), data, 0)) < 1e-12
     entry = demo._diagonal_entry
     monkeypatch.setattr(demo, "_diagonal_entry", lambda *arguments: entry(*arguments) * (1 + 1e-6))
-    with pytest.raises(DemoError, match=r"diag_ggn\[.*\] is .*, autograd says .*; this is a defect") as caught:
+    with pytest.raises(DemoError, match=r"diag_ggn\[.*\] is .*, autograd gives .*; this is a defect") as caught:
         demo._checked(narrow(), data, 0)
     assert caught.value.node in dict(narrow().named_parameters())
 

@@ -188,20 +188,20 @@ def test_compute_shows_what_has_no_value(nets: str, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["small", "--quantities", "kfca"], "no quantity is called 'kfca'; did you mean 'kfac'?"),
-        (["small", "--quantities", ","], "no quantity was asked for; choose some of grad, kfac"),
+        (["small", "--quantities", "kfca"], "no quantity is named 'kfca'; did you mean 'kfac'?"),
+        (["small", "--quantities", ","], "no quantity was requested; choose some of grad, kfac"),
         (["smal"], "has no 'smal'; did you mean small"),
-        (["shapeless"], "shapeless does not say the shape of its input; give --input"),
-        (["small", "--input", "8xx8"], "--input 8xx8 is no shape; give the sizes"),
-        (["small", "--input", "1x-1x8"], "--input 1x-1x8 is no shape; give the sizes"),
-        (["small", "--input", "1x0x8"], "--input 1x0x8 is no shape; give the sizes"),
+        (["shapeless"], "shapeless does not define the shape of its input; give --input"),
+        (["small", "--input", "8xx8"], "--input 8xx8 is not a shape; give the sizes"),
+        (["small", "--input", "1x-1x8"], "--input 1x-1x8 is not a shape; give the sizes"),
+        (["small", "--input", "1x0x8"], "--input 1x0x8 is not a shape; give the sizes"),
         (["small", "--input", "3x8x8"], "the model fails on an input of shape [8, 3, 8, 8]: RuntimeError: Given"),
         (["small", "--batch", "0"], "a batch of 0 inputs of shape (1, 8, 8) is empty"),
         (["small", "--save", "no/such/folder/x.safetensors"], "there is no folder no/such/folder; create it"),
         (["scalar", "--input", "4"], "the model returns [8]: no classes; choose another --loss"),
         (["Pair"], "the model returns a tuple, not a tensor; use fxcurv.compile(..., output=...)"),
         (["Mixing"], "node 'mean' "),
-        (["small", "--data", "digits", "--input", "5"], "5 inputs are no square image"),
+        (["small", "--data", "digits", "--input", "5"], "5 inputs are not a square image"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -253,7 +253,7 @@ def test_show_chooses_stages_and_code(nets: str, capsys: Capture, stage: str, ti
 def test_show_tells_what_a_call_will_cost(nets: str, capsys: Capture) -> None:
     code, out, err = run(capsys, "show", f"{nets}:small", "--quantities", "kfac,diag_ggn", "--cost")
     assert (code, err) == (0, "")
-    assert out.splitlines()[0].split()[:5] == ["graph", "node", "form", "GFLOP", "MiB"]
+    assert out.splitlines()[0].split()[:5] == ["graph", "node", "module", "GFLOP", "MiB"]
     assert re.search(
         r"^2 samples: .* GFLOP, about .* ms, peak .* MiB\nshares: kfac \d+%, diag_ggn \d+%$", out, re.MULTILINE
     )

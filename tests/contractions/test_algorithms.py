@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,12 +31,12 @@ from fxcurv.convolution import lag_correlation as meetings
 from fxcurv.convolution.lag_correlation import LagCorrelations, axis_overlaps
 from fxcurv.convolution.patches import Patches
 from fxcurv.convolution.row_products import RowProducts
-from fxcurv.convolution.second_moment import WAYS, cheapest
+from fxcurv.convolution.second_moment import ALGORITHMS, second_moment
 from fxcurv.convolution.unfold import Unfolding
 from fxcurv.core.shapes import Samples
 from fxcurv.ir.backward_ops import InputPositions, OutputPositions
 from fxcurv.linalg import allocation as pages
-from fxcurv.linalg.cost import Rates, copying
+from fxcurv.linalg.cost import Cost, Rates, copying
 from fxcurv.linalg.matmul import BLOCK, HALVED, halves, times_transpose, transpose_times
 from fxcurv.losses.base import as_loss
 from fxcurv.quantities.selection import chosen
@@ -83,7 +84,7 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     z, patches = draw(N, *shape), Patches.of(op)
     x = InputPositions(op, Samples(0))(z)
     A = InputCovariance()([x])
-    for way in WAYS:
+    for way in ALGORITHMS.values():
         close(way(patches, z).covariance(), A)
         single, scale = way(patches, z.float()).covariance(), float(A.abs().max())
         torch.testing.assert_close(single, A.float(), rtol=1e-5, atol=1e-6 * scale)
@@ -91,8 +92,8 @@ def test_forms_of_convolutions(geometry: tuple[Any, ...], shape: tuple[int, ...]
     for ones in (False, True):
         close(covariances.CovarianceOfPatches(patches, ones)([z]), InputCovariance(ones=ones)([x]))
         close(covariances.PooledPatches(patches, ones)([z]), InputCovariance(pooled=True, ones=ones)([x]))
-    kept = covariances.KeptInputs(patches)
-    close(kept.sum_of(kept([z])), A)
+    saved = covariances.KeptInputs(patches)
+    close(saved.sum_of(saved([z])), A)
     raw = draw(V, *op(z).shape)
     S = OutputPositions(op, Samples(0))(raw)
     close(convolutions.GradientOfConvolution(op)([z], [raw]), Gradient()([x], [S]))
@@ -167,13 +168,13 @@ def moment(*shape: int) -> LazyGram:
 
 
 def test_a_moment_does_what_its_matrix_does() -> None:
-    kept = moment(4, 1, 2, 9)
-    A, B = kept.dense(), draw(2, 9, 3)
-    assert (kept.count, kept.side, tuple(kept.shape)) == (4, 9, (2, 9, 9))
-    close(kept.diagonal(), A.diagonal(dim1=1, dim2=2))
-    close(kept.mm(B), A @ B)
-    close(kept.solve(B, 0.1), torch.linalg.solve(A + 0.1 * torch.eye(9, dtype=A.dtype), B))
-    close((kept / 4).dense(), A / 4)
+    saved = moment(4, 1, 2, 9)
+    A, B = saved.dense(), draw(2, 9, 3)
+    assert (saved.count, saved.side, tuple(saved.shape)) == (4, 9, (2, 9, 9))
+    close(saved.diagonal(), A.diagonal(dim1=1, dim2=2))
+    close(saved.mm(B), A @ B)
+    close(saved.solve(B, 0.1), torch.linalg.solve(A + 0.1 * torch.eye(9, dtype=A.dtype), B))
+    close((saved / 4).dense(), A / 4)
 
 
 def test_moments_add_and_are_formed_when_that_is_smaller() -> None:
@@ -254,9 +255,9 @@ def test_advice_leaves_memory_as_it_is() -> None:
 
 
 def test_a_moment_of_a_difference_is_scaled() -> None:
-    kept = draw(4, 3, 2, 5)
-    close(LazyGram((kept,), scale=-0.3), LazyGram((kept,)).dense() * -0.3)
-    close(LazyGram((kept,), scale=0.3), LazyGram((kept,)).dense() * 0.3)
+    saved = draw(4, 3, 2, 5)
+    close(LazyGram((saved,), scale=-0.3), LazyGram((saved,)).dense() * -0.3)
+    close(LazyGram((saved,), scale=0.3), LazyGram((saved,)).dense() * 0.3)
 
 
 # Whole models -----------------------------------------------------------------------------------------------------
@@ -296,7 +297,9 @@ def results(forced: str | None) -> dict[str, Tensor]:
         model = Net().double().eval()
     x, y = draw(3, 3, 6, 7), torch.tensor([0, 3, 1])
     selection = chosen(QUANTITIES)
-    program = Program.of(passes.emit(model, passes.canonicalize(model, x), selection, x, forced))
+    program = Program.of(
+        passes.emit(model, passes.canonicalize(model, x), selection, x, {"*": forced} if forced else None)
+    )
     names = {
         node.meta["contraction"].variant
         for gm in program.graphs
@@ -317,11 +320,11 @@ def results(forced: str | None) -> dict[str, Tensor]:
 DEFINITIONS: list[Callable[[], Statistic]] = [
     *(Columns, SumOfSquares, DiagonalPerSample, Gradient, Gram, InputCovariance, OutputCovariance, SquaredNorms)
 ]
-FORMS = [*(d.__name__ for d in DEFINITIONS), *diagonals.__all__]
+VARIANTS = [*(d.__name__ for d in DEFINITIONS), *diagonals.__all__]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_whichever_form_is_forced_results_agree(variant: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_results_agree_by_every_algorithm(variant: str) -> None:
     expected, found = results(None), results(variant)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -341,8 +344,8 @@ def test_few_channels_are_multiplied_by_rows(dtype: torch.dtype, monkeypatch: py
     for channels, side in ((40, 56), (80, 28), (160, 14), (320, 7)):
         z = torch.empty(8, channels, side, side, dtype=dtype, device="meta")
         depthwise, dense = (Patches((7, 7), (1, 1), (3, 3), (1, 1), groups) for groups in (channels, 1))
-        assert isinstance(cheapest(depthwise, z), RowProducts)
-        assert not isinstance(cheapest(dense, z), RowProducts)
+        assert isinstance(second_moment(depthwise, z), RowProducts)
+        assert not isinstance(second_moment(dense, z), RowProducts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -392,6 +395,12 @@ def test_products_per_channel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         close(entries.per_sample([x], [S]), (S * x).sum(2).unsqueeze(-1))
 
 
+def test_temporaries_are_gone_when_the_next_begin() -> None:
+    first, second = Cost(1, 2, 3, temporary=10), Cost(4, 5, 6, temporary=7)
+    assert first + second == Cost(5, 7, 9, temporary=10)
+    assert second * 2 == Cost(8, 10, 12, temporary=7)
+
+
 def test_an_odd_form_is_cheaper_where_it_should_be() -> None:
     """The model of costs prefers meetings for most maps, patches of few channels with long strides, pairs if few."""
     patches, rates = Patches((3, 3), (1, 1), (1, 1), (1, 1), 1), Rates(1e11, 1e10, 5e-6)
@@ -403,3 +412,38 @@ def test_an_odd_form_is_cheaper_where_it_should_be() -> None:
     assert LagCorrelations(stem, image).cost().seconds(rates) > 2 * Unfolding(stem, image).cost().seconds(rates)
     x, S = torch.empty(8, 4, 1, 4608, device="meta"), torch.empty(9, 8, 4, 1, 512, device="meta")
     assert diagonals.DiagonalByPairs().cost([x], [S]).flops < diagonals.DiagonalBySample().cost([x], [S]).flops
+
+
+# Algorithms that a user names -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_algorithm_is_named_by_module_path(algorithm: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Net().double().eval()
+    x, y = draw(3, 3, 6, 7), torch.tensor([0, 3, 1])
+    quantities = {"*": None, "stem.*": "kfac"}
+    expected = fxcurv.compile(model, "cross_entropy", quantities)(x, y)["kfac"]["stem.weight"]
+    compiled = fxcurv.compile(model, "cross_entropy", quantities, algorithms={"stem": algorithm})
+    found = compiled(x, y)["kfac"]["stem.weight"]
+    selected = {
+        node.meta["contraction"].variant for node in compiled.program.forward.graph.nodes if "contraction" in node.meta
+    }
+    assert selected == {algorithm}
+    torch.testing.assert_close(found.A, expected.A, rtol=1e-12, atol=1e-12)
+
+
+def test_an_algorithm_that_applies_nowhere_is_refused() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Net().double().eval()
+    x = draw(3, 3, 6, 7)
+    compiled = partial(fxcurv.compile, model, "cross_entropy", "kfac", example_inputs=x)
+    with pytest.raises(fxcurv.QuantityError, match=r"'unfolding' applies to no statistic that 'stem' .* unfold"):
+        compiled(algorithms={"stem": "unfolding"})
+    with pytest.raises(
+        fxcurv.QuantityError, match=r"'nowhere' matches; give a module path.*kfac\.depthwise\.weight\.A"
+    ):
+        compiled(algorithms={"nowhere": "unfold"})
+    compiled(algorithms={"kfac.stem.weight.A": "unfold"})

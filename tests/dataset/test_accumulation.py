@@ -120,7 +120,7 @@ def test_it_stops_when_it_is_sure() -> None:
     stop = next(k for k, standard_error in enumerate(spreads) if k >= 3 and standard_error.rel_error() <= bound)
     assert compiled.accumulate(batches, until_rel_error=bound, min_batches=3).samples == 4 * stop
     assert compiled.accumulate(batches, until_rel_error=1e9, min_batches=5).samples == 20
-    with pytest.raises(fxcurv.QuantityError, match="gradients have none"):
+    with pytest.raises(fxcurv.QuantityError, match="gradients have no trace"):
         fxcurv.compile(tokens(False), quantities="grad").accumulate(batches, until_rel_error=0.1)
 
 
@@ -133,6 +133,21 @@ def test_the_standard_error_is_that_of_a_weighted_mean() -> None:
         error / m, rel=1e-9
     )
     assert StandardError().rel_error() == math.inf
+
+
+def test_batches_are_weighted_by_their_sizes() -> None:
+    compiled = fxcurv.compile(tokens(False), quantities="diag_ggn")
+    results = [compiled(*batch) for batch in cut(reals(7, 3, 5), labels(7), (1, 2, 4))]
+    standard_error = StandardError()
+    for result in results:
+        standard_error = standard_error.with_batch(result)
+    assert (standard_error.batches, standard_error.weights) == (3, (7.0, 1.0 + 4.0 + 16.0))
+    w = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    for found, traces in zip(
+        standard_error.sums, zip(*(r["diag_ggn"].values() for r in results), strict=True), strict=True
+    ):
+        t = torch.stack([trace.sum() for trace in traces])
+        assert found == pytest.approx([float(v.sum()) for v in (w * t, w * w * t, w * w * t * t)], rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +230,7 @@ def test_an_interruption_leaves_a_checkpoint_and_says_where(tmp_path: Path, erro
     options: dict[str, Any] = {"checkpoint": path, "until_rel_error": 1e-9}
     with pytest.raises(error) as caught:
         compiled.accumulate(Interrupting(BATCHES, 4, error), generator=seeded(), **options)
-    assert caught.value.__notes__ == [f"4 batches are in {path}: the same call continues from there"]
+    assert caught.value.__notes__ == [f"4 batches are saved in {path}: repeat the call to continue from there"]
     assert fxcurv.load(path).samples == 8, "a checkpoint is the result so far"
     for _ in range(2):  # the second finds it complete
         generator = seeded()
@@ -309,8 +324,8 @@ def test_damaged_checkpoints_and_other_files_are_refused(interrupted: bytes, tmp
         (bytes(flipped), "damaged"),
         (manifest, "damaged"),
         (interrupted[:-9], "truncated or inconsistent"),
-        (b"hello", "no safetensors file"),
-        (path.read_bytes(), "a result, and no checkpoint"),
+        (b"hello", "not a safetensors file"),
+        (path.read_bytes(), "a result, not a checkpoint"),
     ):
         path.write_bytes(content)
         with pytest.raises(fxcurv.FxcurvError, match=text):

@@ -167,9 +167,9 @@ def test_data_that_change_are_named() -> None:
     batches = list(zip(X.split(2), y.split(2), strict=True))
     other = [batches[0], (batches[1][0] + 1e-6, batches[1][1]), batches[2]]
     for second, cause in (
-        (batches[::-1], "the data come in another order when they are read again"),
-        (batches[:2], "the data are 3 batches, and 2 when they are read again"),
-        (other, "batch 2 of the data is another one when they are read again"),
+        (batches[::-1], "the order of the data changes when they are read again"),
+        (batches[:2], "the data are 3 batches, but 2 when they are read again"),
+        (other, "batch 2 of the data changes when they are read again"),
     ):
         for make in (fxcurv.ggn_operator, fxcurv.fisher_operator, fxcurv.hessian_operator):
             with pytest.raises(fxcurv.InputError, match=cause) as caught:

@@ -58,15 +58,17 @@ def test_the_seed_decides(kind: data.DataName) -> None:
 @pytest.mark.parametrize(
     ("kind", "batch", "shape", "classes", "message"),
     [
-        ("digit", 2, (1, 8, 8), None, "there are no data named 'digit'; choose one of random, digits, mnist, photos"),
+        ("digit", 2, (1, 8, 8), None, "no data set is called 'digit'; choose one of random, digits, mnist, photos"),
         ("random", 0, (3,), None, r"a batch of 0 inputs of shape \(3,\) is empty"),
         ("digits", 2, (1, 0, 8), None, "is empty"),
         ("digits", 2, (1, 8, 8), 0, "there are no labels below 0; give at least one class"),
         ("random", 2, (3,), 0, "there are no labels below 0"),
-        ("digits", 2, (50,), None, "50 inputs are no square image; use random data"),
-        ("digits", 2, (), None, r"images do not fit into \(\); use random data"),
-        ("digits", 2, (1, 1, 1, 8, 8), None, r"images do not fit into \(1, 1, 1, 8, 8\); use random data"),
-        pytest.param("photos", 2, (), None, r"images do not fit into \(\); use random data", marks=photos_installed),
+        ("digits", 2, (50,), None, "50 inputs are not a square image; use random data"),
+        ("digits", 2, (), None, r"images do not fit the shape \(\); use random data"),
+        ("digits", 2, (1, 1, 1, 8, 8), None, r"images do not fit the shape \(1, 1, 1, 8, 8\); use random data"),
+        pytest.param(
+            "photos", 2, (), None, r"images do not fit the shape \(\); use random data", marks=photos_installed
+        ),
     ],
 )
 def test_refusals(kind: str, batch: int, shape: tuple[int, ...], classes: int | None, message: str) -> None:

@@ -189,9 +189,9 @@ def test_a_factory_draws_from_the_seed(nets: str) -> None:
             "do not fit torchvision:squeezenet1_1",
             r"lite0 \[FXC005\]$",
         ),
-        ("resnet18", "'resnet18' is no target", "write torchvision:NAME, timm:NAME"),
-        (":resnet18", "':resnet18' is no target", "write torchvision:NAME"),
-        ("nets.py:", "'nets.py:' is no target", "write torchvision:NAME"),
+        ("resnet18", "'resnet18' is not a target", "write torchvision:NAME, timm:NAME"),
+        (":resnet18", "':resnet18' is not a target", "write torchvision:NAME"),
+        ("nets.py:", "'nets.py:' is not a target", "write torchvision:NAME"),
         ("torchvison:resnet18", "cannot import torchvison: ModuleNotFoundError", "write torchvision:NAME"),
         ("fxcurv.cli.demo:DigitNot", "fxcurv.cli.demo has no 'DigitNot'", "did you mean DigitNet"),
         ("json:loads", r"json:loads cannot be built with \(\): TypeError", None),
@@ -321,7 +321,7 @@ def test_imported_says_what_to_install(tmp_path: Path, monkeypatch: pytest.Monke
 def test_imported_knows_a_torchvision_for_another_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "oldvision.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
-    with pytest.raises(FxcurvError, match=r"is built for another torch than .*; reinstall both together"):
+    with pytest.raises(FxcurvError, match=r"is not built for torch .*; reinstall both together"):
         targets.imported("oldvision")
     (tmp_path / "otherwise.py").write_text('raise RuntimeError("something else")\n')
     with pytest.raises(RuntimeError, match="something else"):

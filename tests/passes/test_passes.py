@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import networkx as nx
 import pytest
@@ -16,6 +17,9 @@ import passes
 from fxcurv.contractions.definitions import SumOfSquares
 from fxcurv.contractions.diagonals import DiagonalOfSinglePositions
 from fxcurv.frontend.capture import Captured, capture
+from fxcurv.ir import backward_ops
+from fxcurv.ir.backward_ops import PullInputs
+from fxcurv.ir.declare import autograd_pull_each
 from fxcurv.ir.grammar import verify
 from fxcurv.ir.nodes import module_of, title_of
 from fxcurv.quantities.plan import Plan
@@ -266,6 +270,26 @@ def test_a_pool_is_computed_once() -> None:
     assert torch.equal(compiled.stages["forward"](x)[0], model(x))
 
 
+@pytest.mark.parametrize(("factor", "together"), [(1, True), (2, False)])
+def test_columns_are_pulled_back_at_once_where_that_is_equal(
+    factor: int, vectorized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pullback of all columns at once that is wrong is found by a trial, and not taken."""
+
+    def pull(*args: Any) -> list[Tensor]:
+        return [factor * t for t in autograd_pull_each(*args)]
+
+    monkeypatch.setattr(backward_ops, "pull_together", pull)
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.Linear(4, 4)).double().eval()
+    x, y = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4), torch.tensor([0, 3, 1])
+    compiled = fxcurv.compile(model, quantities="grad")
+    found = compiled(x, y)["grad"]["0.weight"]
+    assert [op.vectorized for n in calls(compiled) if isinstance(op := module_of(n), PullInputs)] == [vectorized]
+    (expected,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), [model.get_parameter("0.weight")])
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+
+
 def test_schedule_takes_sums_early(model: nn.Module) -> None:
     canonical = passes.canonicalize(model, X)["canonical"]
     (backward,) = augment(
@@ -318,7 +342,7 @@ def test_generated_code_is_readable(model: nn.Module, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert "canonical" in printed
     assert "backward[sampled(1)]" in printed
-    with pytest.raises(fxcurv.QuantityError, match="no stage is called 'nope'; there are captured, lowered"):
+    with pytest.raises(fxcurv.QuantityError, match="no stage is called 'nope'; the stages are captured, lowered"):
         compiled.print_tabular("nope")
 
 

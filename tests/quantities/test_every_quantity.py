@@ -244,7 +244,9 @@ def test_a_data_set(name: str) -> None:
     compiled = fxcurv.compile(oracle.model, LOSS, name)
     batches, generator = [(oracle.x[:2], TARGET[:2]), (oracle.x[2:], TARGET[2:])], torch.Generator().manual_seed(0)
     if facts_of(quantity)["combine"] == "refuse" and not isinstance(quantity, fxcurv.EKFAC):
-        with pytest.raises(fxcurv.FxcurvError, match=f"{name} of two batches is not made of {name} of each") as caught:
+        with pytest.raises(
+            fxcurv.FxcurvError, match=f"{name} of two batches is not determined by {name} of each"
+        ) as caught:
             compiled.accumulate(batches, generator=generator)
         assert caught.value.code == "FXC425"
         return

@@ -156,7 +156,7 @@ def test_what_keeps_samples_apart_is_not_merged() -> None:
         compiled = fxcurv.compile(model, row.loss(), name)
         first, second = compiled(x[:2], y[:2]), compiled(x[2:], y[2:])
         if name in apart:
-            with pytest.raises(fxcurv.FxcurvError, match=f"{name} of two batches is not made of {name} of each"):
+            with pytest.raises(fxcurv.FxcurvError, match=f"{name} of two batches is not determined by {name} of each"):
                 fxcurv.merge(first, second)
         elif "mc" not in name and not repr(fxcurv.NAMES[name]).startswith("KFAC(factor=Sampled"):
             whole, merged = compiled(x, y), fxcurv.merge(first, second)

@@ -63,7 +63,7 @@ def test_tied_parameters_match_by_any_of_their_names() -> None:
 
 
 def test_a_parameter_without_a_pattern_is_an_error(model: nn.Sequential) -> None:
-    with pytest.raises(fxcurv.QuantityError, match=r"matches the parameter '0\.bias'.*None asks for nothing"):
+    with pytest.raises(fxcurv.QuantityError, match=r"matches the parameter '0\.bias'.*None requests nothing"):
         fxcurv.compile(model, quantities={"*.weight": "kfac"})
     for name in ("0.bias", "1.bias", "3.bias"):
         model.get_parameter(name).requires_grad_(False)
@@ -78,5 +78,5 @@ def test_a_pattern_without_a_parameter_is_an_error(model: nn.Sequential) -> None
 
 
 def test_nothing_at_all_is_an_error(model: nn.Sequential) -> None:
-    with pytest.raises(fxcurv.QuantityError, match="no quantity was asked for"):
+    with pytest.raises(fxcurv.QuantityError, match="no quantity was requested"):
         fxcurv.compile(model, quantities={"*": None})

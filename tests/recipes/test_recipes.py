@@ -916,6 +916,7 @@ def test_conjugate_gradients_solve_and_stop() -> None:
     matrix, b = root @ root.T, root[:, 0]
     x = conjugate_gradients(matrix.mv, b, torch.zeros(6, dtype=torch.float64))
     close(matrix @ x, b)
+    close(matrix @ conjugate_gradients(matrix.mv, b, torch.zeros_like(b), steps=4), b)  # as many as the rank
     assert torch.equal(conjugate_gradients(matrix.mv, matrix @ x, x), x)
     assert not conjugate_gradients(matrix.mv, torch.zeros_like(b), torch.zeros_like(b)).any()
     assert torch.equal(conjugate_gradients(torch.zeros_like, b, b), b)

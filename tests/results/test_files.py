@@ -118,12 +118,12 @@ def test_a_block_of_a_kind_of_ones_own_is_read_back(tmp_path: Path, monkeypatch:
     monkeypatch.delitem(KINDS, "Own")  # where the kind is not defined
     with pytest.raises(fxcurv.FxcurvError, match="has the unknown form 'Own'"):
         fxcurv.load(tmp_path / "own.safetensors")
-    with pytest.raises(fxcurv.FxcurvError, match="q/b is a block of the form Own, which has no place in a file"):
+    with pytest.raises(fxcurv.FxcurvError, match="q/b is a block of the form Own, which cannot be saved"):
         single("q", block).save(tmp_path / "own.safetensors")
 
 
 def test_two_kinds_of_block_have_two_names() -> None:
-    with pytest.raises(fxcurv.SpecError, match="a second kind of block is called Dense"):
+    with pytest.raises(fxcurv.SpecError, match="a second kind of block is named Dense"):
         type("Dense", (fxcurv.Block,), {})
 
 
@@ -164,7 +164,7 @@ def test_another_model_is_refused(file: Path) -> None:
 def test_fingerprints_depend_on_order_and_not_on_values() -> None:
     a = Fingerprint.of(net())
     b = Fingerprint(dict(reversed(list(a.parameters.items()))))
-    assert a.difference(b) == "the parameters have another order"
+    assert a.difference(b) == "the parameters are in a different order"
     assert a.digest != b.digest
     assert a.digest == Fingerprint.of(net()).digest
 
@@ -189,33 +189,33 @@ def values(manifest: dict[str, Any], form: str) -> dict[str, Any]:
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no values": (lambda m: m.pop("values"), "manifest lacks 'values'"),
-    "samples": (lambda m: m.update(samples="3"), "manifest.samples is no int"),
-    "more samples": (lambda m: m.update(samples=4), "another loss, output, number of samples"),
-    "true": (lambda m: m.update(samples=True), "manifest.samples is no int"),
-    "divisor": (lambda m: m.update(divisor=-1.0), "divisor than a result has"),
+    "samples": (lambda m: m.update(samples="3"), "manifest.samples is not of type int"),
+    "more samples": (lambda m: m.update(samples=4), "an invalid loss, output, number of samples"),
+    "true": (lambda m: m.update(samples=True), "manifest.samples is not of type int"),
+    "divisor": (lambda m: m.update(divisor=-1.0), "number of samples or divisor"),
     "nan": (lambda m: m.update(divisor=math.nan), "JSON is malformed"),
-    "index": (lambda m: m["quantities"]["grad"][0].update(value=10**9), "value is not there"),
+    "index": (lambda m: m["quantities"]["grad"][0].update(value=10**9), "value is out of range"),
     "another value": (
         lambda m: m["quantities"]["grad"][0].update(value=m["quantities"]["grad"][1]["value"]),
-        "a value or a shape of another parameter",
+        "the value or shape of another parameter",
     ),
-    "shape": (lambda m: m["quantities"]["grad"][0].update(shape=[10**12]), "a value or a shape of another parameter"),
+    "shape": (lambda m: m["quantities"]["grad"][0].update(shape=[10**12]), "the value or shape of another parameter"),
     "form": (lambda m: values(m, "Dense").update(form="Sparse"), "the unknown form 'Sparse'"),
     "block shape": (lambda m: values(m, "Dense").update(shape=[10**9]), r"do not fit a Dense block on \[1000000000\]"),
     "negative": (lambda m: values(m, "Dense").update(shape=[-3]), "holds a negative number"),
-    "no tensor": (lambda m: values(m, "Dense")["tensors"].update(matrix="x"), "names 'x', which is not there"),
+    "no tensor": (lambda m: values(m, "Dense")["tensors"].update(matrix="x"), "names 'x', which does not exist"),
     "kronecker": (
         lambda m: values(m, "Kronecker")["tensors"].update(G=values(m, "Kronecker")["tensors"]["A"]),
         "do not fit a Kronecker block",
     ),
-    "dtype": (lambda m: m["tensors"]["loss"].__setitem__(0, "torch.float16"), r"is not what the file holds, \[\] of"),
-    "sizes": (lambda m: m["tensors"]["output"].__setitem__(1, [10**9]), "is not what the file holds"),
+    "dtype": (lambda m: m["tensors"]["loss"].__setitem__(0, "torch.float16"), r"differs from the file, \[\] of"),
+    "sizes": (lambda m: m["tensors"]["output"].__setitem__(1, [10**9]), "differs from the file"),
     "one less": (lambda m: m["tensors"].pop("output"), "and the file differ: output"),
-    "scale": (lambda m: moments(m)[0].update(scale=-1.0), "holds no vectors"),
-    "kept": (lambda m: moments(m)[0].update(vectors=[]), "holds no vectors"),
+    "scale": (lambda m: moments(m)[0].update(scale=-1.0), "has no valid vectors"),
+    "kept": (lambda m: moments(m)[0].update(vectors=[]), "has no valid vectors"),
     "patches": (lambda m: moments(m)[0].update(patches={"kernel": [0]}), "lacks 'stride'"),
     "model": (lambda m: m["model"]["parameters"].popitem(), "a digest of other parameters"),
-    "deep": (lambda m: m.update(values=[[]]), r"values\[0\] is no dict"),
+    "deep": (lambda m: m.update(values=[[]]), r"values\[0\] is not of type dict"),
 }
 
 
@@ -238,23 +238,21 @@ def test_files_that_are_none_are_refused(file: Path, tmp_path: Path) -> None:
     length = int.from_bytes(content[:8], "little")
     bad = tmp_path / "bad.safetensors"
     cases: dict[bytes, str] = {
-        b"": "truncated, or no safetensors file",
-        content[:5]: "truncated, or no safetensors file",
-        content[: length // 2]: "truncated, or no safetensors file",
+        b"": "truncated, or not a safetensors file",
+        content[:5]: "truncated, or not a safetensors file",
+        content[: length // 2]: "truncated, or not a safetensors file",
         content[: len(content) - 8]: "truncated or inconsistent",
-        (2**62).to_bytes(8, "little") + content[8:]: "truncated, or no safetensors file",
+        (2**62).to_bytes(8, "little") + content[8:]: "truncated, or not a safetensors file",
         content[:8] + b"[" * length + content[8 + length :]: "JSON is malformed",
-        b"\x80\x04pickle, not safetensors": "truncated, or no safetensors file",
-        framed('{"__metadata__": {"format": "fxcurv 1"}}'): "is of the older schema 1, not 4; compute and save it anew",
-        framed('{"__metadata__": {"format": "fxcurv 5"}}'): "is of the newer schema 5, not 4; update fxcurv",
-        framed('{"__metadata__": {"format": "pt"}}'): "holds no result of fxcurv",
+        b"\x80\x04pickle, not safetensors": "truncated, or not a safetensors file",
+        framed('{"__metadata__": {"format": "fxcurv 1"}}'): "has the older schema 1, not 4; compute and save it again",
+        framed('{"__metadata__": {"format": "fxcurv 5"}}'): "has the newer schema 5, not 4; update fxcurv",
+        framed('{"__metadata__": {"format": "pt"}}'): "does not contain a result of fxcurv",
         framed('{"__metadata__": {"format": "fxcurv 4"}}'): "JSON is malformed",
-        framed("{}"): "holds no result of fxcurv",
-        framed("[]"): "holds no result of fxcurv",
-        framed('{"a": 1, "a": 2}'): "the key 'a' is there twice",
-        framed(
-            '{"__metadata__": {"format": "fxcurv 4", "manifest": "{\\"a\\": 1, \\"a\\": 2}"}}'
-        ): "'a' is there twice",
+        framed("{}"): "does not contain a result of fxcurv",
+        framed("[]"): "does not contain a result of fxcurv",
+        framed('{"a": 1, "a": 2}'): "the key 'a' is duplicated",
+        framed('{"__metadata__": {"format": "fxcurv 4", "manifest": "{\\"a\\": 1, \\"a\\": 2}"}}'): "'a' is duplicated",
     }
     for written, text in cases.items():
         bad.write_bytes(written)
@@ -315,7 +313,7 @@ def test_results_that_do_not_fit_are_refused() -> None:
             tokens(False), nn.CrossEntropyLoss(reduction="sum"), "kflr"
         )(x, y),
         "the quantities are kflr and grad": fxcurv.compile(tokens(False), quantities="grad")(x, y),
-        "kflr is of other parameters": fxcurv.compile(tokens(False), quantities={"*": None, "fc.*": "kflr"})(x, y),
+        "kflr has other parameters": fxcurv.compile(tokens(False), quantities={"*": None, "fc.*": "kflr"})(x, y),
         "is exact and frozen": fxcurv.compile(frozen, quantities="kflr")(x, y),
     }
     for text, other in others.items():
@@ -327,5 +325,5 @@ def test_results_that_do_not_fit_are_refused() -> None:
     with pytest.raises(fxcurv.FxcurvError, match=r"approx='expand'.* and .*approx='reduce'"):
         fxcurv.merge(expand, reduce)
     bare = single("q", fxcurv.Kronecker((2, 2), torch.eye(2), torch.eye(2), parameters=("w",)))
-    with pytest.raises(fxcurv.FxcurvError, match="does not know its model"):
+    with pytest.raises(fxcurv.FxcurvError, match="the model of one of them is unknown"):
         fxcurv.merge(bare, bare)

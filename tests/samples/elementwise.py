@@ -64,7 +64,7 @@ ACTIVATIONS = (
             "relu_": torch.relu_,
             "relu_method": lambda x: x.relu(),
             "relu_after_add": add_then_relu,
-            "f_relu6": lambda x: F.relu6(6 * x + 3),
+            "f_relu6": lambda x: F.relu6(20 * x + 3),
             "f_hardswish": lambda x: F.hardswish(5 * x),
             "f_hardsigmoid": lambda x: F.hardsigmoid(5 * x),
             "f_gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
