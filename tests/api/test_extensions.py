@@ -390,7 +390,7 @@ def test_what_cannot_combine_is_never_summed(extras: Any, kind: str) -> None:
     halves = [(x[:3], y[:3]), (x[3:], y[3:])]
 
     compiled = fxcurv.compile(network(TWIN), LOSS_FUNCTION, quantity)
-    says = {"Refused": "of two batches is not determined", "Misspelt": "combine='stack'"}.get(kind, "no axis of samples")
+    says = {"Refused": "is not determined by", "Misspelt": "combine='stack'"}.get(kind, "no axis of samples")
     with pytest.raises(FxcurvError, match=says):
         fxcurv.merge(*(compiled(*half) for half in halves))
     with pytest.raises(FxcurvError, match=says):
