@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import fx, nn
@@ -117,10 +118,11 @@ class Pipeline:
         self.stages: dict[str, fx.GraphModule] = dict(stages or {})
 
     def run(self, passes: Sequence[Pass], gm: fx.GraphModule, context: Context, stage: str | None = None) -> None:
-        """Apply the passes to a graph of a stage; without `stage`, each pass names the stage of its result."""
+        """Apply the passes to a graph of a stage; without `stage`, the graph has only been traced."""
         for one in passes:
+            stage = one.stage or stage
             gm = self._checked(one, self._applied(one, gm, context), stage)
-            name = stage or one.stage or "captured"
+            name = stage or "captured"
             self.stages[f"{name}:{one.name}"] = self.stages[name] = gm
             log = logger("fxcurv.passes")
             if log.isEnabledFor(10):
@@ -137,9 +139,9 @@ class Pipeline:
 
     def _checked(self, one: Pass, gm: fx.GraphModule, stage: str | None) -> fx.GraphModule:
         """Return the graph, if it is valid after this pass."""
-        grammar = one.stage or (None if stage is None else "forward" if stage == "forward" else "backward")
-        if grammar is None:
+        if stage is None:
             return gm
+        grammar = "backward" if stage.startswith("backward[") else cast(Stage, stage)
         try:
             return verify(gm, grammar)
         except SpecError as error:
@@ -163,7 +165,7 @@ def canonicalize(
     """Return the stages up to the canonical graph; unless `strict`, it may contain refused nodes."""
     pipeline, device = Pipeline(lowered(model, inputs, output)), device_of(inputs)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # random ops are probed, too
-        pipeline.run(CANONICAL, pipeline.stages["lowered"], Context(device=device, strict=strict))
+        pipeline.run(CANONICAL, pipeline.stages["lowered"], Context(device=device, strict=strict), "lowered")
     return pipeline.stages
 
 

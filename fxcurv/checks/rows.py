@@ -127,7 +127,7 @@ def whole(place: Place, error: Exception) -> Row:
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         cause = f"{type(error).__name__}: {first}"
         error = FxcurvError(cause, remedy=CODES["FXC904"].remedy, code="FXC904", location=raised_at(error))
-    code = error.code or "FXC904"
+    code = error.code if error.code in CODES else "FXC904"
     status = "error" if code.startswith(_DEFECTS) else "unsupported"
     row = Row(place.target, "", "", status, node=error.node or "", code=code, message=error.fact)
     return replace(row, suggestion=error.remedy or "", **place.anchors.place(error.location))

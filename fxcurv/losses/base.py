@@ -158,7 +158,8 @@ def as_loss(loss: object) -> Loss:
         return kind(kind.module_type())
     if not isinstance(loss, nn.Module):
         raise LossError(f"the loss is {a_value(loss)}, not a module", remedy=_remedy(), code="FXC406")
-    kind = next((kind for kind in KINDS.values() if isinstance(loss, kind.module_type)), None)
+    kinds = {kind.module_type: kind for kind in KINDS.values()}
+    kind = next((kinds[base] for base in type(loss).__mro__ if base in kinds), None)
     if kind is None or type(loss).forward is not kind.module_type.forward:
         raise LossError(f"the loss {type(loss).__name__} is not supported", remedy=_remedy(), code="FXC406")
     if loss.reduction not in ("mean", "sum"):
@@ -174,7 +175,9 @@ def loss_terms(loss: object, output: Tensor, target: Tensor) -> LossTerms:
 
 
 def _remedy() -> str:
-    modules, names = [f"nn.{kind.module_type.__name__}" for kind in KINDS.values()], [repr(name) for name in KINDS]
+    types = [kind.module_type for kind in KINDS.values()]
+    modules = [f"{'nn.' * t.__module__.startswith('torch.nn.')}{t.__name__}" for t in types]
+    names = [repr(name) for name in KINDS]
     return f"use {', '.join(modules[:-1])} or {modules[-1]} (or {', '.join(names)}) with reduction 'mean' or 'sum'"
 
 

@@ -117,13 +117,24 @@ class Facts(TypedDict):
 
 
 def facts_of(quantity: Quantity) -> Facts:
-    """The facts of a quantity, with defaults for missing ones."""
-    return {
+    """The facts of a quantity, with defaults for missing ones; a QuantityError for an unknown value."""
+    facts: Facts = {
         "definition": definition_of(quantity),
         "structure": getattr(quantity, "structure", "array"),
         "combine": getattr(quantity, "combine", "refuse"),
         "degree": getattr(quantity, "degree", 1),
     }
+    for fact, value, choices in (
+        ("structure", facts["structure"], get_args(Structure)),
+        ("combine", facts["combine"], get_args(Combine)),
+    ):
+        if value not in choices:
+            raise QuantityError(
+                f"{type(quantity).__name__} has {fact}={value!r}",
+                remedy=f"choose {' or '.join(map(repr, choices))}",
+                code="FXC409",
+            )
+    return facts
 
 
 def definition_of(quantity: Quantity) -> str:

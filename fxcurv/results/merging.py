@@ -149,6 +149,8 @@ class _Merge:
 
     def value(self, mine: Value, its: Value, status: str) -> Value:
         """Return the value of the union."""
+        if self.apart and not all(isinstance(value, Tensor) and value.ndim for value in (mine, its)):
+            raise _unfit(f"{self.name} has no axis of samples to concatenate along")
         if isinstance(mine, Tensor) and isinstance(its, Tensor):
             return self._of_tensors(mine, its.to(mine.device))
         if (
@@ -164,6 +166,11 @@ class _Merge:
         return replace(mine.weighted_sum(its.to(device=mine.device), self.weights, inputs), status=status)
 
     @property
+    def apart(self) -> bool:
+        """Whether samples are concatenated."""
+        return self.entry is not None and self.entry.combine == "concatenate"
+
+    @property
     def name(self) -> str:
         """Description of the entry."""
         return "a value" if self.entry is None else _name(self.entry)
@@ -171,7 +178,7 @@ class _Merge:
     def _of_tensors(self, mine: Tensor, its: Tensor) -> Tensor:
         """Return the weighted sum, or the concatenation of weighted samples along axis 0."""
         first, second = self.weights
-        if self.entry is not None and self.entry.combine == "concatenate":
+        if self.entry is not None and self.apart:
             degree = self.entry.degree
             return torch.cat([mine * first**degree, its * second**degree])
         return (mine if first == 1 else mine * first) + (its if second == 1 else its * second)

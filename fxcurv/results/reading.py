@@ -178,7 +178,8 @@ class _Reader:
         numbers = {label: node[label].of(kind) for label, kind in kind.options.items()}
         block: Block = make(shape, parameters=node["parameters"].texts(), **labels, **numbers, **held)
         if block.count is not None and block.count < 0:
-            raise node["averaged"].wrong("is negative")
+            held_as = (node[label] for label, number in numbers.items() if number == block.count)
+            raise next(held_as, node).wrong("is negative")
         return block
 
     def _tensor(self, node: Json) -> Tensor:
