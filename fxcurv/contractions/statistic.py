@@ -53,7 +53,7 @@ class Statistic(nn.Module):
     """Allocate the result of a call."""
 
     def memory(self, part: Tensor, samples: int, columns: int) -> tuple[int, int]:
-        """Bytes of a sum over chunks like `part`, and temporary bytes when one is added, for these numbers of chunks."""
+        """Bytes of a sum over so many chunks like `part`, and temporary bytes when one is added."""
         size, times = part.untyped_storage().nbytes(), samples * columns
         if self.samples is not None:
             size *= samples * (1 if self.columns is None else columns)

@@ -251,8 +251,8 @@ def test_kept_factors_stay_kept() -> None:
     block = BLOCKS["kronecker_kept"]
     assert isinstance(block, fxcurv.Kronecker)
     block = replace(block)  # nothing is cached
-    for usage in (block.logdet, lambda d: block.solve(draw(7, 6), d), lambda d: block.sample(G, d)):
-        usage(0.1)
+    for use in (block.logdet, lambda d: block.solve(draw(7, 6), d), lambda d: block.sample(G, d)):
+        use(0.1)
     block.frobenius_norm()
     assert "A" not in vars(block)
     assert "G" not in vars(block)
@@ -270,20 +270,20 @@ SINGULAR: dict[str, Callable[[fxcurv.Block], object]] = {
 
 
 @pytest.mark.parametrize("use", SINGULAR.values(), ids=SINGULAR)
-def test_singular_blocks_need_damping(usage: Callable[[fxcurv.Block], object]) -> None:
+def test_singular_blocks_need_damping(use: Callable[[fxcurv.Block], object]) -> None:
     for name, text in {
         "dense_kept": r"the block of 'p' is singular: its rank is \d of 12; give damping > 0",
         "kronecker_one_kept": "the factor A of the block of 'w' is singular: its rank is 4 of 6",
         "grouped_kept": "the factor A of the block of 'conv.weight' is singular: its rank is 4 of 18",
     }.items():
         with pytest.raises(fxcurv.FxcurvError, match=text) as caught:
-            usage(BLOCKS[name])
+            use(BLOCKS[name])
         assert caught.value.code == "FXC420"
     formed = fxcurv.Dense((3,), torch.ones(3, 3, dtype=torch.float64), parameters=("b",))
     with pytest.raises(fxcurv.FxcurvError, match="the block of 'b' is singular: its rank is 1 of 3"):
-        usage(formed)
+        use(formed)
     with pytest.raises(fxcurv.FxcurvError, match="rank is 2 of 3"):
-        usage(fxcurv.Diagonal((3,), torch.tensor([1.0, 0, 1e-30], dtype=torch.float64)))
+        use(fxcurv.Diagonal((3,), torch.tensor([1.0, 0, 1e-30], dtype=torch.float64)))
     assert formed.logdet() == BLOCKS["kronecker_kept"].logdet() == -math.inf
     assert formed.det() == 0
 
@@ -300,9 +300,9 @@ def test_singular_factors_need_damping(method: Damping) -> None:
 @pytest.mark.parametrize("damping", [-1e-9, math.nan, math.inf, "much", None])
 def test_dampings_are_finite_and_not_negative(damping: float) -> None:
     for block in BLOCKS.values():
-        for usage in (block.inverse, block.logdet, lambda d, block=block: block.solve(torch.zeros(block.shape), d)):
+        for use in (block.inverse, block.logdet, lambda d, block=block: block.solve(torch.zeros(block.shape), d)):
             with pytest.raises(fxcurv.InputError, match="give a finite number, 0 or above") as caught:
-                usage(damping)
+                use(damping)
             assert caught.value.code == "FXC421"
 
 

@@ -270,7 +270,7 @@ def test_a_pool_is_computed_once() -> None:
     assert torch.equal(compiled.stages["forward"](x)[0], model(x))
 
 
-@pytest.mark.parametrize(("factor", "together"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("factor", "vectorized"), [(1, True), (2, False)])
 def test_columns_are_pulled_back_at_once_where_that_is_equal(
     factor: int, vectorized: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
