@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxcurv.contractions.definitions import SumOfSquares
 from fxcurv.core.optional import imported
+from fxcurv.core.rounding import close
 from fxcurv.core.torch_compat import unset_fake_temporarily
 
 __all__ = ["available", "sum_of_squared_products", "sum_of_squared_products_reference"]
@@ -67,7 +68,7 @@ def _tried(device: torch.device) -> bool:
             value, expected = _fused()(S, x), sum_of_squared_products_reference(S, x)
         except Exception:  # any error of Triton, its compiler or the driver
             return False
-        return torch.allclose(value, expected, rtol=1e-2, atol=1e-2 * float(expected.max()))
+        return close(value, expected, tolerance=1e-2)
 
 
 @lru_cache

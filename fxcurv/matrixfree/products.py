@@ -27,6 +27,7 @@ from tqdm import tqdm
 from fxcurv.core.errors import InputError, QuantityError, UnsupportedError
 from fxcurv.core.fingerprint import digest
 from fxcurv.core.generators import fresh_generator
+from fxcurv.core.rounding import close
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.cache import cached, signature
 from fxcurv.frontend.copying import check_repeatable, structural_copy
@@ -173,8 +174,7 @@ class _Source:
         def agrees(images: Tensor) -> bool:
             y = run(structural_copy(self.model, *self.model.parameters()))
             expected = _Pass(y, None, parameters, self.dtype).differentiated(matrix[:, :1])
-            error, size = (t.to(self.dtype).norm() for t in (images[:1] - expected, expected))
-            return bool(error <= math.sqrt(torch.finfo(y.dtype).eps) * size)
+            return close(images[:1], expected, tolerance=math.sqrt(torch.finfo(y.dtype).eps))
 
         parameters, key = list(self.parameters.values()), ("carries", self.output, signature(self.model, inputs))
         found = carried(self.model, parameters, _columns(matrix, parameters), run) if self.carries else None
