@@ -73,10 +73,10 @@ def computed(place: Place, found: Outcome) -> list[Row]:
 
 def _used(place: Place, row: Row, node: fx.Node | None) -> Row:
     """Return the row with the node that uses its parameter, and with the code of its status."""
-    told = place.anchors.place(frames_of(node) if node is not None else ())
+    location = place.anchors.place(frames_of(node) if node is not None else ())
     if node is not None:
-        told |= {"node": describe(node), "op": type(module_of(node)).__name__}
-    return _coded(replace(row, **told), _CODES.get(base(row.status), ""))
+        location |= {"node": describe(node), "op": type(module_of(node)).__name__}
+    return _coded(replace(row, **location), _CODES.get(base(row.status), ""))
 
 
 def _coded(row: Row, code: str) -> Row:

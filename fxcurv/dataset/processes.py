@@ -155,9 +155,9 @@ class Processes:
     def _look(self) -> None:
         """Raise the error that another process reported."""
         if self.store.check(["error"]):
-            told = self.store.get("error").decode()
+            answers = self.store.get("error").decode()
             self._linger()
-            raise _failed(told)
+            raise _failed(answers)
 
     @contextmanager
     def _reading(self) -> Generator[None]:
@@ -197,23 +197,23 @@ class Processes:
         """Return the result over the batches of all processes, equal on each; None without batches."""
         if self.size == 1:
             return mine
-        told = [json.loads(text) for text in self._all(json.dumps(self._summary(mine, model)))]
-        filled = [k for k, t in enumerate(told) if t["samples"]]
+        answers = [json.loads(text) for text in self._all(json.dumps(self._summary(mine, model)))]
+        filled = [k for k, t in enumerate(answers) if t["samples"]]
         if not filled:
             return None
         for name, k in itertools.product(("model", "kind"), filled):
-            if told[k][name] != told[filled[0]][name]:
+            if answers[k][name] != answers[filled[0]][name]:
                 raise FxcurvError(
                     f"processes {filled[0]} and {k} have results of different things: their {name} differs",
                     remedy="give every process the same model, at the same values, loss and quantities",
                     code="FXC425",
                 )
         template = self._template(mine, filled[0], model)
-        divisor, samples = (sum(told[k][name] for k in filled) for name in ("divisor", "samples"))
-        counts = [sum(found) for found in zip(*(told[k]["counts"] for k in filled), strict=True)]
+        divisor, samples = (sum(answers[k][name] for k in filled) for name in ("divisor", "samples"))
+        counts = [sum(found) for found in zip(*(answers[k]["counts"] for k in filled), strict=True)]
         share, shares = 0.0, [0.0] * len(counts)
         if mine is not None:
-            own = told[self.rank]
+            own = answers[self.rank]
             share = own["divisor"] / (divisor or 1.0) if mine.reduction == "mean" else 1.0
             shares = [c / n if n else 0.0 for c, n in zip(own["counts"], counts, strict=True)]
         values = _added(values_of(template), (share, shares), counts, self._sum)
@@ -295,9 +295,9 @@ class Processes:
             found[k] = f(blocks[k]).mapped(formed)
             self.beat(len(found))
         shapes = {k: _as_text(block.mapped(_without_values)) for k, block in found.items()}
-        told = [json.loads(text) for text in self._all(json.dumps({"of": _recognised(blocks), "shapes": shapes}))]
+        answers = [json.loads(text) for text in self._all(json.dumps({"of": _recognised(blocks), "shapes": shapes}))]
         for k in range(self.size):
-            if told[k]["of"] != told[0]["of"]:
+            if answers[k]["of"] != answers[0]["of"]:
                 raise FxcurvError(
                     f"processes 0 and {k} have different blocks",
                     remedy="give every process the same operator, as accumulate does",
@@ -308,7 +308,7 @@ class Processes:
         def empty(t: Tensor) -> Tensor:
             return torch.empty(t.shape, dtype=t.dtype, device=place)
 
-        for owner, its in enumerate(told):
+        for owner, its in enumerate(answers):
             theirs = {int(k): text for k, text in its["shapes"].items()}
             held = [found.get(k) or _from_text(text).mapped(empty) for k, text in theirs.items()]
             found |= zip(theirs, self._sent(held, owner), strict=True)

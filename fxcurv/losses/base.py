@@ -20,7 +20,17 @@ from fxcurv.core.fingerprint import digest
 from fxcurv.losses.terms import LossTerms
 from fxcurv.quantities.factors import Exact, Factor, SecondPass, Stratified, most_columns
 
-__all__ = ["KINDS", "Check", "Loss", "as_loss", "loss_terms", "on_type_of", "shapes_of", "value_and_gradient"]
+__all__ = [
+    "KINDS",
+    "Check",
+    "Loss",
+    "as_loss",
+    "converted",
+    "loss_terms",
+    "on_type_of",
+    "shapes_of",
+    "value_and_gradient",
+]
 
 Check = tuple[Tensor, Callable[[], FxcurvError]]
 """Conditions, as booleans on the device, and the error for a false one."""
@@ -197,6 +207,11 @@ def value_and_gradient(loss: nn.Module, output: Tensor, target: Tensor) -> tuple
 def on_type_of(loss: nn.Module, like: Tensor) -> nn.Module:
     """The loss with its weights in the output's dtype and on its device; the given module is not changed."""
     return copy.deepcopy(loss).to(like) if any(True for _ in loss.buffers()) else loss
+
+
+def converted(weight: Tensor | None, output: Tensor) -> Tensor | None:
+    """A weight of the loss in the output's dtype and on its device."""
+    return None if weight is None else weight.to(output)
 
 
 def shapes_of(what: str, target: Tensor, output: Tensor) -> str:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcurv.core.errors import InputError, LossError
-from fxcurv.losses.base import Check, Loss, on_type_of, shapes_of, value_and_gradient
+from fxcurv.losses.base import Check, Loss, converted, on_type_of, shapes_of, value_and_gradient
 from fxcurv.losses.terms import Generator, LossTerms, ScalarTerms
 
 __all__ = ["BinaryCrossEntropy"]
@@ -32,7 +32,7 @@ class BinaryCrossEntropy(Loss):
             )
         divisor = float(output.numel()) if loss.reduction == "mean" else 1.0
         omega = torch.full_like(output, 1 / divisor)
-        pos_weight, weight = _as(loss.pos_weight, output), _as(loss.weight, output)
+        pos_weight, weight = converted(loss.pos_weight, output), converted(loss.weight, output)
         for name, factor in (("pos_weight", pos_weight), ("weight", weight)):
             if factor is not None and not _broadcasts(factor.shape, output.shape):
                 raise LossError(
@@ -67,7 +67,3 @@ class BinaryCrossEntropy(Loss):
 def _broadcasts(shape: torch.Size, full: torch.Size) -> bool:
     sizes = zip(reversed(shape), reversed(full), strict=False)
     return len(shape) <= len(full) and all(size in (1, whole) for size, whole in sizes)
-
-
-def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if tensor is None else tensor.to(like)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcurv.core.errors import InputError, LossError
-from fxcurv.losses.base import Check, Loss, on_type_of, shapes_of, value_and_gradient
+from fxcurv.losses.base import Check, Loss, converted, on_type_of, shapes_of, value_and_gradient
 from fxcurv.losses.terms import LossTerms, SoftmaxTerms
 
 __all__ = ["CrossEntropy"]
@@ -36,7 +36,7 @@ class CrossEntropy(Loss):
                 remedy="give [N, C] or [N, C, d…] with C ≥ 2 classes",
                 code="FXC406",
             )
-        C, per_class = output.shape[1], _as(loss.weight, output)
+        C, per_class = output.shape[1], converted(loss.weight, output)
         if per_class is not None and per_class.shape != (C,):
             raise LossError(
                 f"class weights of shape {list(per_class.shape)} for {C} classes",
@@ -82,10 +82,6 @@ class CrossEntropy(Loss):
         if loss.weight is None or not bool(((counted >= 0) & (counted < len(loss.weight))).all()):
             return counted.numel() > 0
         return bool(loss.weight.to(counted.device)[counted].any())
-
-
-def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if tensor is None else tensor.to(like)
 
 
 def _check_classes(output: Tensor, target: Tensor) -> None:
@@ -144,7 +140,7 @@ def _onehot(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> Classe
         )
     counts = counted.unsqueeze(1).to(output.dtype)
     onehot = torch.zeros_like(output).scatter_(1, target.where(counted, 0).unsqueeze(1), counts)
-    weight = _as(loss.weight, output)
+    weight = converted(loss.weight, output)
     divisor = (onehot if weight is None else onehot * _along_classes(weight, output)).sum()
     return onehot * (1 - smoothing) + smoothing / C * counts, divisor, checks
 
