@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -100,8 +101,8 @@ def same(a: Any, b: Any) -> None:
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
     elif isinstance(a, fxcurv.Block | LazyGram):
-        for name in type(a).__dataclass_fields__:
-            same(getattr(a, name), getattr(b, name))
+        for f in dataclasses.fields(a):
+            same(getattr(a, f.name), getattr(b, f.name))
     elif isinstance(a, tuple):
         for one, other in zip(a, b, strict=True):
             same(one, other)

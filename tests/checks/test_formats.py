@@ -157,7 +157,7 @@ def test_github_shows_each_reason_once_at_its_line(reports: list[Report]) -> Non
     first, *rest = FORMATS["github"](reports).splitlines()
     place = f"file=tests/checks/test_formats.py,line={LINE},col=9"
     assert first.startswith(f"::error title=fxcurv (FXC401),{place}::nets.py:first: body.0.weight: node 'mean'")
-    assert "%0A  help: let each sample" in first
+    assert "%0A  help: make each sample" in first
     assert [line.partition(" ")[0] for line in rest] == ["::notice"] * 3
     assert all("spare.0.weight and 1 more: the output does not depend on it" in line for line in rest)
 

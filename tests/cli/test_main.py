@@ -282,7 +282,7 @@ def test_check_finds(nets: str, capsys: Capture) -> None:
     assert (code, err) == (1, "")
     line = NETS[: NETS.index("y.mean(0)")].count("\n") + 1
     assert re.search(rf"^fc.weight +Linear +\[2, 3\] +unsupported +FXC401 .*nets.py:{line}$", out, re.MULTILINE)
-    assert re.search(r"^  FXC401  error .*: node 'mean' .*samples of the batch mix here.*; let each", out, re.MULTILINE)
+    assert re.search(r"^  FXC401  error .*: node 'mean' .*samples of the batch mix here.*; make each", out, re.MULTILINE)
     assert "-> FAIL" in out
 
 
@@ -438,7 +438,7 @@ def test_compute_on_mobilenet_v2(tmp_path: Path, capsys: Capture) -> None:
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     with subprocess.Popen(
-        [sys.executable, "-m", "fxcurv", "rules"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fxcurv", "codes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
