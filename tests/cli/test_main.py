@@ -282,7 +282,9 @@ def test_check_finds(nets: str, capsys: Capture) -> None:
     assert (code, err) == (1, "")
     line = NETS[: NETS.index("y.mean(0)")].count("\n") + 1
     assert re.search(rf"^fc.weight +Linear +\[2, 3\] +unsupported +FXC401 .*nets.py:{line}$", out, re.MULTILINE)
-    assert re.search(r"^  FXC401  error .*: node 'mean' .*samples of the batch mix here.*; make each", out, re.MULTILINE)
+    assert re.search(
+        r"^  FXC401  error .*: node 'mean' .*samples of the batch mix here.*; make each", out, re.MULTILINE
+    )
     assert "-> FAIL" in out
 
 

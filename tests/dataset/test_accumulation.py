@@ -262,13 +262,13 @@ OTHERS: dict[str, tuple[Any, str]] = {
         lambda p: sampled(loss=nn.CrossEntropyLoss(reduction="sum")).accumulate(
             BATCHES, generator=seeded(), checkpoint=p
         ),
-        "loss: CrossEntropyLoss .* there",
+        "loss: CrossEntropyLoss .* in the file",
     ),
     "weight": (
         lambda p: sampled(loss=nn.CrossEntropyLoss(torch.ones(3))).accumulate(
             BATCHES, generator=seeded(), checkpoint=p
         ),
-        "loss: CrossEntropyLoss .* there",
+        "loss: CrossEntropyLoss .* in the file",
     ),
     "quantities": (
         lambda p: sampled(quantities="kfac").accumulate(BATCHES, generator=seeded(), checkpoint=p),
@@ -276,12 +276,12 @@ OTHERS: dict[str, tuple[Any, str]] = {
     ),
     "dtype": (
         lambda p: sampled().accumulate(BATCHES, generator=seeded(), checkpoint=p, dtype=torch.float32),
-        "dtype: None there, torch.float32 here",
+        "dtype: None in the file, torch.float32 in this call",
     ),
     "seed": (lambda p: sampled().accumulate(BATCHES, generator=seeded(1), checkpoint=p), "generator: "),
     "length": (
         lambda p: sampled().accumulate(BATCHES[:5], generator=seeded(), checkpoint=p),
-        "number of batches: 6 there, 5 here",
+        "number of batches: 6 in the file, 5 in this call",
     ),
     "order": (
         lambda p: sampled().accumulate([BATCHES[1], BATCHES[0], *BATCHES[2:]], generator=seeded(), checkpoint=p),

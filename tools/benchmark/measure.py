@@ -53,7 +53,7 @@ class Line:
     library: str
     quantity: str
     ms: float | None = None
-    standard_error: float | None = None
+    spread: float | None = None
     ratio: float | None = None
     half_ms: float | None = None
     compile_s: float | None = None
@@ -268,7 +268,7 @@ def timed(lines: Sequence[Line], rows: Sequence[Row], problem: Problem, settings
 def with_times(line: Line, warm: Ready, base: Sequence[float]) -> Line:
     times, middle = warm.times, statistics.median(warm.times)
     ratio = statistics.median(t / g for t, g in zip(times, base, strict=False)) if base else None
-    line = replace(line, ms=1000 * middle, standard_error=quartile_spread(times), ratio=ratio, half_ms=1000 * warm.half)
+    line = replace(line, ms=1000 * middle, spread=quartile_spread(times), ratio=ratio, half_ms=1000 * warm.half)
     return noted(line, f"{len(times)} runs" if base and len(times) < len(base) else "")
 
 
