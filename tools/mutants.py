@@ -85,7 +85,7 @@ def copied(folder: Path) -> Path:
 
 def run_pytest(folder: Path, tests: Sequence[str], timeout: float | None = None, **variables: str) -> tuple[int, str]:
     """The exit status of pytest on some tests, and the output."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     ended = subprocess.run(
         command, cwd=folder, env=environment, timeout=timeout, capture_output=True, encoding="utf-8", errors="replace"
