@@ -93,7 +93,7 @@ def __getattr__(name: str) -> Any:
     """A public name, imported when it is first read."""
     if name in _RENAMED:
         warn_renamed(f"fxcurv.{name}", f"fxcurv.{_RENAMED[name]}")
-        return getattr(importlib.import_module("fxcurv"), _RENAMED[name])
+        return __getattr__(_RENAMED[name])
     if name in _MODULES:
         value: Any = importlib.import_module(_MODULES[name])
     elif name in _HOME:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fxcurv.blocks.lazy_gram import LazyGram
-from fxcurv.core.errors import InputError, SpecError
+from fxcurv.core.errors import InputError
+from fxcurv.core.registry import register
 from fxcurv.linalg.factorizations import damping_of, singular
 from fxcurv.linalg.operator import LinearOperator, Space, Vector
 
@@ -66,10 +67,7 @@ class Block(LinearOperator, ABC):
     reduction: str = field(default="sum", kw_only=True)
 
     def __init_subclass__(cls) -> None:
-        known = KINDS.get(cls.__name__, cls)
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise SpecError(f"a second kind of block is named {cls.__name__}", remedy="rename it", code="FXC302")
-        KINDS[cls.__name__] = cls
+        register(KINDS, cls.__name__, cls, "kind of block")
 
     # Defined by each kind ---------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ __all__ = ["CheckTarget", "Request", "check", "examine"]
 
 @dataclass(frozen=True)
 class Request:
-    """Request: the same settings for every target."""
+    """Settings that apply to every target."""
 
     selection: Selection
     loss: Loss

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from fxcurv.core.errors import FxcurvError, InputError, LossError, SpecError, a_value
+from fxcurv.core.errors import FxcurvError, InputError, LossError, a_value
 from fxcurv.core.fingerprint import digest
+from fxcurv.core.registry import register
 from fxcurv.losses.terms import LossTerms
 from fxcurv.quantities.factors import Exact, Factor, SecondPass, Stratified, most_columns
 
@@ -57,10 +58,7 @@ class Loss(ABC):
         self.module = module
 
     def __init_subclass__(cls) -> None:
-        known = KINDS.get(cls.name, cls)
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise SpecError(f"a second loss is named {cls.name!r}", remedy="rename it", code="FXC302")
-        KINDS[cls.name] = cls
+        register(KINDS, cls.name, cls, "loss")
 
     # Defined by each kind ---------------------------------------------------------------------------------------------
 

@@ -217,11 +217,11 @@ class _Run(fx.Interpreter):
         statistic = module.statistic if isinstance(module, Scaled) else module
         if not isinstance(statistic, Statistic) or not statistic.loops:
             return super().call_module(target, args, kwargs)
-        if statistic.samples is None:
-            self.live.charge(module.cost(*args).temporary)
+        added, temporary = statistic.samples is None, module.cost(*args).temporary
+        if added:
+            self.live.charge(temporary)
         result = statistic.empty(*args)
-        added = statistic.samples is None  # one part, and the sum of the earlier parts
-        self.live.charge(_bytes(result) if added else module.cost(*args).temporary)
+        self.live.charge(_bytes(result) if added else temporary)  # one part, and the sum of the earlier parts
         return result
 
 
