@@ -323,7 +323,7 @@ def check_loss(loss: object, output: Tensor, target: Tensor) -> None:
 
 
 def _value_pairs(kind: Loss, terms: LossTerms, output: Tensor, target: Tensor) -> Iterator[_Pair]:
-    """Value and gradient, and those of two halves times their divisors, unless a half has no valid target."""
+    """Compare value and gradient, also with the sum over two halves unless a half has no valid target."""
     leaf = output.clone().requires_grad_()
     value = kind.value(leaf, target)
     yield _Pair("the value", terms.value, value.detach())

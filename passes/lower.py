@@ -62,7 +62,7 @@ class _Lowering:
     # The walks
 
     def mark(self, node: fx.Node) -> None:
-        """Record the dependencies of an ATen node, after those of its predecessors."""
+        """Record the dependencies of an ATen node; its predecessors are recorded already."""
         if node.op == "placeholder":
             source = self.captured.sources.get(node.name)
             if source is None and isinstance(node.meta.get("val"), Tensor):  # else a number: a constant of the graph

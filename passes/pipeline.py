@@ -187,7 +187,7 @@ def emit(
 ) -> Emitted:
     """Return the graphs of the selected quantities of the model's parameters, from its canonical graph.
 
-    Algorithms are selected for batches like `inputs`, except those that `algorithms` names (see `Setting`).
+    Algorithms are selected for batches like `inputs`; `algorithms` overrides the selection (see `Setting`).
     """
     canonical = stages["canonical"]
     planned, output = plan(model, canonical, selection), output_of(canonical)
