@@ -21,7 +21,9 @@ from fxcurv.dataset.batches import Split
 from fxcurv.dataset.state import Settings
 from fxcurv.dataset.two_passes import accumulate
 from fxcurv.frontend.cache import cached, request_key, signature
+from fxcurv.frontend.capture import TRACED_BATCH, Tracing
 from fxcurv.frontend.inputs import Inputs, Output, as_call, batch_size, device_of
+from fxcurv.frontend.isolation import TRACING
 from fxcurv.inspect.picture import Format, picture
 from fxcurv.inspect.tables import family_of, tabular
 from fxcurv.losses.base import Loss, as_loss
@@ -33,11 +35,13 @@ from fxcurv.runtime.autograd import by_autograd
 from fxcurv.runtime.explain import Explanation, explained
 from fxcurv.runtime.inductor import Backend, built
 from fxcurv.runtime.memory import Chunks, bytes_of, cut
-from fxcurv.runtime.options import OnUnsupported, Options
+from fxcurv.runtime.options import OnUnsupported, Options, Verify
 from fxcurv.runtime.program import Program
 from fxcurv.runtime.run import Minibatch, default_columns, run
+from fxcurv.verification.diagnosis import refusal_of
+from fxcurv.verification.guard import Disagreement, Guard
 
-__all__ = ["Compiled", "OnUnsupported", "Options", "compile", "trace"]
+__all__ = ["Compiled", "OnUnsupported", "Options", "Verify", "compile", "trace"]
 
 
 def compile(
@@ -51,6 +55,7 @@ def compile(
     backend: Backend = "eager",
     memory_budget: int | str | None = None,
     algorithms: Mapping[str, str] | None = None,
+    verify: Verify = "first",
 ) -> Compiled:
     """Compile a model for `quantities` of its trainable parameters: `result = compiled(inputs, target)`.
 
@@ -74,10 +79,13 @@ def compile(
     - `algorithms`: the algorithm of a sum, instead of the one with the lowest estimated time, by module path, parameter
       or statistic, each a shell-style pattern: `{"conv1": "unfold", "kfac.*.weight.A": "lag_correlation"}`. The last
       match that applies is used. `explain()` lists the alternatives.
+    - `verify`: when the graph is compared with the model itself. "first": output, gradients and independence of the
+      samples when a program is first used, output and samples at each new batch size. "always": the output at every
+      call, too. "never": not at all. A difference is refused (FXC107), with parameters and likely cause.
 
     Raises a `FxcurvError` with node, cause and remedy for any operation without an exact or named treatment.
     """
-    options = Options(output, on_unsupported, backend, bytes_of(memory_budget), algorithms or {})
+    options = Options(output, on_unsupported, backend, bytes_of(memory_budget), algorithms or {}, verify)
     compiled = Compiled(model, as_loss(loss), chosen(quantities), options)
     if example_inputs is not None:
         compiled.prepare(example_inputs)
@@ -110,6 +118,7 @@ class Compiled:
         self.bases = bases
         selection.of(model)
         self._chunks: WeakKeyDictionary[Program, dict[int, Chunks]] = WeakKeyDictionary()
+        self._guards: WeakKeyDictionary[Program, Guard] = WeakKeyDictionary()
         self._latest: Program | None = None
         self._like: Inputs = ()
 
@@ -124,7 +133,7 @@ class Compiled:
         _check_generator(generator)
         batch = Minibatch(inputs, target, generator, progress, self.bases)
         try:
-            program = self.prepare(inputs)
+            program = self.verified(inputs)
         except (CaptureError, UnsupportedError) as refusal:
             if self.options.on_unsupported != "fallback":
                 raise
@@ -137,6 +146,37 @@ class Compiled:
         twin = replace(batch, generator=generator.clone_state())
         result = run(program, self.model, self.loss, replace(batch, generator=generator), chunks)
         return result.updated(self._by_autograd(twin, self.selection.only(refusals))).explained(refusals)
+
+    def verified(self, inputs: Inputs) -> Program:
+        """Return the program for such inputs, compared with the model as `verify` says.
+
+        A program that differs is traced anew, through the model itself. Raises an UnsupportedError (FXC107, FXC401) if
+        it still differs.
+        """
+        program = self.prepare(inputs)
+        try:
+            return self._compared(program, inputs)
+        except Disagreement:
+            program = self._traced_anew(inputs)
+        try:
+            return self._compared(program, inputs)
+        except Disagreement as found:
+            raise refusal_of(found, program, self.model, self.options.output) from None
+
+    def _compared(self, program: Program, inputs: Inputs) -> Program:
+        """Compare a program with the model, where this is due."""
+        if self.options.verify == "never":
+            return program
+        guard = self._guards.get(program)
+        if guard is None:
+            names = [n for n, p in self.model.named_parameters() if p.requires_grad]
+            guard = Guard(program, self.model, self.options.output, names, self.options.memory_budget)
+            self._guards[program] = guard
+        part = self._cut(program, inputs).samples
+        guard.check(inputs, part=part)
+        if self.options.verify == "always":
+            guard.compare_output(inputs, part=part)
+        return program
 
     def accumulate(
         self,
@@ -220,17 +260,40 @@ class Compiled:
         Compiled objects of one model with equal requests share it; see fxcurv/frontend/cache.py.
         """
         _check_inputs(self.model, inputs)
-        options = self.options
-        strict, algorithms = options.on_unsupported == "error", tuple(options.algorithms.items())
-        asked = request_key(self.selection, options.output, strict, options.backend, algorithms)
-        key = (signature(self.model, inputs), asked)
-        self._latest = cached(self.model, key, lambda: self._compiled(inputs))
+        samples, branches = batch_size(inputs), self._branches(inputs)
+        with TRACING:
+            found = next((program for program in branches if program.admits(samples)), None)
+            if found is None:
+                found = self._compiled(inputs, Tracing())
+                if not found.admits(samples):
+                    found = self._compiled(inputs, Tracing(samples))
+                branches.append(found)
+        self._latest = found
         self._like = pytree.tree_map_only(Tensor, lambda t: t.new_zeros(()).expand(t.shape), inputs)
         return self._latest
 
-    def _compiled(self, inputs: Inputs) -> Program:
-        algorithms, stages = self.options.algorithms, self._canonicalized(inputs)
+    def _branches(self, inputs: Inputs) -> list[Program]:
+        """Return the programs for such inputs, one per branch that the model takes for some batch sizes."""
+        options = self.options
+        strict, algorithms = options.on_unsupported == "error", tuple(options.algorithms.items())
+        asked = request_key(self.selection, options.output, strict, options.backend, algorithms)
+        return cached(self.model, (signature(self.model, inputs), asked), list)
+
+    def _traced_anew(self, inputs: Inputs) -> Program:
+        """Replace the program for such inputs by one traced through the model itself."""
+        samples, branches = batch_size(inputs), self._branches(inputs)
+        with TRACING:
+            branches[:] = [program for program in branches if not program.admits(samples)]
+            found = self._compiled(inputs, Tracing(max(samples, TRACED_BATCH), through_copy=False))
+            branches.append(found)
+        self._latest = found
+        return found
+
+    def _compiled(self, inputs: Inputs, tracing: Tracing) -> Program:
+        algorithms, stages = self.options.algorithms, self._canonicalized(inputs, tracing)
         program = Program.of(passes.emit(self.model, stages, self.selection, inputs, algorithms))
+        if self.options.on_unsupported == "error" and (refusals := program.plan.refusals):
+            raise next(iter(refusals.values()))
         passes.check_algorithms(program.graphs, algorithms)
         return built(program, self.options.backend)
 
@@ -240,10 +303,9 @@ class Compiled:
         canonical = self._canonicalized(inputs)["canonical"]
         return passes.plan(self.model, canonical, self.selection), canonical
 
-    def _canonicalized(self, inputs: Inputs) -> dict[str, fx.GraphModule]:
-        return passes.canonicalize(
-            self.model, inputs, self.options.output, strict=self.options.on_unsupported == "error"
-        )
+    def _canonicalized(self, inputs: Inputs, tracing: Tracing | None = None) -> dict[str, fx.GraphModule]:
+        strict = self.options.on_unsupported == "error"
+        return passes.canonicalize(self.model, inputs, self.options.output, strict=strict, tracing=tracing)
 
     @property
     def program(self) -> Program:

@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxcurv.core.errors import FxcurvError, SpecError
 from fxcurv.core.logs import logger
 from fxcurv.core.shapes import resolve
-from fxcurv.frontend.capture import Captured, capture
+from fxcurv.frontend.capture import Captured, Tracing, capture
 from fxcurv.frontend.inputs import Inputs, Output, batch_size, device_of
 from fxcurv.ir.grammar import Stage, verify
 from fxcurv.ir.nodes import output_of
@@ -152,20 +152,29 @@ class Pipeline:
             raise broken from error
 
 
-def lowered(model: nn.Module, inputs: Inputs, output: Output = None) -> dict[str, fx.GraphModule]:
-    """Return the captured and lowered stages, without evaluating any op."""
-    captured, pipeline = capture(model, inputs, output), Pipeline()
+def lowered(
+    model: nn.Module, inputs: Inputs, output: Output = None, tracing: Tracing | None = None
+) -> dict[str, fx.GraphModule]:
+    """Return the captured and lowered stages, without evaluating any op; `meta["sizes"]` has the valid batch sizes."""
+    captured, pipeline = capture(model, inputs, output, tracing), Pipeline()
     pipeline.run(TRACED, captured.graph, Context(captured, model))
+    pipeline.stages["lowered"].meta["sizes"] = captured.sizes
     return pipeline.stages
 
 
 def canonicalize(
-    model: nn.Module, inputs: Inputs, output: Output = None, *, strict: bool = True
+    model: nn.Module,
+    inputs: Inputs,
+    output: Output = None,
+    *,
+    strict: bool = True,
+    tracing: Tracing | None = None,
 ) -> dict[str, fx.GraphModule]:
     """Return the stages up to the canonical graph; unless `strict`, it may contain refused nodes."""
-    pipeline, device = Pipeline(lowered(model, inputs, output)), device_of(inputs)
+    pipeline, device = Pipeline(lowered(model, inputs, output, tracing)), device_of(inputs)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # random ops are probed, too
         pipeline.run(CANONICAL, pipeline.stages["lowered"], Context(device=device, strict=strict), "lowered")
+    pipeline.stages["canonical"].meta["sizes"] = pipeline.stages["lowered"].meta["sizes"]
     return pipeline.stages
 
 

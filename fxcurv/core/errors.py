@@ -27,6 +27,7 @@ __all__ = [
     "UnsupportedError",
     "a_value",
     "frames_of",
+    "of_the_model",
     "raised_at",
 ]
 
@@ -54,7 +55,7 @@ def frames_of(node: fx.Node) -> Location:
     """Return the lines of the model that created a node, captured or lowered."""
     text = str(node.meta.get("stack_trace") or node.meta.get("stack") or "")
     found = re.findall(r'^ *File "(.*)", line (\d+), in (.*)$', text, re.MULTILINE)
-    return _users(Frame(file, int(line), function) for file, line, function in reversed(found))
+    return of_the_model(Frame(file, int(line), function) for file, line, function in reversed(found))
 
 
 def raised_at(error: BaseException) -> Location:
@@ -65,7 +66,7 @@ def raised_at(error: BaseException) -> Location:
         code = trace.tb_frame.f_code
         frames.insert(0, Frame(code.co_filename, trace.tb_lineno, code.co_name))
         trace = trace.tb_next
-    return _users(frames)
+    return of_the_model(frames)
 
 
 _PACKAGE, _TORCH = Path(__file__).parent.parent, Path(torch.__file__).parent
@@ -80,7 +81,8 @@ _PYTHON = f"{Path(os.__file__).parent}{os.sep}"
 _INSTALLED = ("site-packages", "dist-packages")
 
 
-def _users(frames: Iterable[Frame]) -> Location:
+def of_the_model(frames: Iterable[Frame]) -> Location:
+    """Return the frames outside torch, Python's library and this package, in their order."""
     return tuple(frame for frame in frames if not frame.file.startswith(_NOT_THE_MODEL) and not _of_python(frame.file))
 
 

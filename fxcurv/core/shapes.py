@@ -11,7 +11,7 @@ from torch import Tensor
 from fxcurv.core.errors import CaptureError, Location
 from fxcurv.core.torch_compat import depends_on_values
 
-__all__ = ["BatchSize", "Samples", "Shape", "resolve", "shape_of", "show_shape", "size_of"]
+__all__ = ["BatchSize", "BatchSizes", "Samples", "Shape", "resolve", "shape_of", "show_shape", "size_of"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,20 @@ class BatchSize:
 
     def __str__(self) -> str:
         return "N" if self.multiple == 1 else f"{self.multiple}N"
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """The batch sizes for which a graph is valid: those that satisfy all conditions, each a branch of the model."""
+
+    conditions: tuple[tuple[Any, str, int], ...] = ()
+
+    def __contains__(self, size: int) -> bool:
+        return all(self._holds(relation, size) for relation, _, _ in self.conditions)
+
+    @staticmethod
+    def _holds(relation: Any, size: int) -> bool:
+        return bool(relation.subs(dict.fromkeys(relation.free_symbols, size)) == True)  # noqa: E712 (a SymPy truth value)
 
 
 Shape = tuple[int | BatchSize | str, ...]

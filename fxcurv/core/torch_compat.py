@@ -23,17 +23,22 @@ __all__ = [
     "TorchDispatchMode",
     "base_of",
     "compile_errors",
+    "custom_function_of",
     "default_store",
     "depends_on_values",
     "dispatch_keys",
     "flops_of",
+    "gradient_hooks",
     "has_backward_hooks",
+    "hold",
     "holds",
     "linear_onednn",
+    "module_hooks",
     "overload_name",
     "pytree",
     "safe_softmax",
     "schema_of",
+    "size_conditions",
     "storage_id",
     "unset_fake_temporarily",
     "version_of",
@@ -92,6 +97,36 @@ def has_backward_hooks(t: Tensor) -> bool:
     return bool(getattr(t, "_backward_hooks", None))
 
 
+def gradient_hooks(t: Tensor) -> list[dict[int, Any]]:
+    """Return the hooks on the gradient of a tensor, and on the finished gradient of a leaf, as torch stores them."""
+    found = (getattr(t, "_backward_hooks", None), getattr(t, "_post_accumulate_grad_hooks", None))
+    return [hooks for hooks in found if hooks]
+
+
+def module_hooks(module: nn.Module) -> list[str]:
+    """Return the kinds of hooks registered on a module that may change its output or gradients."""
+    kinds = {
+        "forward": module._forward_hooks,
+        "forward_pre": module._forward_pre_hooks,
+        "backward": module._backward_hooks,
+        "backward_pre": module._backward_pre_hooks,
+    }
+    return [kind for kind, hooks in kinds.items() if hooks]
+
+
+def custom_function_of(node: Any) -> type | None:
+    """Return the `torch.autograd.Function` that made a node of autograd's graph."""
+    return getattr(type(node), "_forward_cls", None)
+
+
+def hold(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace the parameter or buffer of that name; recurrent layers, which also list their weights, follow."""
+    if isinstance(module, nn.RNNBase) and name in module._parameters:
+        setattr(module, name, tensor)
+    else:
+        (module._parameters if name in module._parameters else module._buffers)[name] = tensor  # pyright: ignore
+
+
 def holds(module: nn.Module, name: str, tensor: Tensor) -> bool:
     """Whether a module itself holds this tensor as its parameter or buffer of that name."""
     return module._parameters.get(name) is tensor or module._buffers.get(name) is tensor
@@ -112,6 +147,16 @@ def depends_on_values(size: torch.SymInt) -> bool:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     return bool(free_unbacked_symbols(size))
+
+
+def size_conditions(size: Any) -> list[tuple[Any, str, int]]:
+    """Return the conditions on traced sizes, each with file and line: SymPy relations of the sizes' symbols."""
+    environment = size.node.shape_env if isinstance(size, torch.SymInt) else None
+    found: list[tuple[Any, str, int]] = []
+    for guard in environment.guards if environment is not None else ():
+        frame = getattr(guard.sloc, "user_loc", None) or guard.sloc.framework_loc
+        found.append((guard.expr, getattr(frame, "filename", ""), getattr(frame, "lineno", 0)))
+    return found
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

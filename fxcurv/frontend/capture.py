@@ -11,7 +11,9 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +23,14 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.overrides import TorchFunctionMode
 
 from fxcurv.core.errors import CaptureError, FxcurvError, InputError, raised_at
-from fxcurv.core.torch_compat import pytree
+from fxcurv.core.shapes import BatchSizes
+from fxcurv.core.torch_compat import pytree, size_conditions
 from fxcurv.frontend.copying import structural_copy
 from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
 from fxcurv.frontend.isolation import generators_beside_torch, no_report_of_failure, without_autocast
+from fxcurv.frontend.shield import restored
 
-__all__ = ["Captured", "capture"]
+__all__ = ["TRACED_BATCH", "Captured", "Tracing", "capture"]
 
 
 TRACED_BATCH = 3
@@ -40,15 +44,32 @@ class Captured:
     graph: fx.GraphModule
     sources: dict[str, str]
     constants: dict[str, Tensor]
+    sizes: BatchSizes = field(default_factory=BatchSizes)
 
 
-def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured:
-    """Trace `model` on inputs shaped like `inputs`, whose values are not read, for any length of the batch axis."""
-    args, kwargs = pytree.tree_map_only(Tensor, _example, as_call(inputs))
+@dataclass(frozen=True)
+class Tracing:
+    """How a model is traced: with a number of samples, and through a structural copy or itself.
+
+    The copy leaves the model untouched, also for other threads. A closure, a global variable or a hook leads from the
+    copy back to modules of the model, so that a model with one is traced itself, and restored.
+    """
+
+    samples: int = TRACED_BATCH
+    through_copy: bool = True
+
+
+def capture(model: nn.Module, inputs: Inputs, output: Output = None, tracing: Tracing | None = None) -> Captured:
+    """Trace `model` on inputs shaped like `inputs`, whose values are not read, for any length of the batch axis.
+
+    If the model branches on the batch size, the graph is valid for `Captured.sizes` only.
+    """
+    tracing = tracing or Tracing()
+    args, kwargs = pytree.tree_map_only(Tensor, partial(_example, samples=tracing.samples), as_call(inputs))
     try:
         with generators_beside_torch() as have_moved:
-            program = _exported(model, args, kwargs, output)
-            fixed = not have_moved() or _equal(program, _exported(model, args, kwargs, output))
+            program = _exported(model, args, kwargs, output, tracing)
+            fixed = not have_moved() or _equal(program, _exported(model, args, kwargs, output, tracing))
     except FxcurvError:
         raise
     except Exception as error:
@@ -69,16 +90,18 @@ def capture(model: nn.Module, inputs: Inputs, output: Output = None) -> Captured
         )
     graph = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     _keep_only_selected_output(graph, program)
-    return Captured(graph, *_sources(program, model))
+    return Captured(graph, *_sources(program, model), _sizes(graph))
 
 
-def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output) -> ExportedProgram:
-    """Export a copy of the model, where axis 0 of every input may have any length."""
+def _exported(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, tracing: Tracing
+) -> ExportedProgram:
+    """Export the model or a copy, where axis 0 of every input may have any length."""
     dynamic = ShapesCollection()
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor):
             dynamic[t] = {0: Dim.AUTO}
-    shared = structural_copy(model, *model.parameters(), *model.buffers())
+    shared = structural_copy(model, *model.parameters(), *model.buffers()) if tracing.through_copy else model
     forward, select = shared.forward, selector(output)
 
     @functools.wraps(forward)
@@ -86,10 +109,18 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
         with _Traceable():
             return select(forward(*args, **kwargs))
 
-    shared.forward = selected
-    with torch.random.fork_rng(devices=[]), without_autocast(), warnings.catch_warnings(), no_report_of_failure():
-        warnings.filterwarnings("ignore", ".*assigned during export")  # assigned to the copy, which is discarded
-        with torch.backends.opt_einsum.flags(enabled=False):  # its order would depend on the batch size
+    isolated = nullcontext() if tracing.through_copy else restored(model)
+    with (
+        isolated,
+        torch.random.fork_rng(devices=[]),
+        without_autocast(),
+        warnings.catch_warnings(),
+        no_report_of_failure(),
+    ):
+        shared.forward = selected
+        warnings.filterwarnings("ignore", ".*assigned during export")  # the copy is discarded, the model is restored
+        # the order of opt_einsum would depend on the batch size
+        with torch.backends.opt_einsum.flags(enabled=False), no_report_of_failure():
             return export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
 
 
@@ -127,8 +158,8 @@ _TRACEABLE: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _example(t: Tensor) -> Tensor:
-    return torch.empty(TRACED_BATCH, *t.shape[1:], dtype=t.dtype, device=t.device)
+def _example(t: Tensor, samples: int) -> Tensor:
+    return torch.empty(samples, *t.shape[1:], dtype=t.dtype, device=t.device)
 
 
 def _is_integer(value: Any) -> bool:
@@ -172,9 +203,18 @@ def _keep_only_selected_output(graph: fx.GraphModule, program: ExportedProgram) 
     node.args = (outputs[kinds.index(OutputKind.USER_OUTPUT)],)
 
 
+def _sizes(graph: fx.GraphModule) -> BatchSizes:
+    """Return the batch sizes for which the model takes the traced branches."""
+    values = [node.meta.get("val") for node in graph.graph.find_nodes(op="placeholder")]
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim]
+    return BatchSizes(next((tuple(found) for size in sizes if (found := size_conditions(size))), ()))
+
+
 def _sources(program: ExportedProgram, model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return placeholder -> name of the model's tensor, by identity (tied ones share the first); and constants."""
-    names = {id(t): name for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
+    held = [*model.named_parameters(), *model.named_buffers()]
+    names = {id(t): name for name, t in reversed(held)}
+    views = {_memory(t): name for name, t in reversed(held) if t.numel()}
     sources: dict[str, str] = {}
     constants: dict[str, Tensor] = {}
     for spec in program.graph_signature.input_specs:
@@ -183,6 +223,13 @@ def _sources(program: ExportedProgram, model: nn.Module) -> tuple[dict[str, str]
         tensor = program.state_dict.get(spec.target, program.constants.get(spec.target))
         if id(tensor) in names:
             sources[spec.arg.name] = names[id(tensor)]
+        elif isinstance(tensor, Tensor) and _memory(tensor) in views:  # a parameter that a closure holds
+            sources[spec.arg.name] = views[_memory(tensor)]
         elif isinstance(tensor, Tensor):
             sources[spec.arg.name], constants[spec.target] = spec.target, tensor.detach().clone()
     return sources, constants
+
+
+def _memory(t: Tensor) -> tuple[object, ...]:
+    """Return the memory that a tensor reads, equal for two views of it with the same entries."""
+    return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.device

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxcurv.core.errors import CaptureError, InputError, UnsupportedError
 
-__all__ = ["check_parameters", "check_repeatable", "structural_copy"]
+__all__ = ["check_parameters", "check_repeatable", "named_tensors", "structural_copy"]
 
 
 def check_parameters(model: nn.Module) -> None:
@@ -39,6 +39,12 @@ def structural_copy(model: nn.Module, *shared: Tensor, instead: Mapping[Tensor, 
         raise CaptureError(
             f"the model cannot be copied ({error})", remedy="make its attributes deep-copyable", code="FXC103"
         ) from error
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model under all of their names."""
+    parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    return {**dict(parameters), **dict(buffers)}
 
 
 def check_repeatable(model: nn.Module, copy: nn.Module, first: Tensor, second: Tensor) -> None:

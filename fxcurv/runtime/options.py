@@ -10,9 +10,12 @@ from fxcurv.core.errors import QuantityError
 from fxcurv.frontend.inputs import Output
 from fxcurv.runtime.inductor import Backend
 
-__all__ = ["OnUnsupported", "Options"]
+__all__ = ["OnUnsupported", "Options", "Verify"]
 
 OnUnsupported = Literal["error", "skip", "fallback"]
+
+
+Verify = Literal["first", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,10 @@ class Options:
     backend: Backend = "eager"
     memory_budget: int | None = None
     algorithms: Mapping[str, str] = field(default_factory=dict)
+    verify: Verify = "first"
 
     def __post_init__(self) -> None:
-        for name, kind in (("on_unsupported", OnUnsupported), ("backend", Backend)):
+        for name, kind in (("on_unsupported", OnUnsupported), ("backend", Backend), ("verify", Verify)):
             value = getattr(self, name)
             if value not in get_args(kind):
                 remedy = f"choose one of {', '.join(get_args(kind))}"

@@ -54,6 +54,10 @@ class Program:
         """The model's computation in modules of the vocabulary."""
         return self.stages["canonical"]
 
+    def admits(self, samples: int) -> bool:
+        """Whether the model was traced along the branches that it takes for a batch of this size."""
+        return samples in self.canonical.meta["sizes"]
+
     def given(self, factor: Factor) -> dict[str, tuple[int, ...] | None]:
         """Inputs of a backward graph besides S, in order: eigenvectors with shapes, saved tensors with None."""
         _, *rest = self.stages[f"backward[{factor}]"].graph.find_nodes(op="placeholder")

@@ -19,6 +19,7 @@ from fxcurv.contractions.statistic import StatisticValue, combined
 from fxcurv.core.generators import fresh_generator
 from fxcurv.core.shapes import resolve
 from fxcurv.core.torch_compat import holds, pytree
+from fxcurv.frontend.copying import named_tensors
 from fxcurv.frontend.inputs import Inputs, as_call
 from fxcurv.frontend.isolation import without_autocast
 from fxcurv.ir.nodes import module_of, output_of
@@ -35,7 +36,17 @@ from fxcurv.runtime.memory import Chunks
 from fxcurv.runtime.program import Program
 from fxcurv.runtime.second_derivatives import hessian_diagonals
 
-__all__ = ["COLUMN_BYTES", "Gathered", "Minibatch", "assembled", "bind", "default_columns", "pull_back", "run"]
+__all__ = [
+    "COLUMN_BYTES",
+    "Gathered",
+    "Minibatch",
+    "assembled",
+    "bind",
+    "bind_tensors",
+    "default_columns",
+    "pull_back",
+    "run",
+]
 
 
 COLUMN_BYTES = 1 << 29
@@ -193,8 +204,11 @@ def default_columns(program: Program, samples: int) -> int:
 
 def bind(canonical: fx.GraphModule, model: nn.Module) -> None:
     """Set every slot to the model's current tensors."""
-    parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    tensors: dict[str, Tensor] = {**dict(parameters), **dict(buffers)}
+    bind_tensors(canonical, named_tensors(model))
+
+
+def bind_tensors(canonical: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
+    """Set every slot to tensors by the names of the model's parameters and buffers."""
     for node in canonical.graph.nodes:
         for slot, source in node.meta.get("slots", {}).items():
             _hold(module_of(node), slot, source(tensors))

@@ -116,8 +116,8 @@ class NTK:
                 block = _reduced(K, kind)
                 _add(found, name if apart else "", block, block.shape, (...,))
             return found
-        left = KernelInput(self.compiled.prepare(x1), x1)
-        right = None if x2 is None else KernelInput(self.compiled.prepare(x2), x2)
+        left = KernelInput(self.compiled.verified(x1), x1)
+        right = None if x2 is None else KernelInput(self.compiled.verified(x2), x2)
         request = Request(kind != "full", kind == "trace", len(left.program.plan.jobs) if apart else 1, self.forced)
         other, tiles = right or left, self._tiles(left, right, request)
         shape = torch.Size((left.samples, other.samples, left.outputs, other.outputs))

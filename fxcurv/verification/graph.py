@@ -1,0 +1,60 @@
+"""The canonical graph at given tensors: its output, and its pullback to the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.core.torch_compat import pytree
+from fxcurv.frontend.inputs import Inputs, as_call
+from fxcurv.frontend.isolation import without_autocast
+from fxcurv.quantities.selection import chosen
+from fxcurv.runtime.program import Program
+from fxcurv.runtime.run import Gathered, bind_tensors, pull_back
+from passes.augment import augment
+from passes.pipeline import Emitted
+from passes.plan import plan
+
+__all__ = ["Pullback", "output_at"]
+
+
+def output_at(program: Program, inputs: Inputs, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the output of the canonical graph, where `tensors` are the model's parameters and buffers."""
+    with torch.no_grad(), without_autocast():
+        bind_tensors(program.canonical, tensors)
+        return program.canonical(*_tensors(inputs))
+
+
+class Pullback:
+    """The graphs of the gradient, straight from `augment`: all later passes keep the values, and are left out."""
+
+    def __init__(self, program: Program, model: nn.Module, parameters: Collection[str]) -> None:
+        self.plan = plan(model, program.canonical, chosen("grad").only(parameters))
+        augmented = augment(program.canonical, self.plan)
+        stages = {**program.stages, "forward": augmented.forward}
+        stages |= {f"backward[{factor}]": gm for factor, gm in augmented.backwards.items()}
+        self.program = Program.of(Emitted(stages, tuple(augmented.backwards), self.plan))
+
+    def __call__(self, inputs: Inputs, tensors: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
+        """Return the pullback of a cotangent to every parameter that the graph reaches."""
+        with torch.no_grad(), without_autocast():
+            bind_tensors(self.program.canonical, tensors)
+            _, saved, found = self.program.forward(*_tensors(inputs))
+            sums = Gathered(self.program)
+            sums.add(found)
+            for factor in self.program.backwards:
+                pull_back(self.program, factor, saved, [cotangent.unsqueeze(0)], sums)
+            sums.close()
+            gradients: dict[str, Tensor] = {}
+            for job in self.plan.jobs:
+                own = {statistic: sums.whole[key] for statistic, key in job.sums.items()}
+                value = job.quantity.finish(job.usage, own, len(cotangent))
+                assert isinstance(value, Tensor)
+                gradients[job.usage.name] = value
+        return gradients
+
+
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
