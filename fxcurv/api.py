@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from fxcurv.runtime.program import Program
 from fxcurv.runtime.run import Minibatch, default_columns, run
 from fxcurv.verification.diagnosis import refusal_of
 from fxcurv.verification.guard import Disagreement, Guard
+from passes.pipeline import Emitted
 
 __all__ = ["Compiled", "OnUnsupported", "Options", "Verify", "compile", "trace"]
 
@@ -153,11 +155,15 @@ class Compiled:
         A program that differs is traced anew, through the model itself. Raises an UnsupportedError (FXC107, FXC401) if
         it still differs.
         """
-        program = self.prepare(inputs)
-        try:
-            return self._compared(program, inputs)
-        except Disagreement:
-            program = self._traced_anew(inputs)
+        return self._agreeing(inputs, lambda: self.prepare(inputs), lambda: self._traced_anew(inputs))
+
+    def _agreeing(self, inputs: Inputs, *candidates: Callable[[], Program]) -> Program:
+        """Return the first program that agrees with the model; raise the difference of the last."""
+        *earlier, last = candidates
+        for candidate in earlier:
+            with suppress(Disagreement):
+                return self._compared(candidate(), inputs)
+        program = last()
         try:
             return self._compared(program, inputs)
         except Disagreement as found:
@@ -298,10 +304,20 @@ class Compiled:
         return built(program, self.options.backend)
 
     def plan(self, inputs: Inputs) -> tuple[Plan, fx.GraphModule]:
-        """Return the plan for every parameter, and the canonical graph it is read from, without further compilation."""
+        """Return the plan for every parameter, and the canonical graph it is read from, without further compilation.
+
+        The graph is compared with the model as `verify` says.
+        """
         _check_inputs(self.model, inputs)
-        canonical = self._canonicalized(inputs)["canonical"]
-        return passes.plan(self.model, canonical, self.selection), canonical
+
+        def traced(tracing: Tracing) -> Program:
+            stages = self._canonicalized(inputs, tracing)
+            planned = passes.plan(self.model, stages["canonical"], self.selection)
+            return Program.of(Emitted({**stages, "forward": stages["canonical"]}, (), planned))
+
+        anew = Tracing(max(batch_size(inputs), TRACED_BATCH), through_copy=False)
+        program = self._agreeing(inputs, lambda: traced(Tracing()), lambda: traced(anew))
+        return program.plan, program.canonical
 
     def _canonicalized(self, inputs: Inputs, tracing: Tracing | None = None) -> dict[str, fx.GraphModule]:
         strict = self.options.on_unsupported == "error"

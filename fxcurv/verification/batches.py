@@ -10,7 +10,7 @@ from torch import Tensor
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, batch_size
 
-__all__ = ["Rearranged", "among_others", "rows_of"]
+__all__ = ["Rearranged", "among_others", "rows_of", "varied"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,16 @@ class Rearranged:
     samples: Tensor
 
 
+def varied(inputs: Inputs, generator: torch.Generator) -> Inputs:
+    """Return the inputs with random numbers in place of a floating-point tensor whose entries are all equal."""
+
+    def drawn(t: Tensor) -> Tensor:
+        constant = t.is_floating_point() and t.numel() > 1 and bool((t == t.flatten()[0]).all())
+        return torch.randn(t.shape, generator=generator).to(t) if constant else t
+
+    return pytree.tree_map_only(Tensor, drawn, inputs)
+
+
 def rows_of(inputs: Inputs, rows: Tensor) -> Inputs:
     """Return a batch of these rows, as copies."""
     return pytree.tree_map_only(Tensor, lambda t: t.detach()[rows.to(t.device)], inputs)
@@ -30,8 +40,8 @@ def rows_of(inputs: Inputs, rows: Tensor) -> Inputs:
 def among_others(inputs: Inputs, size: int, generator: torch.Generator) -> Rearranged:
     """Return `size` rows, in random order: at least one is new, the others are samples of the batch.
 
-    No sample keeps its row, unless the batch is the only one. A new row of a floating-point input is a random mean of
-    two samples, so that it lies within the range of the data; of any other input, it is another sample.
+    No sample keeps its row, if possible. A new row of a floating-point input is a random mean of two samples, and so
+    within the range of the data; of any other input, it is a sample. Where all samples are equal, it is random.
     """
     number = batch_size(inputs)
     kept = min(number, size - max(1, size // 4))
@@ -65,9 +75,9 @@ def _with_new_rows(t: Tensor, taken: Tensor, new: Tensor, generator: torch.Gener
         weights = torch.rand(count, *(1,) * (t.ndim - 1), generator=generator).to(t)
         mixed = weights * others + (1 - weights) * partners
         rows[at] = torch.where(mixed.isfinite(), mixed, others)
-    if not bool((rows[at] == others).all()):
+    if not bool((t == t[:1]).all()):
         return rows
-    if t.is_floating_point():  # equal samples
+    if t.is_floating_point():
         rows[at] = others + torch.randn(others.shape, generator=generator).to(t)
     elif t.ndim > 1:
         order = torch.randperm(others[0].numel(), generator=generator).to(t.device)

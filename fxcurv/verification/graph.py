@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, as_call
 from fxcurv.frontend.isolation import without_autocast
+from fxcurv.ir.nodes import output_of
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime.program import Program
 from fxcurv.runtime.run import Gathered, bind_tensors, pull_back
 from passes.augment import augment
 from passes.pipeline import Emitted
 from passes.plan import plan
+from passes.select_algorithms import contract
+from passes.setting import Setting
 
 __all__ = ["Pullback", "output_at"]
 
@@ -28,13 +31,15 @@ def output_at(program: Program, inputs: Inputs, tensors: Mapping[str, Tensor]) -
 
 
 class Pullback:
-    """The graphs of the gradient, straight from `augment`: all later passes keep the values, and are left out."""
+    """The graphs of the gradient after the passes `augment` and `select_algorithms`; later passes keep the values."""
 
-    def __init__(self, program: Program, model: nn.Module, parameters: Collection[str]) -> None:
-        self.plan = plan(model, program.canonical, chosen("grad").only(parameters))
-        augmented = augment(program.canonical, self.plan)
+    def __init__(self, program: Program, model: nn.Module, parameters: Collection[str], samples: int = 2) -> None:
+        canonical = program.canonical
+        self.plan = plan(model, canonical, chosen("grad").only(parameters))
+        augmented, place = augment(canonical, self.plan), next(model.parameters()).device
+        setting = Setting(samples, 1, place, output_of(canonical).meta["dtype"])
         stages = {**program.stages, "forward": augmented.forward}
-        stages |= {f"backward[{factor}]": gm for factor, gm in augmented.backwards.items()}
+        stages |= {f"backward[{factor}]": contract(gm, setting) for factor, gm in augmented.backwards.items()}
         self.program = Program.of(Emitted(stages, tuple(augmented.backwards), self.plan))
 
     def __call__(self, inputs: Inputs, tensors: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, Output, as_call, batch_size, selector
 from fxcurv.frontend.shield import shielded
 from fxcurv.runtime.program import Program
-from fxcurv.verification.batches import among_others, rows_of
+from fxcurv.verification.batches import among_others, rows_of, varied
 from fxcurv.verification.graph import Pullback, output_at
 from fxcurv.verification.tolerances import different_parameters, different_samples, tolerance_for
 
@@ -130,7 +130,7 @@ class Guard:
 
     def _compare_gradients(self, inputs: Inputs, size: int) -> None:
         """Compare the pullbacks of a random cotangent at `size` samples, and the samples among others."""
-        batch = _some(inputs, size, self.generator)
+        batch = varied(_some(inputs, size, self.generator), self.generator)
         outputs: dict[torch.dtype | None, Tensor] = {}
 
         def different(dtype: torch.dtype | None) -> list[str]:
