@@ -187,9 +187,8 @@ def main() -> None:
     table = tabulate([row.cells() for row in rows], headers, tablefmt="github", disable_numparse=True)
     if given.models == "*":
         about = str(__doc__).partition("For each")[2]
-        text = f"# Graph and model compared on real models
-
-`python tools/guard.py`. For each{about}"
+        title = "# Graph and model compared on real models"
+        text = "\n\n".join((title, "`python tools/guard.py`", f"For each{about}"))
         (ROOT / "tools" / "results" / "guard.md").write_text(f"{text.strip()}\n\n{table}\n", encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from fxcurv.frontend.isolation import without_autocast
 from fxcurv.ir.nodes import output_of
 from fxcurv.quantities.selection import chosen
 from fxcurv.runtime.program import Program
-from fxcurv.runtime.run import Gathered, bind_tensors, pull_back
+from fxcurv.runtime.run import Gathered, bind_tensors
 from passes.augment import augment
 from passes.pipeline import Emitted
 from passes.plan import plan
@@ -49,8 +49,9 @@ class Pullback:
             _, saved, found = self.program.forward(*_tensors(inputs))
             sums = Gathered(self.program)
             sums.add(found)
-            for factor in self.program.backwards:
-                pull_back(self.program, factor, saved, [cotangent.unsqueeze(0)], sums)
+            for factor, backward in self.program.backwards.items():
+                needed = {name: saved[name] for name in self.program.given(factor)}
+                sums.add(backward(cotangent.unsqueeze(0), **needed))
             sums.close()
             gradients: dict[str, Tensor] = {}
             for job in self.plan.jobs:

@@ -46,6 +46,12 @@ from passes.lowering_table import unary
 LIBRARY = torch.library.Library("curvature_extras", "DEF")
 LIBRARY.define("softcube(Tensor x) -> Tensor")
 LIBRARY.impl("softcube", lambda x: x + x**3 / 3, "CompositeExplicitAutograd")
+torch.library.register_autograd(
+    "curvature_extras::softcube",
+    lambda ctx, g: g * (1 + ctx.saved_tensors[0] ** 2),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lib=LIBRARY,
+)
 
 class Softcube(nn.Module):
     def forward(self, x):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from types import MethodType
 
 import pytest
 import reference
@@ -53,7 +54,7 @@ CHANGES: dict[str, Callable[[Switched], object]] = {
     "tensor that is no buffer": lambda m: setattr(m, "shift", torch.ones(4, dtype=torch.float64)),
     "entries of such a tensor": lambda m: m.shift.add_(1),
     "hook": lambda m: m.first.register_forward_hook(doubled),
-    "forward": lambda m: setattr(m, "forward", lambda x: m.second(m.first(x))),
+    "forward": lambda m: setattr(m, "forward", MethodType(lambda self, x: self.second(self.first(x)), m)),
 }
 
 
