@@ -351,7 +351,8 @@ class Compiled:
         """
         program = self.program if inputs is None else self.prepare(inputs)
         inputs = self._like if inputs is None else inputs
-        return explained(program, inputs, self.loss, self._cut(program, inputs))
+        compared = self.options.verify != "never"
+        return explained(program, inputs, self.loss, self._cut(program, inputs), compared)
 
     def picture(self, format: Format = "mermaid", depth: int | None = None) -> str:
         """Return the model as a flow chart in Mermaid or DOT: modules down to `depth`, coloured by treatment."""

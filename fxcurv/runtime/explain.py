@@ -29,6 +29,10 @@ from fxcurv.runtime.program import Program, sums_of
 __all__ = ["Explanation", "Step", "explained"]
 
 
+GRADIENT_OF_A_FORWARD = 3
+"""Cost of a gradient in forward passes."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One node of an emitted graph: its module, cost, quantities, and alternative algorithms with their seconds."""
@@ -49,6 +53,8 @@ class Explanation:
     steps: tuple[Step, ...]
     peak_bytes: float
     samples: int
+    comparison: tuple[float, float] = (0.0, 0.0)
+    """Estimated seconds of the comparison with the model: once per program, and at each new batch size."""
 
     @property
     def seconds(self) -> float:
@@ -92,11 +98,18 @@ class Explanation:
         total = (
             f"{self.flops / 1e9:.3g} GFLOP, about {1e3 * self.seconds:.3g} ms, peak {self.peak_bytes / 2**20:.4g} MiB"
         )
-        return f"{self.table()}\n\n{self.samples} samples: {total}\nshares: {shares}"
+        once, each = (f"{1e3 * seconds:.3g} ms" for seconds in self.comparison)
+        comparison = f"\ncomparison with the model: about {once} once, and {each} at each new batch size"
+        lines = f"{self.table()}\n\n{self.samples} samples: {total}\nshares: {shares}"
+        return lines + (comparison if any(self.comparison) else "")
 
 
-def explained(program: Program, inputs: Inputs, loss: Loss, chunks: Chunks) -> Explanation:
-    """Estimate the cost of a call on a batch like `inputs`; only their shapes, types and devices are read."""
+def explained(program: Program, inputs: Inputs, loss: Loss, chunks: Chunks, compared: bool = True) -> Explanation:
+    """Estimate the cost of a call on a batch like `inputs`; only their shapes, types and devices are read.
+
+    With `compared`, the comparison of the graph with the model is included: a gradient of two samples by both and a
+    forward pass of three once, and two forward passes of the model at each new batch size.
+    """
     given = [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
     rates = rates_of(given[0].device, output_of(program.canonical).meta["dtype"])
     steps: list[Step] = []
@@ -113,7 +126,10 @@ def explained(program: Program, inputs: Inputs, loss: Loss, chunks: Chunks) -> E
             backward.run(S, *(output.new_empty(bases) if bases else saved[name] for name, bases in read))
             steps += _steps(f"backward[{factor}]", backward, rates)
     peak = forecast(program, inputs, chunks.samples, chunks.columns).peak
-    return Explanation(tuple(steps), peak, len(given[0]))
+    layers = {str(node.target) for node in program.canonical.graph.find_nodes(op="call_module")}
+    forward_pass = sum(step.seconds for step in steps if step.graph == "forward" and step.node in layers)
+    once = (2 * GRADIENT_OF_A_FORWARD * 2 + 3) * forward_pass / len(given[0])
+    return Explanation(tuple(steps), peak, len(given[0]), (once, 2 * forward_pass) if compared else (0.0, 0.0))
 
 
 def _steps(name: str, counted: _Counted, rates: Rates) -> Iterator[Step]:

@@ -424,6 +424,16 @@ def test_always_notices_a_change_that_nothing_else_sees() -> None:
         torch.testing.assert_close(value, torch.stack([one[name] for one in expected]).sum(0))
 
 
+def test_explain_has_the_cost_of_the_comparison() -> None:
+    model, (x, _) = made(Network), batch(8)
+    once, each = fxcurv.compile(model, "mse", "grad").explain(x).comparison
+    assert once > 0 < each
+    assert "comparison with the model" in str(fxcurv.compile(model, "mse", "grad").explain(x))
+    never = fxcurv.compile(model, "mse", "grad", verify="never").explain(x)
+    assert never.comparison == (0.0, 0.0)
+    assert "comparison" not in str(never)
+
+
 # Types and tolerances ------------------------------------------------------------------------------------------------
 
 
