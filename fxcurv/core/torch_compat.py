@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 __all__ = [
+    "CALLED",
     "HIGHER_ORDER",
     "FakeTensorMode",
     "TorchDispatchMode",
@@ -28,7 +29,9 @@ __all__ = [
     "dispatch_keys",
     "flops_of",
     "has_backward_hooks",
+    "has_global_hooks",
     "holds",
+    "hooks_of",
     "linear_onednn",
     "overload_name",
     "pytree",
@@ -90,6 +93,28 @@ def base_of(t: Any) -> Tensor | None:
 def has_backward_hooks(t: Tensor) -> bool:
     """Whether hooks, which may change the gradient, are registered on a tensor."""
     return bool(getattr(t, "_backward_hooks", None))
+
+
+CALLED = ("forward", "_call_impl", "_wrapped_call_impl", "_slow_forward")
+"""Methods through which a module is called, and which an attribute of an instance replaces."""
+
+
+_HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+
+
+def hooks_of(module: nn.Module) -> list[str]:
+    """Return the kinds of hooks that are registered on a module."""
+    return [kind for name, kind in _HOOKS.items() if getattr(module, name, None)]
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered for the calls of all modules."""
+    return any(getattr(torch.nn.modules.module, f"_global{name}", None) for name in _HOOKS)
 
 
 def holds(module: nn.Module, name: str, tensor: Tensor) -> bool:
