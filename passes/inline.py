@@ -55,7 +55,8 @@ def _copied(node: fx.Node, body: fx.GraphModule, args: Sequence[Any], enabled: b
     outside = set(values)
     with node.graph.inserting_before(node):
         for n in (n for n in body.graph.nodes if n.op == "call_function"):
-            if not enabled and schema_of(n.target).is_mutable and n.args[0] in outside:
+            schema = schema_of(n.target)  # None for an entry of several results
+            if not enabled and schema is not None and schema.is_mutable and n.args[0] in outside:
                 raise CaptureError(
                     "an in-place op in a block without gradients changes a tensor from outside the block",
                     node=f"'{n.name}'",

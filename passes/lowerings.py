@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxcurv.core.errors import InputError, UnsupportedError, frames_of
 from fxcurv.core.shapes import BatchSize
+from fxcurv.frontend.embeddings import scaled_by_frequency
 from fxcurv.ir import calls, ops
 from passes.functionalize import packet_of
 from passes.lowering_table import (
@@ -207,8 +208,21 @@ def _range_step(node: fx.Node) -> object:
     return a.get("step", 1) if a and a.get("start", 0) == 0 else None
 
 
+@lowers("embedding")
+def _embedding(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
+    _check_frequencies(low, node, a)
+    return generic(kind_of_call(node))(low, node, a)
+
+
+def _check_frequencies(low: Builder, node: fx.Node, a: Arguments) -> None:
+    """Refuse gradients scaled by counts over the batch, unless the weight is frozen."""
+    if a["scale_grad_by_freq"] and (low.placeholders(a["weight"]) or not low.holdable(a["weight"])):
+        raise scaled_by_frequency(where(node), frames_of(node))
+
+
 def _bags(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     """Lower the bags of `nn.EmbeddingBag` on [N, T]: the same number of indices for all samples."""
+    _check_frequencies(low, node, a)
     size = shape_at(a["indices"], node)
     step = _range_step(a["offsets"])
     if not isinstance(step, int) or size != (BatchSize(step),):

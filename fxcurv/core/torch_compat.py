@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 __all__ = [
+    "CALLED",
     "HIGHER_ORDER",
     "FakeTensorMode",
     "TorchDispatchMode",
@@ -30,10 +31,11 @@ __all__ = [
     "flops_of",
     "gradient_hooks",
     "has_backward_hooks",
+    "has_global_hooks",
     "hold",
     "holds",
+    "hooks_of",
     "linear_onednn",
-    "module_hooks",
     "overload_name",
     "pytree",
     "safe_softmax",
@@ -103,17 +105,6 @@ def gradient_hooks(t: Tensor) -> list[dict[int, Any]]:
     return [hooks for hooks in found if hooks]
 
 
-def module_hooks(module: nn.Module) -> list[str]:
-    """Return the kinds of hooks registered on a module that may change its output or gradients."""
-    kinds = {
-        "forward": module._forward_hooks,
-        "forward_pre": module._forward_pre_hooks,
-        "backward": module._backward_hooks,
-        "backward_pre": module._backward_pre_hooks,
-    }
-    return [kind for kind, hooks in kinds.items() if hooks]
-
-
 def custom_function_of(node: Any) -> type | None:
     """Return the `torch.autograd.Function` that made a node of autograd's graph."""
     return getattr(type(node), "_forward_cls", None)
@@ -125,6 +116,28 @@ def hold(module: nn.Module, name: str, tensor: Tensor) -> None:
         setattr(module, name, tensor)
     else:
         (module._parameters if name in module._parameters else module._buffers)[name] = tensor  # pyright: ignore
+
+
+CALLED = ("forward", "_call_impl", "_wrapped_call_impl", "_slow_forward")
+"""Methods through which a module is called, and which an attribute of an instance replaces."""
+
+
+_HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+
+
+def hooks_of(module: nn.Module) -> list[str]:
+    """Return the kinds of hooks that are registered on a module."""
+    return [kind for name, kind in _HOOKS.items() if getattr(module, name, None)]
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered for the calls of all modules."""
+    return any(getattr(torch.nn.modules.module, f"_global{name}", None) for name in _HOOKS)
 
 
 def holds(module: nn.Module, name: str, tensor: Tensor) -> bool:

@@ -134,11 +134,18 @@ def _equal(a: ExportedProgram, b: ExportedProgram) -> bool:
 class _Traceable(TorchFunctionMode):
     """Replace calls that tracing would miss, or fix to one batch size, by equivalent calls."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside = torch.is_inference_mode_enabled()
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         same = _TRACEABLE[func] if func in _TRACEABLE else func
-        return same(*args, **(kwargs or {}))
+        y = same(*args, **(kwargs or {}))
+        if torch.is_inference_mode_enabled() and not self.outside:  # the trace has blocks of `no_grad` alone
+            y = pytree.tree_map_only(Tensor, torch.Tensor.detach, y)
+        return y
 
 
 def _take_along_dim(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:

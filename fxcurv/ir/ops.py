@@ -331,10 +331,10 @@ class Cast(nn.Module):
 
 
 class Detach(nn.Module):
-    """y = x, non-differentiable."""
+    """y = x, non-differentiable, for autograd as for the rules: second derivatives differentiate the graph itself."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x
+        return x.detach()
 
 
 class Slice(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxcurv.core.errors import FxcurvError, InputError, LossError, a_value
 from fxcurv.core.fingerprint import digest
 from fxcurv.core.registry import register
+from fxcurv.losses.alterations import alteration, changed_by_global_hooks
 from fxcurv.losses.terms import LossTerms
 from fxcurv.quantities.factors import Exact, Factor, SecondPass, Stratified, most_columns
 
@@ -50,15 +51,19 @@ class Loss(ABC):
 
     name: ClassVar[str]
     module_type: ClassVar[type[nn.Module]]
-    function: ClassVar[object] = None
+    function: ClassVar[Callable[..., Any] | None] = None
     has_classes: ClassVar[bool] = False
     gaussian: ClassVar[bool] = False
+
+    _forward: ClassVar[object] = None
+    _given: nn.Module | None = None
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __init_subclass__(cls) -> None:
         register(KINDS, cls.name, cls, "loss")
+        cls._forward = cls.module_type.forward
 
     # Defined by each kind ---------------------------------------------------------------------------------------------
 
@@ -85,6 +90,19 @@ class Loss(ABC):
         """Whether any term counts: `mean` divides by zero if none does."""
         return True
 
+    # The user's module -----------------------------------------------------------------------------------------------
+
+    @property
+    def given(self) -> nn.Module:
+        """The module given by the user, of which `module` may be a copy."""
+        return self._given or self.module
+
+    def require_unchanged(self) -> None:
+        """Raise a LossError unless the module computes exactly what its type defines."""
+        found = alteration(self.given, self.module_type, type(self)._forward, type(self).function)
+        if found is not None:
+            raise LossError(found[0], remedy=found[1], code="FXC406")
+
     # Derived ----------------------------------------------------------------------------------------------------------
 
     @property
@@ -96,13 +114,16 @@ class Loss(ABC):
         """The same loss with the reduction `sum`."""
         module: Any = copy.copy(self.module)
         module.reduction = "sum"
-        return type(self)(module)
+        found = type(self)(module)
+        found._given = self.given
+        return found
 
     def terms(self, output: Tensor, target: Tensor) -> LossTerms:
         """The loss at an output `[N, …]`, widened to float32 if it is narrower, and a target that fits it.
 
         Only the checks of the values are read back from the device, once.
         """
+        self.require_unchanged()
         if not isinstance(target, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(
                 f"the target is {a_value(target)}, not a tensor",
@@ -124,12 +145,19 @@ class Loss(ABC):
             target = target.to(output.dtype)
         terms, checks = self.compute(output, target)
         _hold(*_finite(output, target), *checks, *_rootable(terms))
+        if changed_by_global_hooks(on_type_of(self.module, output), output, target):
+            raise LossError(
+                "a hook for all modules changes the loss",
+                remedy="remove it with handle.remove(), or let it return None for the loss",
+                code="FXC406",
+            )
         return terms
 
     def value(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss, as `terms` computes it, differentiable."""
+        self.require_unchanged()
         output = _widened(output)
-        return on_type_of(self.module, output)(
+        return on_type_of(self.module, output).forward(
             output, target.to(output.dtype) if target.is_floating_point() else target
         )
 
@@ -160,21 +188,30 @@ def as_loss(loss: object) -> Loss:
     if isinstance(loss, str):
         if loss not in KINDS:
             raise LossError(f"no loss is called {loss!r}", remedy=_remedy(), code="FXC406")
-        return KINDS[loss](KINDS[loss].module_type())
+        return _checked(KINDS[loss](KINDS[loss].module_type()))
     kind = next((kind for kind in KINDS.values() if loss is kind.function), None) if callable(loss) else None
     if kind is not None:
-        return kind(kind.module_type())
+        return _checked(kind(kind.module_type()))
     if not isinstance(loss, nn.Module):
         raise LossError(f"the loss is {a_value(loss)}, not a module", remedy=_remedy(), code="FXC406")
     kinds = {kind.module_type: kind for kind in KINDS.values()}
     kind = next((kinds[base] for base in type(loss).__mro__ if base in kinds), None)
-    if kind is None or type(loss).forward is not kind.module_type.forward:
+    if kind is None or "forward" in _defined_after(kind.module_type, type(loss)):
         raise LossError(f"the loss {type(loss).__name__} is not supported", remedy=_remedy(), code="FXC406")
     if loss.reduction not in ("mean", "sum"):
         raise LossError(f"the loss has reduction {loss.reduction!r}", remedy=_remedy(), code="FXC406")
-    found = kind(loss)
-    found.check_module()
-    return found
+    return _checked(kind(loss))
+
+
+def _checked(loss: Loss) -> Loss:
+    loss.require_unchanged()
+    loss.check_module()
+    return loss
+
+
+def _defined_after(base: type, derived: type) -> set[str]:
+    """Return the attributes defined by the classes between a base class and a class derived from it."""
+    return {name for cls in derived.__mro__[: derived.__mro__.index(base)] for name in vars(cls)}
 
 
 def loss_terms(loss: object, output: Tensor, target: Tensor) -> LossTerms:
@@ -197,8 +234,8 @@ def _widened(output: Tensor) -> Tensor:
 
 
 def value_and_gradient(loss: nn.Module, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss and its gradient at the output."""
-    gradient, value = torch.func.grad_and_value(lambda f: loss(f, target))(output)
+    """Return the loss and its gradient at the output; hooks are not run, since hooks that change it are refused."""
+    gradient, value = torch.func.grad_and_value(lambda f: loss.forward(f, target))(output)
     return value, gradient
 
 

@@ -31,6 +31,7 @@ from fxcurv.core.rounding import close
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.cache import cached, signature
 from fxcurv.frontend.copying import check_repeatable, structural_copy
+from fxcurv.frontend.embeddings import check_embedding
 from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
 from fxcurv.frontend.isolation import without_autocast
 from fxcurv.linalg.allocation import new_empty
@@ -260,11 +261,12 @@ def _session() -> Generator[None]:
 
 
 class _Twice(TorchFunctionMode):
-    """Replaces ops that torch differentiates only once by equal ops that it differentiates twice."""
+    """Replaces ops that torch differentiates only once by equal ops; refuses embeddings with scaled gradients."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        check_embedding(func, args, kwargs or {})
         if func is not F.hardsigmoid:
             return func(*args, **(kwargs or {}))
         given: dict[str, Any] = {**dict(zip(("input", "inplace"), args, strict=False)), **(kwargs or {})}

@@ -18,6 +18,7 @@ from fxcurv.core.errors import FxcurvError, InputError
 from fxcurv.core.rounding import close
 from fxcurv.core.torch_compat import base_of, pytree
 from fxcurv.frontend.copying import check_repeatable, structural_copy
+from fxcurv.frontend.embeddings import check_embedding
 from fxcurv.frontend.inputs import Inputs, Output, as_call, batch_size, selector
 from fxcurv.ir import ops
 from fxcurv.ir.declare import WeightUsage
@@ -196,6 +197,7 @@ class _Recorder(TorchFunctionMode):
         if func is F.multi_head_attention_forward:  # a Python function that calls linear layers
             with self:
                 return _body(func)(*args, **kwargs)
+        check_embedding(func, args, kwargs)
         y = func(*args, **kwargs)
         if func in NORMS and y.requires_grad:  # see `autograd_pull_each`
             y.register_hook(torch.Tensor.contiguous)

@@ -22,6 +22,7 @@ from fxcurv.api import Compiled
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.core.errors import InputError, QuantityError
 from fxcurv.core.torch_compat import pytree
+from fxcurv.frontend.embeddings import UnscaledGradients
 from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
 from fxcurv.frontend.isolation import without_autocast
 from fxcurv.losses.base import as_loss
@@ -219,7 +220,8 @@ class NTK:
 
     def _output(self, inputs: Inputs) -> Tensor:
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, as_call(inputs))
-        return self.select(self.model(*args, **kwargs))
+        with UnscaledGradients():
+            return self.select(self.model(*args, **kwargs))
 
     def _trainable(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

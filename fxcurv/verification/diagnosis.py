@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxcurv.core.errors import Frame, Location, UnsupportedError, of_the_model
-from fxcurv.core.torch_compat import custom_function_of, gradient_hooks, module_hooks, pytree
+from fxcurv.core.torch_compat import custom_function_of, gradient_hooks, hooks_of, pytree
 from fxcurv.frontend.inputs import Output, as_call, selector
 from fxcurv.frontend.shield import shielded
 from fxcurv.runtime.program import Program
@@ -118,9 +118,9 @@ def _custom_functions(watched: Watched) -> Iterator[Cause]:
 
 def _module_hooks(watched: Watched) -> Iterator[Cause]:
     for path, module in watched.model.named_modules():
-        if names := module_hooks(module):
+        if names := hooks_of(module):
             hooks = ", ".join(names)
-            yield Cause(f"hooks on the module {path or 'itself'!r} ({hooks})", "remove the hooks by their handles")
+            yield Cause(f"the {hooks} of the module {path or 'itself'!r}", "remove the hooks by their handles")
 
 
 def _tensor_hooks(watched: Watched) -> Iterator[Cause]:
