@@ -19,13 +19,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
-from fxcurv.core.errors import UnsupportedError, frames_of
+from fxcurv.core.errors import FxcurvError, UnsupportedError, frames_of
 from fxcurv.core.identity import structure_of
 from fxcurv.core.shapes import BatchSize, Samples, Shape, resolve
+from fxcurv.frontend.custom_gradients import refusal
 from fxcurv.ir import ops
+from fxcurv.ir.custom_gradients import CustomCall, CustomGradient
 from fxcurv.ir.nodes import describe, inputs_of, module_of
 from fxcurv.ir.rewriting import copied, settled
 from fxcurv.ir.rules import rule_of
+from fxcurv.ir.trials import Trial
+from passes.parameter_usage import reaching
 
 __all__ = ["locate"]
 
@@ -53,6 +57,7 @@ def locate(gm: fx.GraphModule, device: torch.device, strict: bool = True) -> fx.
                     if strict:
                         raise
                     node.meta |= {"samples": _assumed(node.meta["shape"], error), "refusal": error}
+        _try_custom_gradients(gm, device, strict)
     output = gm.graph.output_node().args[0]
     assert isinstance(output, fx.Node)
     if output.meta["samples"] != Samples(0):
@@ -228,7 +233,7 @@ class _Probe:
     def __init__(self, node: fx.Node, op: nn.Module, generator: torch.Generator, positive: bool, top: int) -> None:
         self.op, self.generator, self.positive, self.top = op, generator, positive, top
         self.inputs = inputs_of(node)
-        self.values = [self._draw(x) for x in self.inputs]
+        self.values = self.draw(SAMPLES)
 
     def redraw_each(self) -> tuple[Tensor, list[Tensor]]:
         """Return the output at random inputs, and for each sample a mask of the entries that its redrawing changes."""
@@ -250,11 +255,15 @@ class _Probe:
         moved = self.op(*(self._moved(x, v) for x, v in zip(self.inputs, self.values, strict=True)))
         return torch.equal(place.apart(moved), place.apart(y).roll(1, 0))
 
-    def _draw(self, x: fx.Node) -> Tensor:
+    def draw(self, samples: int) -> list[Tensor]:
+        """Return random inputs for a number of samples; constants have their values."""
+        return [self._draw(x, samples) for x in self.inputs]
+
+    def _draw(self, x: fx.Node, samples: int = SAMPLES) -> Tensor:
         constant = _constant(x)
-        if constant is not None:
+        if constant is not None and (samples == SAMPLES or x.meta["samples"] is None):
             return constant
-        return self._random(resolve(x.meta["shape"], SAMPLES), x.meta["dtype"])
+        return self._random(resolve(x.meta["shape"], samples), x.meta["dtype"])
 
     def _redrawn(self, x: fx.Node, value: Tensor, n: int) -> Tensor:
         place: Samples | None = x.meta["samples"]
@@ -281,6 +290,56 @@ class _Probe:
             return torch.randint(self.top, shape, dtype=dtype, device=device, generator=self.generator)
         drawn = torch.randn(shape, dtype=dtype, device=device, generator=self.generator)
         return drawn.abs() if self.positive and dtype.is_floating_point else drawn
+
+
+# Custom gradients -------------------------------------------------------------------------------------------------
+
+
+def _try_custom_gradients(gm: fx.GraphModule, device: torch.device, strict: bool) -> None:
+    """Refuse every custom gradient between a trainable parameter and the output that has no Jacobian per sample."""
+    parts: dict[CustomCall, list[fx.Node]] = {}
+    trained, reached = set[fx.Node](), reaching(gm)
+    for node in (n for n in gm.graph.nodes if n.op == "call_module"):
+        op = module_of(node)
+        below = any(x in trained for x in inputs_of(node))
+        if below or any(p.requires_grad for p in op.parameters()):
+            trained.add(node)
+        if below and node in reached and isinstance(op, CustomGradient):
+            parts.setdefault(op.call, []).append(node)
+    for call, nodes in parts.items():
+        ks = [k for k, x in enumerate(inputs_of(nodes[0])) if x in trained and call.direct[k]]
+        why = _fault(call, nodes, ks, device)
+        if why is None:
+            continue
+        error = refusal(call.name, why, call.location, describe(nodes[0]))
+        if strict:
+            raise error
+        for node in nodes:
+            node.meta["refusal"] = error
+
+
+def _fault(call: CustomCall, nodes: Sequence[fx.Node], ks: Sequence[int], device: torch.device) -> str | None:
+    """Return why a custom gradient has no Jacobian of each sample, or None."""
+    inputs = inputs_of(nodes[0])
+    outputs: dict[int, Samples | None] = {}
+    for node in nodes:
+        op = module_of(node)
+        assert isinstance(op, CustomGradient)
+        outputs[op.part] = node.meta["samples"]
+    why: str | None = None
+    for positive in (False, True):
+        generator = torch.Generator(device).manual_seed(0)
+        probe = _Probe(nodes[0], module_of(nodes[0]), generator, positive, 2)
+        trial = Trial(call, probe.draw, ks, [x.meta["samples"] for x in inputs], outputs, generator)
+        try:
+            why = trial.fault()
+        except FxcurvError as error:
+            return error.cause.partition(": ")[2] or error.cause
+        except Exception as error:
+            why = f"its backward fails on random numbers: {type(error).__name__}: {str(error).splitlines()[:1]}"
+        if why is None:
+            return None
+    return why
 
 
 def _mixing(node: fx.Node, why: str) -> UnsupportedError:

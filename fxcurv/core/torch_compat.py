@@ -6,20 +6,23 @@ Modules that are slow to import (`torch._dynamo`, sympy) are imported inside fun
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
+from torch.autograd.function import FunctionMeta as FunctionMeta
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 __all__ = [
     "HIGHER_ORDER",
+    "SINGLE_LEVEL_FUNCTION",
     "FakeTensorMode",
+    "FunctionMeta",
     "TorchDispatchMode",
     "base_of",
     "compile_errors",
@@ -27,9 +30,11 @@ __all__ = [
     "depends_on_values",
     "dispatch_keys",
     "flops_of",
+    "functorch_is_active",
     "has_backward_hooks",
     "holds",
     "linear_onednn",
+    "outside_of_trace",
     "overload_name",
     "pytree",
     "safe_softmax",
@@ -112,6 +117,24 @@ def depends_on_values(size: torch.SymInt) -> bool:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     return bool(free_unbacked_symbols(size))
+
+
+SINGLE_LEVEL_FUNCTION: Any = torch.autograd.function._SingleLevelFunction  # pyright: ignore[reportPrivateUsage]
+"""The base class of every autograd.Function."""
+
+
+def functorch_is_active() -> bool:
+    """Whether this is inside of a transform of torch.func, such as vmap."""
+    return torch._C._are_functorch_transforms_active()
+
+
+@contextmanager
+def outside_of_trace() -> Generator[None]:
+    """Compute with the tensors of a trace without recording it."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
+        yield
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

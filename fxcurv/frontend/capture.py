@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from fxcurv.core.errors import CaptureError, FxcurvError, InputError, raised_at
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.copying import structural_copy
+from fxcurv.frontend.custom_gradients import attach_calls, check_module_hooks, mark_hook, traced_gradients
 from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
 from fxcurv.frontend.isolation import generators_beside_torch, no_report_of_failure, without_autocast
 
@@ -78,6 +79,7 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor):
             dynamic[t] = {0: Dim.AUTO}
+    check_module_hooks(model)
     shared = structural_copy(model, *model.parameters(), *model.buffers())
     forward, select = shared.forward, selector(output)
 
@@ -90,7 +92,10 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     with torch.random.fork_rng(devices=[]), without_autocast(), warnings.catch_warnings(), no_report_of_failure():
         warnings.filterwarnings("ignore", ".*assigned during export")  # assigned to the copy, which is discarded
         with torch.backends.opt_einsum.flags(enabled=False):  # its order would depend on the batch size
-            return export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            with traced_gradients():
+                program = export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
+                attach_calls(program.graph_module)
+                return program
 
 
 def _equal(a: ExportedProgram, b: ExportedProgram) -> bool:
@@ -106,6 +111,8 @@ class _Traceable(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is Tensor.register_hook:
+            return mark_hook(func, *args, **(kwargs or {}))
         same = _TRACEABLE[func] if func in _TRACEABLE else func
         return same(*args, **(kwargs or {}))
 
