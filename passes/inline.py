@@ -54,11 +54,11 @@ CUSTOM, HOOK = torch.ops.fxcurv.custom_gradient.default, torch.ops.fxcurv.gradie
 
 def _hook(mark: fx.Node) -> None:
     """Replace the mark of a tensor's hook: all users read the tensor through the hook, the first hook last."""
-    x, held, key = mark.args
+    given: Any = mark.args
+    x, held, key = given
     while (before := _hooked_tensor(x)) is not None:
         x = before
-    assert isinstance(x, fx.Node)
-    tensors: Any = [*fx.map_arg(held, lambda n: n), x]
+    tensors: list[fx.Node] = [*held, x]
     graph, later = mark.graph, set(_after(mark))
     early = set(tensors) <= set(_until(x))
     with graph.inserting_after(x) if early else graph.inserting_before(mark):
@@ -69,7 +69,8 @@ def _hook(mark: fx.Node) -> None:
     call.meta, hooked.meta = {**shared, "on_tensor": True}, dict(shared)
     call.meta["val"] = CUSTOM([t.meta["val"] for t in tensors], key)
     hooked.meta["val"] = call.meta["val"][0]
-    if not early and any(_differentiable(user) for user in x.users if user not in later and user not in (call, mark)):
+    others = [user for user in x.users if user not in later and user not in (call, mark)]
+    if not early and (given[0] is not x or any(map(_differentiable, others))):
         why = "it reads a tensor that is computed after other uses of the hooked tensor"
         raise refusal(shared["custom_call"].name, why, frames_of(mark), f"'{x.name}'")
     graph.erase_node(mark)

@@ -18,18 +18,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.hooks import BackwardHook
 
-from fxcurv.core.errors import UnsupportedError, called_at
+from fxcurv.core.errors import Location, UnsupportedError, called_at
 from fxcurv.core.shapes import resolve, shape_of
 from fxcurv.core.torch_compat import SINGLE_LEVEL_FUNCTION, FunctionMeta, functorch_is_active, outside_of_trace, pytree
 from fxcurv.frontend.isolation import TRACING
 from fxcurv.ir.calls import INPUT
 from fxcurv.ir.custom_gradients import CustomCall, GradientHook, Hooked, call_of, is_running
 
-__all__ = ["TensorHook", "attach_calls", "check_module_hooks", "mark_hook", "refusal", "traced_gradients"]
+__all__ = [
+    "TensorHook",
+    "arguments_of",
+    "attach_calls",
+    "check_module_hooks",
+    "inspected",
+    "intercepted",
+    "is_dual",
+    "mark_hook",
+    "refusal",
+    "title_of_hook",
+    "traced_gradients",
+]
 
 
 Forward = Callable[..., Any]
@@ -39,12 +52,13 @@ Handler = Callable[[Any, Forward, tuple[Any, ...], dict[str, Any]], Any]
 """Called in place of a Function's forward, with the Function, its forward, and the arguments."""
 
 
-def refusal(name: str, why: str, location: Any = (), node: str | None = None) -> UnsupportedError:
+def refusal(name: str, why: str, location: Location = (), node: str | None = None) -> UnsupportedError:
     """Return the error for a custom gradient that is the transpose of no Jacobian of each sample."""
+    helps = "or compute with on_unsupported='fallback'" if "mixes samples" in why else "the fallback does not help"
     return UnsupportedError(
         f"{name} has no Jacobian: {why}",
         node=node,
-        remedy="remove it while curvature is computed; on_unsupported='fallback' does not help",
+        remedy=f"remove it while curvature is computed; {helps}",
         code="FXC108",
         location=location,
     )
@@ -102,7 +116,7 @@ class _Patches:
     def _replace_forward(self, cls: Any) -> None:
         if cls.__module__.partition(".")[0] == "torch":  # its backward is the derivative of its forward
             return
-        own, forward = vars(cls).get("forward"), cls.forward
+        own, forward = vars(cls).get("forward"), getattr(cls.forward, "original", cls.forward)
 
         @functools.wraps(forward)
         def replaced(*args: Any, **kwargs: Any) -> Any:
@@ -118,6 +132,7 @@ class _Patches:
                 cls.forward = own
 
         self.undo.callback(restore)
+        vars(replaced)["original"] = forward
         cls.forward = staticmethod(replaced)
 
 
@@ -157,7 +172,7 @@ class _Checkpoint:
         if not _CURRENT.checkpoints:
             return cls.original.apply(run, preserve_rng_state, *args)
         returned = run(*args)
-        if any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        if any(isinstance(a, Tensor) and (a.requires_grad or is_dual(a)) for a in args):
             return returned
         return pytree.tree_map_only(Tensor, torch.detach, returned)
 
@@ -177,8 +192,8 @@ def traced_gradients() -> Generator[None]:
 
 def _traced(function: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Trace a call of a Function as one operator, inside of `apply`."""
-    plain = function.setup_context is SINGLE_LEVEL_FUNCTION.setup_context
-    ctx, args = (args[0], args[1:]) if plain else (None, args)
+    given = arguments_of(function, args)
+    ctx, args = args[0] if len(given) < len(args) else None, given
     call = CustomCall(function, args, kwargs, called_at())
     if functorch_is_active():
         raise _untraceable(call, "it is called inside of a transform of torch.func")
@@ -186,7 +201,7 @@ def _traced(function: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict
         raise _untraceable(call, "an argument depends on the batch size")
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     with outside_of_trace():
-        leaves, structure = _inspected(call, tensors)
+        leaves, structure = inspected(call, tensors)
     values = iter(torch.ops.fxcurv.custom_gradient(tensors, call.key))
     outputs = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     _CALLS.calls.append(call)
@@ -200,7 +215,17 @@ def _traced(function: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict
     return pytree.tree_unflatten(outputs, structure)
 
 
-def _inspected(call: CustomCall, tensors: Sequence[Tensor]) -> tuple[list[Any], Any]:
+def is_dual(t: Tensor) -> bool:
+    """Whether a tensor has a derivative in forward mode."""
+    return forward_ad.unpack_dual(t).tangent is not None
+
+
+def arguments_of(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of a forward without the context, which it takes first unless it has `setup_context`."""
+    return args[1:] if function.setup_context is SINGLE_LEVEL_FUNCTION.setup_context else args
+
+
+def inspected(call: CustomCall, tensors: Sequence[Tensor]) -> tuple[list[Any], Any]:
     """Call the Function on copies; set the call's attributes, and return the leaves and structure of the result."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
@@ -260,7 +285,8 @@ def mark_hook(register: Callable[..., Any], tensor: Tensor, hook: Callable[[Tens
     return handle
 
 
-def _title(hook: Any) -> str:
+def title_of_hook(hook: Any) -> str:
+    """Return the name of a hook in errors."""
     return str(getattr(hook, "__qualname__", None) or type(hook).__qualname__).replace("<locals>.", "")
 
 
@@ -310,7 +336,7 @@ class TensorHook(GradientHook):
     """A hook on a tensor: g -> new gradient, or None."""
 
     def __init__(self, held: _Held) -> None:
-        self.held, self.title = held, f"hook {_title(held.function)} on a tensor"
+        self.held, self.title = held, f"hook {title_of_hook(held.function)} on a tensor"
 
     def pull(self, grads: Sequence[Tensor], held: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Return the new gradient of the tensor."""
@@ -324,7 +350,7 @@ class _OnModule(GradientHook):
 
     def __init__(self, owner: _ModuleHooks, hooks: Sequence[Any], at: Sequence[int], count: int) -> None:
         self.owner, self.hooks, self.at, self.count = owner, hooks, at, count
-        self.title = f"{self.kind} {_title(hooks[0])} on a {type(owner.module).__name__}"
+        self.title = f"{self.kind} {title_of_hook(hooks[0])} on a {type(owner.module).__name__}"
 
     def pull(self, grads: Sequence[Tensor], held: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Return the gradients after all hooks."""
@@ -421,11 +447,11 @@ def check_module_hooks(model: nn.Module) -> None:
     """Raise an error for hooks of `register_backward_hook`, whose gradients depend on the ops of the module."""
     glob = torch_module._global_backward_hooks if torch_module._global_is_full_backward_hook is False else None
     if glob:
-        raise refusal(f"the global backward hook {_title(next(iter(glob.values())))}", _OLD)
+        raise refusal(f"the global backward hook {title_of_hook(next(iter(glob.values())))}", _OLD)
     for name, module in model.named_modules():
         if module._backward_hooks and module._is_full_backward_hook is False:
             hook = next(iter(module._backward_hooks.values()))
-            raise refusal(f"the backward hook {_title(hook)} on module {name!r}", _OLD)
+            raise refusal(f"the backward hook {title_of_hook(hook)} on module {name!r}", _OLD)
 
 
 _OLD = "it is registered by register_backward_hook, whose gradients are those of the last op of the module"

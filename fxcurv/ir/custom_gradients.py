@@ -80,7 +80,8 @@ class CustomCall:
     @property
     def hook(self) -> GradientHook | None:
         """The hook, if this is the call of one."""
-        return self.leaves[0] if self.function is Hooked else None
+        first = self.leaves[0] if self.leaves else None
+        return first if isinstance(first, GradientHook) else None
 
     @property
     def title(self) -> str:
