@@ -45,8 +45,7 @@ def _name_part(node: fx.Node) -> None:
     assert isinstance(whole, fx.Node)
     assert isinstance(index, int)
     source, parts = whole.args[0], whole.meta["val"]
-    assert isinstance(source, fx.Node)
-    if not _shares(source, whole):
+    if not isinstance(source, fx.Node) or not _shares(source, whole):
         return
     if packet_of(whole) not in DIM_PLACES:
         raise _unknown_view(whole)

@@ -18,20 +18,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxcurv.core.errors import UnsupportedError, frames_of
+from fxcurv.core.errors import FxcurvError, UnsupportedError, frames_of
 from fxcurv.core.generators import fresh_generator
 from fxcurv.core.identity import structure_of
 from fxcurv.core.shapes import BatchSize, Samples, Shape, resolve
+from fxcurv.frontend.custom_gradients import refusal
 from fxcurv.ir import calls, ops
+from fxcurv.ir.custom_gradients import CustomCall, CustomGradient
 from fxcurv.ir.nodes import describe, inputs_of, module_of
-from fxcurv.ir.probe import LARGEST, Inconclusive, Operand, Probe, Sizes, candidates, same
+from fxcurv.ir.probe import LARGEST, Inconclusive, Operand, Probe, Sizes, candidates, drawn, same
 from fxcurv.ir.rewriting import copied, settled
 from fxcurv.ir.rules import rule_of
+from fxcurv.ir.trials import Trial
+from passes.parameter_usage import reaching
 
 __all__ = ["locate"]
 
@@ -59,6 +63,7 @@ def locate(gm: fx.GraphModule, device: torch.device, strict: bool = True) -> fx.
                     if strict:
                         raise
                     node.meta |= {"samples": _assumed(node.meta["shape"], error), "refusal": error}
+        _try_custom_gradients(gm, device, strict)
     output = gm.graph.output_node().args[0]
     assert isinstance(output, fx.Node)
     if output.meta["samples"] != Samples(0):
@@ -227,6 +232,65 @@ def _alike(values: Sequence[Tensor], place: Samples) -> bool:
     """Whether the entries at `place` are equal for all samples, and for all batch sizes."""
     rows = [row for value in values for row in place.apart(value)]
     return all(same(rows[0], row) for row in rows)
+
+
+# Custom gradients -------------------------------------------------------------------------------------------------
+
+
+def _try_custom_gradients(gm: fx.GraphModule, device: torch.device, strict: bool) -> None:
+    """Refuse every custom gradient between a trainable parameter and the output that has no Jacobian per sample."""
+    parts: dict[CustomCall, list[fx.Node]] = {}
+    trained, reached = set[fx.Node](), reaching(gm)
+    for node in (n for n in gm.graph.nodes if n.op == "call_module"):
+        op = module_of(node)
+        below = any(x in trained for x in inputs_of(node))
+        if below or any(p.requires_grad for p in op.parameters()):
+            trained.add(node)
+        if below and node in reached and isinstance(op, CustomGradient):
+            parts.setdefault(op.call, []).append(node)
+    for call, nodes in parts.items():
+        ks = [k for k, x in enumerate(inputs_of(nodes[0])) if x in trained and call.direct[k]]
+        why = _fault(call, nodes, ks, device)
+        if why is None:
+            continue
+        error = refusal(call.name, why, call.location, describe(nodes[0]))
+        if strict:
+            raise error
+        for node in nodes:
+            node.meta["refusal"] = error
+
+
+def _fault(call: CustomCall, nodes: Sequence[fx.Node], ks: Sequence[int], device: torch.device) -> str | None:
+    """Return why a custom gradient has no Jacobian of each sample, or None."""
+    inputs = inputs_of(nodes[0])
+    outputs: dict[int, Samples | None] = {}
+    for node in nodes:
+        op = module_of(node)
+        assert isinstance(op, CustomGradient)
+        outputs[op.part] = node.meta["samples"]
+    why: str | None = None
+    for positive in (False, True):
+        generator = fresh_generator(device)
+        draw = partial(_random_inputs, inputs, generator, positive)
+        trial = Trial(call, draw, ks, [x.meta["samples"] for x in inputs], outputs, generator)
+        try:
+            why = trial.fault()
+        except FxcurvError as error:
+            return error.cause.partition(": ")[2] or error.cause
+        except Exception as error:
+            why = f"its backward fails on random numbers: {type(error).__name__}: {str(error).splitlines()[:1]}"
+        if why is None:
+            return None
+    return why
+
+
+def _random_inputs(inputs: Sequence[fx.Node], generator: torch.Generator, positive: bool, samples: int) -> list[Tensor]:
+    """Return random values of nodes for a batch size, and the values of constants."""
+    known = [_constant(x) for x in inputs]
+    return [
+        value(samples) if value else drawn(resolve(x.meta["shape"], samples), x.meta["dtype"], generator, positive)
+        for x, value in zip(inputs, known, strict=True)
+    ]
 
 
 def _mixing(node: fx.Node, why: str) -> UnsupportedError:

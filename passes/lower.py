@@ -244,9 +244,15 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
+def _part_name(node: fx.Node) -> str:
+    """Return the name of one of several results."""
+    call = node.all_input_nodes[0].meta.get("custom_call")
+    return "slice" if call is None else "hook" if call.hook is not None else call.title
+
+
 def _path(node: fx.Node, model: nn.Module, holds: bool) -> str:
     """Return a node's name: the path of the leaf module that is this op, or its module's path and the op's name."""
-    name = "slice" if node.target is operator.getitem else packet_of(node).strip("_")
+    name = _part_name(node) if node.target is operator.getitem else packet_of(node).strip("_")
     stack = list(node.meta.get("nn_module_stack", {}).values())
     path = stack[-1][0] if stack else ""
     try:

@@ -12,6 +12,7 @@ from fxcurv.core.errors import InputError, UnsupportedError, frames_of
 from fxcurv.core.shapes import BatchSize
 from fxcurv.frontend.embeddings import scaled_by_frequency
 from fxcurv.ir import calls, ops
+from fxcurv.ir.custom_gradients import CustomGradient
 from passes.functionalize import packet_of
 from passes.lowering_table import (
     FILLS,
@@ -295,6 +296,8 @@ def _select(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
 def part(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
     """Return one of the tensors that chunk, split or unbind return."""
     packet, a = packet_of(whole), arguments(whole)
+    if "custom_call" in whole.meta:
+        return _custom(low, node, whole, index)
     parts: Sequence[Tensor] = whole.meta["val"]
     if packet == "embedding_bag" and isinstance(a["offsets"], fx.Node):
         return _bags(low, node, a)
@@ -305,6 +308,13 @@ def part(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
     sizes = [_number(p.shape[a["dim"]], node) for p in parts]
     start = sum(sizes[:index])
     return low.emit(node, ops.Slice(a["dim"], start, start + sizes[index]), low.value(a["self"], node))
+
+
+def _custom(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
+    """Return one of the outputs of a custom gradient."""
+    call = whole.meta["custom_call"]
+    y = low.emit(node, CustomGradient(call, index), *(low.value(t, node) for t in arguments(whole)["tensors"]))
+    return y if call.differentiable[index] else low.emit(node, ops.Detach(), y)
 
 
 def _number(size: int | torch.SymInt, node: fx.Node) -> int:

@@ -21,6 +21,7 @@ ONE_PER_RULE = (
     *("pool1d.adaptive_avg", "act.f_hardsigmoid", "right.transposed", "act.threshold", "act.softplus", "act.f_relu6"),
     *("act.hardshrink", "act4d.hardtanh", "act.logsigmoid", "act.leaky_relu_slope", "act.softshrink", "act.selu"),
     *("act.hardswish_inplace", "computed.detached_scale", "scalar.neg", "act.mish", "conv2d.groups", "linear.tokens"),
+    "generic.custom_gradient",
 )
 """Samples whose graphs hold every rule between them; `tests/ir/test_samples.py` checks that."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "SpecError",
     "UnsupportedError",
     "a_value",
+    "called_at",
     "frames_of",
     "of_the_model",
     "raised_at",
@@ -66,6 +68,16 @@ def raised_at(error: BaseException) -> Location:
         code = trace.tb_frame.f_code
         frames.insert(0, Frame(code.co_filename, trace.tb_lineno, code.co_name))
         trace = trace.tb_next
+    return of_the_model(frames)
+
+
+def called_at() -> Location:
+    """Return the lines of the model that are being executed."""
+    frames: list[Frame] = []
+    frame = sys._getframe()
+    while frame is not None:
+        frames.append(Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frame = frame.f_back
     return of_the_model(frames)
 
 

@@ -6,21 +6,24 @@ Modules that are slow to import (`torch._dynamo`, sympy) are imported inside fun
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
+from torch.autograd.function import FunctionMeta as FunctionMeta
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 __all__ = [
     "CALLED",
     "HIGHER_ORDER",
+    "SINGLE_LEVEL_FUNCTION",
     "FakeTensorMode",
+    "FunctionMeta",
     "TorchDispatchMode",
     "base_of",
     "compile_errors",
@@ -29,6 +32,7 @@ __all__ = [
     "depends_on_values",
     "dispatch_keys",
     "flops_of",
+    "functorch_is_active",
     "gradient_hooks",
     "has_backward_hooks",
     "has_global_hooks",
@@ -36,6 +40,7 @@ __all__ = [
     "holds",
     "hooks_of",
     "linear_onednn",
+    "outside_of_trace",
     "overload_name",
     "pytree",
     "safe_softmax",
@@ -170,6 +175,24 @@ def size_conditions(size: Any) -> list[tuple[Any, str, int]]:
         frame = getattr(guard.sloc, "user_loc", None) or guard.sloc.framework_loc
         found.append((guard.expr, getattr(frame, "filename", ""), getattr(frame, "lineno", 0)))
     return found
+
+
+SINGLE_LEVEL_FUNCTION: Any = torch.autograd.function._SingleLevelFunction  # pyright: ignore[reportPrivateUsage]
+"""The base class of every autograd.Function."""
+
+
+def functorch_is_active() -> bool:
+    """Whether this is inside of a transform of torch.func, such as vmap."""
+    return torch._C._are_functorch_transforms_active()
+
+
+@contextmanager
+def outside_of_trace() -> Generator[None]:
+    """Compute with the tensors of a trace without recording it."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
+        yield
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

@@ -26,6 +26,7 @@ from fxcurv.core.errors import CaptureError, FxcurvError, InputError, raised_at
 from fxcurv.core.shapes import BatchSizes
 from fxcurv.core.torch_compat import pytree, size_conditions
 from fxcurv.frontend.copying import structural_copy
+from fxcurv.frontend.custom_gradients import attach_calls, check_module_hooks, mark_hook, traced_gradients
 from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
 from fxcurv.frontend.isolation import generators_beside_torch, no_report_of_failure, without_autocast
 from fxcurv.frontend.shield import restored
@@ -101,6 +102,7 @@ def _exported(
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor):
             dynamic[t] = {0: Dim.AUTO}
+    check_module_hooks(model)
     shared = structural_copy(model, *model.parameters(), *model.buffers()) if tracing.through_copy else model
     forward, select = shared.forward, selector(output)
 
@@ -110,18 +112,14 @@ def _exported(
             return select(forward(*args, **kwargs))
 
     isolated = nullcontext() if tracing.through_copy else restored(model)
-    with (
-        isolated,
-        torch.random.fork_rng(devices=[]),
-        without_autocast(),
-        warnings.catch_warnings(),
-        no_report_of_failure(),
-    ):
+    with isolated, torch.random.fork_rng(devices=[]), without_autocast(), warnings.catch_warnings():
         shared.forward = selected
         warnings.filterwarnings("ignore", ".*assigned during export")  # the copy is discarded, the model is restored
         # the order of opt_einsum would depend on the batch size
-        with torch.backends.opt_einsum.flags(enabled=False), no_report_of_failure():
-            return export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
+        with torch.backends.opt_einsum.flags(enabled=False), no_report_of_failure(), traced_gradients():
+            program = export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            attach_calls(program.graph_module)
+            return program
 
 
 def _equal(a: ExportedProgram, b: ExportedProgram) -> bool:
@@ -141,6 +139,8 @@ class _Traceable(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is Tensor.register_hook:
+            return mark_hook(func, *args, **(kwargs or {}))
         same = _TRACEABLE[func] if func in _TRACEABLE else func
         y = same(*args, **(kwargs or {}))
         if torch.is_inference_mode_enabled() and not self.outside:  # the trace has blocks of `no_grad` alone

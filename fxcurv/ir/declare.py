@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxcurv.core.errors import SpecError
 from fxcurv.ir import calls
 from fxcurv.ir.closed_form_vjps import closed_form
+from fxcurv.ir.custom_gradients import CustomGradient
 from fxcurv.linalg.allocation import multiplied, new_empty
 
 __all__ = [
@@ -197,6 +198,8 @@ def autograd_pull_each(op: nn.Module, S: Tensor, xs: Sequence[Tensor], ks: Seque
 
     Cotangents are made contiguous: otherwise torch 2.15's batch_norm has wrong CPU gradients, as for one sample.
     """
+    if isinstance(op, CustomGradient):
+        return op.pull(S, xs, ks)
     pull = vjp_of(op, xs, ks)
     return [torch.stack(columns) for columns in zip(*(pull(column) for column in S.contiguous()), strict=True)]
 
@@ -207,6 +210,8 @@ def autograd_transpose(op: nn.Module, S: Tensor, shapes: tuple[Shape, ...], k: i
 
 def autograd_pull(op: nn.Module, S: Tensor, xs: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor]:
     """S[v, *y.shape] -> S[v, *x_k.shape] for every k, all columns at once; relies on torch's batching rules."""
+    if isinstance(op, CustomGradient):
+        return op.pull_together(S, xs, ks)
     return list(torch.func.vmap(vjp_of(op, xs, ks))(S.contiguous()))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fxcurv.core.generators import fresh_generator
 from fxcurv.core.shapes import BatchSize, Samples, Shape, resolve
 
-__all__ = ["LARGEST", "Inconclusive", "Operand", "Probe", "Sizes", "candidates", "same"]
+__all__ = ["LARGEST", "Inconclusive", "Operand", "Probe", "Sizes", "candidates", "drawn", "same"]
 
 
 Order = Literal["random", "ascending", "descending"]
@@ -263,15 +263,23 @@ class _Trial:
         return value
 
     def _random(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Draw normal numbers, fair coins, or integers below `top`."""
-        options: dict[str, Any] = {"generator": self.probe.generator, "device": self.probe.device}
-        if dtype == torch.bool:
-            return torch.rand(shape, **options) < 0.5
-        if not dtype.is_floating_point and not dtype.is_complex:
-            return torch.randint(self.draw.top, shape, dtype=dtype, **options)
-        drawn = torch.randn(shape, dtype=dtype, **options)
-        drawn = drawn.abs() if self.draw.positive and dtype.is_floating_point else drawn
-        return (2 * drawn).round() + self.draw.positive if self.draw.ties else drawn
+        """Draw the values of an operand."""
+        value = drawn(shape, dtype, self.probe.generator, self.draw.positive, self.draw.top)
+        real = dtype.is_floating_point or dtype.is_complex
+        return (2 * value).round() + self.draw.positive if self.draw.ties and real else value
+
+
+def drawn(
+    shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, positive: bool = False, top: int = 2
+) -> Tensor:
+    """Draw normal numbers, `positive` or not, fair coins, or integers below `top`."""
+    options: dict[str, Any] = {"generator": generator, "device": generator.device}
+    if dtype == torch.bool:
+        return torch.rand(shape, **options) < 0.5
+    if not dtype.is_floating_point and not dtype.is_complex:
+        return torch.randint(top, shape, dtype=dtype, **options)
+    normal = torch.randn(shape, dtype=dtype, **options)
+    return normal.abs() if positive and dtype.is_floating_point else normal
 
 
 def _split(place: Samples, value: Tensor) -> Tensor:

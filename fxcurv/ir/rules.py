@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fxcurv.convolution.patches import Patches
 from fxcurv.core.errors import SpecError
 from fxcurv.ir import calls, ops
+from fxcurv.ir.custom_gradients import CustomGradient
 from fxcurv.ir.declare import (
     RULES,
     Rule,
@@ -324,6 +325,9 @@ gather(nn.MaxPool3d, _pool_indices(torch.ops.aten.max_pool3d_with_indices), axes
 
 # the rest
 opaque(calls.Opaque)
+
+
+opaque(CustomGradient)
 
 
 declare(ops.Cast, Rule("linear", lambda op, xs, y: xs[0].dtype, lambda op, S, dtype, k: S.to(dtype)))

@@ -30,7 +30,9 @@ from fxcurv.core.generators import fresh_generator
 from fxcurv.core.rounding import close
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.cache import cached, signature
+from fxcurv.frontend.checked_gradients import CustomGradients
 from fxcurv.frontend.copying import check_repeatable, structural_copy
+from fxcurv.frontend.custom_gradients import check_module_hooks
 from fxcurv.frontend.embeddings import check_embedding
 from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
 from fxcurv.frontend.isolation import without_autocast
@@ -139,7 +141,8 @@ class _Source:
                 "the model has no trainable parameters", remedy="set requires_grad_(True) on some", code="FXC408"
             )
         self.space = Space({name: tuple(p.shape) for name, p in self.parameters.items()})
-        self.carries = True
+        self.carries, self.gradients = True, CustomGradients()
+        check_module_hooks(model)
         self._check_once()
         if check:
             self._check_same()
@@ -200,10 +203,9 @@ class _Source:
             cached(self.model, key, lambda: self._check_repeatable(inputs))
 
     def _check_repeatable(self, inputs: Inputs) -> None:
-        with torch.no_grad():
-            copy = structural_copy(self.model, *self.model.parameters())
-            first, second = (self._output(copy, pytree.tree_map_only(Tensor, torch.clone, inputs)) for _ in "12")
-            check_repeatable(self.model, copy, first, second)
+        copy = structural_copy(self.model, *self.model.parameters())  # with gradients: models register hooks
+        first, second = (self._output(copy, pytree.tree_map_only(Tensor, torch.clone, inputs)).detach() for _ in "12")
+        check_repeatable(self.model, copy, first, second)
 
     def _check_same(self) -> None:
         """Raise an error if a second pass over the data gives other batches than the first."""
@@ -229,7 +231,8 @@ class _Source:
 
     def _output(self, copy: nn.Module, inputs: Inputs) -> Tensor:
         args, kwargs = as_call(inputs)
-        return self.select(copy(*args, **kwargs))
+        with self.gradients.checked():
+            return self.select(copy(*args, **kwargs))
 
 
 def _call(inputs: Any) -> Inputs:

@@ -17,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 from fxcurv.core.errors import FxcurvError, InputError
 from fxcurv.core.rounding import close
 from fxcurv.core.torch_compat import base_of, pytree
+from fxcurv.frontend.checked_gradients import CustomGradients
 from fxcurv.frontend.copying import check_repeatable, structural_copy
+from fxcurv.frontend.custom_gradients import check_module_hooks
 from fxcurv.frontend.embeddings import check_embedding
 from fxcurv.frontend.inputs import Inputs, Output, as_call, batch_size, selector
 from fxcurv.ir import ops
@@ -146,7 +148,8 @@ def _gradients(y: Tensor, at: Sequence[Tensor], S: Tensor) -> Sequence[Tensor | 
 
 def recorded(model: nn.Module, inputs: Inputs, output: Output) -> list[RecordedPass]:
     """Record one pass per sample if samples do not interact, else one pass over the whole batch."""
-    copy, select = structural_copy(model, *model.parameters()), selector(output)
+    check_module_hooks(model)
+    copy, select, gradients = structural_copy(model, *model.parameters()), selector(output), CustomGradients()
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     number = batch_size(inputs)
 
@@ -154,7 +157,8 @@ def recorded(model: nn.Module, inputs: Inputs, output: Output) -> list[RecordedP
         given = pytree.tree_map_only(Tensor, lambda t: _leaf(t[samples]), as_call(inputs))
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, given)  # the model may write into them
         with _Recorder(names, [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor)]) as recorder:
-            y = select(copy(*args, **kwargs))
+            with gradients.checked():
+                y = select(copy(*args, **kwargs))
         if not y.requires_grad:
             raise InputError(
                 "the output depends on no trainable parameter", node="output", remedy="see requires_grad", code="FXC207"
@@ -173,7 +177,24 @@ def recorded(model: nn.Module, inputs: Inputs, output: Output) -> list[RecordedP
     except Exception:  # a model that only takes whole batches may raise anything
         return [whole]
     apart = all(close(one.output.detach(), whole.output[one.samples].detach()) for one in single)
+    if apart and gradients.names:
+        apart = _same_gradients(whole, single, [p for p in model.parameters() if p.requires_grad])
     return single if apart else [whole]
+
+
+def _same_gradients(whole: RecordedPass, single: Sequence[RecordedPass], parameters: Sequence[Tensor]) -> bool:
+    """Whether a random cotangent of the batch has the gradient that its samples have alone, in sum."""
+    generator = torch.Generator(whole.output.device).manual_seed(0)
+    S = torch.randn(whole.output.shape, dtype=whole.output.dtype, device=generator.device, generator=generator)
+    each = [_gradients(one.output, parameters, S[one.samples]) for one in single]
+    pairs = zip(_gradients(whole.output, parameters, S), zip(*each, strict=True), strict=True)
+    return all(
+        close(
+            torch.stack([torch.zeros_like(p) if g is None else g for g in parts]).sum(0),
+            torch.zeros_like(p) if total is None else total,
+        )
+        for p, (total, parts) in zip(parameters, pairs, strict=True)
+    )
 
 
 def _leaf(t: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ one construct that a trace can miss; the first that is found is named.
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxcurv.core.errors import Frame, Location, UnsupportedError, of_the_model
+from fxcurv.core.errors import Frame, Location, UnsupportedError, called_from
 from fxcurv.core.torch_compat import custom_function_of, gradient_hooks, hooks_of, pytree
 from fxcurv.frontend.inputs import Output, as_call, selector
 from fxcurv.frontend.shield import shielded
@@ -184,8 +183,7 @@ class _Hooks(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is Tensor.register_hook:
-            stack = [Frame(f.filename, f.lineno or 0, f.name) for f in reversed(traceback.extract_stack())]
-            self.found.append(of_the_model(stack))
+            self.found.append(called_from())
         return func(*args, **(kwargs or {}))
 
 
