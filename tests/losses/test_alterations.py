@@ -58,10 +58,10 @@ class Described(nn.CrossEntropyLoss):
         return self.name
 
 
-ALTERED: dict[str, Callable[[nn.Module], object]] = {
+ALTERED: dict[str, Callable[[Any], object]] = {
     "has a forward hook": lambda loss: loss.register_forward_hook(doubled),
     "has a forward pre-hook": lambda loss: loss.register_forward_pre_hook(lambda m, args: (2 * args[0], args[1])),
-    "has a backward hook": lambda loss: loss.register_full_backward_hook(lambda m, g, s: (2 * g[0], None)),
+    "has a backward hook": lambda loss: loss.register_full_backward_hook(lambda m, g, s: (2 * g[0], g[1])),
     "has a backward pre-hook": lambda loss: loss.register_full_backward_pre_hook(lambda m, g: (2 * g[0],)),
     "an attribute 'forward' of its own": lambda loss: setattr(loss, "forward", lambda f, y: 2 * F.cross_entropy(f, y)),
     "an attribute '_call_impl' of its own": lambda loss: setattr(loss, "_call_impl", lambda f, y: f.sum()),
@@ -130,21 +130,19 @@ def test_hooks_for_all_modules_may_watch_the_loss_but_not_change_it() -> None:
     loss, seen = nn.CrossEntropyLoss(), list[nn.Module]()
     compiled = fxcurv.compile(model, loss, "grad")
     expected = compiled(x, y)["grad"]["weight"]
-    hooks: tuple[tuple[Any, Any], ...] = (
-        (register_module_forward_hook, lambda m, x, y: 2 * y if isinstance(m, nn.CrossEntropyLoss) else None),
-        (
-            register_module_full_backward_hook,
-            lambda m, g, s: (2 * g[0], *g[1:]) if isinstance(m, nn.CrossEntropyLoss) else None,
-        ),
-    )
-    for register, change in hooks:
+    changes: list[Any] = [
+        (register_module_forward_hook, lambda m, x, y: 2 * y if m is loss else None),
+        (register_module_full_backward_hook, lambda m, g, s: (2 * g[0], *g[1:]) if m is loss else None),
+    ]
+    for register, change in changes:
         handle = register(change)
         try:
             with pytest.raises(FxcurvError, match="a hook for all modules changes the loss"):
                 compiled(x, y)
         finally:
             handle.remove()
-    handle = register_module_forward_hook(lambda m, x, y: seen.append(m))
+    watch: Any = lambda m, x, y: seen.append(m)  # noqa: E731
+    handle = register_module_forward_hook(watch)
     try:
         assert torch.equal(compiled(x, y)["grad"]["weight"], expected)
     finally:
