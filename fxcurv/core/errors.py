@@ -29,7 +29,6 @@ __all__ = [
     "a_value",
     "called_at",
     "frames_of",
-    "of_the_model",
     "raised_at",
 ]
 
@@ -57,7 +56,7 @@ def frames_of(node: fx.Node) -> Location:
     """Return the lines of the model that created a node, captured or lowered."""
     text = str(node.meta.get("stack_trace") or node.meta.get("stack") or "")
     found = re.findall(r'^ *File "(.*)", line (\d+), in (.*)$', text, re.MULTILINE)
-    return of_the_model(Frame(file, int(line), function) for file, line, function in reversed(found))
+    return _users(Frame(file, int(line), function) for file, line, function in reversed(found))
 
 
 def raised_at(error: BaseException) -> Location:
@@ -68,7 +67,7 @@ def raised_at(error: BaseException) -> Location:
         code = trace.tb_frame.f_code
         frames.insert(0, Frame(code.co_filename, trace.tb_lineno, code.co_name))
         trace = trace.tb_next
-    return of_the_model(frames)
+    return _users(frames)
 
 
 def called_at() -> Location:
@@ -78,7 +77,7 @@ def called_at() -> Location:
     while frame is not None:
         frames.append(Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
         frame = frame.f_back
-    return of_the_model(frames)
+    return _users(frames)
 
 
 _PACKAGE, _TORCH = Path(__file__).parent.parent, Path(torch.__file__).parent
@@ -93,7 +92,7 @@ _PYTHON = f"{Path(os.__file__).parent}{os.sep}"
 _INSTALLED = ("site-packages", "dist-packages")
 
 
-def of_the_model(frames: Iterable[Frame]) -> Location:
+def _users(frames: Iterable[Frame]) -> Location:
     """Return the frames outside torch, Python's library and this package, in their order."""
     return tuple(frame for frame in frames if not frame.file.startswith(_NOT_THE_MODEL) and not _of_python(frame.file))
 

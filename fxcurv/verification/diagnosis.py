@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxcurv.core.errors import Frame, Location, UnsupportedError, called_from
+from fxcurv.core.errors import Frame, Location, UnsupportedError, called_at
 from fxcurv.core.torch_compat import custom_function_of, gradient_hooks, hooks_of, pytree
 from fxcurv.frontend.inputs import Output, as_call, selector
 from fxcurv.frontend.shield import shielded
@@ -183,7 +183,7 @@ class _Hooks(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is Tensor.register_hook:
-            self.found.append(called_from())
+            self.found.append(called_at())
         return func(*args, **(kwargs or {}))
 
 
