@@ -20,7 +20,7 @@ from fxcurv.dataset.accumulation import Accumulator
 from fxcurv.dataset.batches import Split
 from fxcurv.dataset.state import Settings
 from fxcurv.dataset.two_passes import accumulate
-from fxcurv.frontend.cache import cached, request_key, signature
+from fxcurv.frontend.cache import Programs, request_key, signature
 from fxcurv.frontend.inputs import Inputs, Output, as_call, batch_size, device_of
 from fxcurv.inspect.picture import Format, picture
 from fxcurv.inspect.tables import family_of, tabular
@@ -107,7 +107,7 @@ class Compiled:
                 "the model has no trainable parameters", remedy="set requires_grad_(True) on some", code="FXC408"
             )
         self.model, self.loss, self.selection, self.options = model, loss, selection, options or Options()
-        self.bases = bases
+        self.bases, self.programs = bases, Programs()
         selection.of(model)
         self._chunks: WeakKeyDictionary[Program, dict[int, Chunks]] = WeakKeyDictionary()
         self._latest: Program | None = None
@@ -191,11 +191,17 @@ class Compiled:
 
     def summed(self) -> Compiled:
         """Return the same compiled model for the sum of the loss terms."""
-        return Compiled(self.model, self.loss.summed(), self.selection, self.options, self.bases)
+        return self._derived(self.loss.summed(), self.selection, self.bases)
 
     def choosing(self, selection: Selection, bases: Bases | None = None) -> Compiled:
         """Return the same model, loss and options for other quantities."""
-        return Compiled(self.model, self.loss, selection, self.options, bases)
+        return self._derived(self.loss, selection, bases)
+
+    def _derived(self, loss: Loss, selection: Selection, bases: Bases | None) -> Compiled:
+        """Return a compiled object of the same model and options, which shares the programs."""
+        derived = Compiled(self.model, loss, selection, self.options, bases)
+        derived.programs = self.programs
+        return derived
 
     def chunks(self, inputs: Inputs) -> Chunks:
         """Return the samples and columns of a batch to process at once, within the budget; cached by batch size."""
@@ -217,14 +223,15 @@ class Compiled:
     def prepare(self, inputs: Inputs) -> Program:
         """Return the program for such inputs, compiled if their shape, dtype or device, or the model, is new.
 
-        Compiled objects of one model with equal requests share it; see fxcurv/frontend/cache.py.
+        Compiled objects that are derived from each other share it; `compile` always traces the model anew. See
+        fxcurv/frontend/cache.py.
         """
         _check_inputs(self.model, inputs)
         options = self.options
         strict, algorithms = options.on_unsupported == "error", tuple(options.algorithms.items())
         asked = request_key(self.selection, options.output, strict, options.backend, algorithms)
-        key = (signature(self.model, inputs), asked)
-        self._latest = cached(self.model, key, lambda: self._compiled(inputs))
+        key = (signature(self.model, inputs, options.output), asked)
+        self._latest = self.programs.of(self.model, key, lambda: self._compiled(inputs))
         self._like = pytree.tree_map_only(Tensor, lambda t: t.new_zeros(()).expand(t.shape), inputs)
         return self._latest
 
