@@ -18,7 +18,7 @@ from fxcurv.core.identity import Hashed, Same, frozen
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, Output, as_call
 from fxcurv.frontend.isolation import TRACING
-from fxcurv.frontend.reachable import Walk
+from fxcurv.frontend.reachable import Walk, modules_of
 from fxcurv.quantities.selection import Selection
 
 __all__ = ["CACHE_SIZE", "Programs", "cached", "programs_of", "request_key", "signature"]
@@ -79,4 +79,4 @@ def signature(model: nn.Module, inputs: Inputs, output: Output = None) -> object
     """
     leaves, structure = pytree.tree_flatten(as_call(inputs))
     kinds = tuple((tuple(t.shape[1:]), t.dtype, t.device) if isinstance(t, Tensor) else frozen(t) for t in leaves)
-    return str(structure), kinds, Walk(model).key(output)
+    return str(structure), kinds, Walk(modules_of(model)).key(output)

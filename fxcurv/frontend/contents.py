@@ -10,14 +10,18 @@ import weakref
 from array import array
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
 from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
 from torch import Tensor, nn
 
 from fxcurv.frontend.code import class_facts, code_facts, is_library
 
-__all__ = ["BYTES", "ENTRIES", "Parts", "own_parts", "parts_of"]
+__all__ = ["BYTES", "ENTRIES", "Bounds", "Parts", "own_parts", "parts_of"]
 
 
 ENTRIES = 1000
@@ -35,44 +39,51 @@ Parts = tuple[tuple[Hashable, ...], Sequence[Any]]
 _MISSING = object()
 
 
-def parts_of(value: Any, entered: bool = True) -> Parts | None:
-    """Return the label and the parts of an object; None if it is compared by identity.
+@dataclass(frozen=True)
+class Bounds:
+    """The largest container, in entries, and array, in bytes, with parts; and whether functions have their globals."""
 
-    Of a function that is not `entered`, the code is compared, and of a class that is not `entered`, all but its
-    functions' globals.
-    """
+    entries: int = ENTRIES
+    bytes: int = BYTES
+    entered: bool = True
+
+
+def parts_of(value: Any, bounds: Bounds) -> Parts | None:
+    """Return the label and the parts of an object; None if it is compared by identity."""
     kind = type(value)
     split = _BUILTIN.get(kind) or _SPLITS.get(kind)
     if split is None:
         split = _SPLITS[kind] = _split_of(kind)
-    return split(value, entered)
+    return split(value, bounds)
 
 
 # Containers -------------------------------------------------------------------------------------------------------
 
 
-def _opaque(value: Any, entered: bool) -> Parts | None:
+def _opaque(value: Any, bounds: Bounds) -> Parts | None:
     return None
 
 
-def _sequence(value: Any, entered: bool) -> Parts | None:
-    return None if len(value) > ENTRIES else _with_attributes((type(value), len(value)), list(value), value)
+def _sequence(value: Any, bounds: Bounds) -> Parts | None:
+    return (
+        None if len(value) > bounds.entries else _with_attributes((type(value), len(value)), list(value), value, bounds)
+    )
 
 
-def _mapping(value: Any, entered: bool) -> Parts | None:
-    if len(value) > ENTRIES:
+def _mapping(value: Any, bounds: Bounds) -> Parts | None:
+    if len(value) > bounds.entries:
         return None
-    return _with_attributes((type(value), len(value)), [x for pair in value.items() for x in pair], value)
+    return _with_attributes((type(value), len(value)), [x for pair in value.items() for x in pair], value, bounds)
 
 
-def _wrapped_container(value: Any, entered: bool) -> Parts | None:
-    return None if len(value) > ENTRIES else _object(value, entered)
+def _wrapped_container(value: Any, bounds: Bounds) -> Parts | None:
+    return None if len(value) > bounds.entries else _object(value, bounds)
 
 
-def _with_attributes(label: tuple[Hashable, ...], parts: list[Any], value: Any) -> Parts:
+def _with_attributes(label: tuple[Hashable, ...], parts: list[Any], value: Any, bounds: Bounds) -> Parts:
     """Return the parts of a container with those of its subclass."""
     attributes: Any = getattr(value, "__dict__", None)
-    if not attributes or len(attributes) > ENTRIES:
+    if not attributes or len(attributes) > bounds.entries:
         return label, parts
     return (*label, *attributes), [*parts, *attributes.values()]
 
@@ -80,7 +91,7 @@ def _with_attributes(label: tuple[Hashable, ...], parts: list[Any], value: Any) 
 # Objects ----------------------------------------------------------------------------------------------------------
 
 
-def _object(value: Any, entered: bool) -> Parts | None:
+def _object(value: Any, bounds: Bounds) -> Parts | None:
     """The attributes of an object, and its class, whose attributes and methods it may use."""
     kind = type(value)
     attributes: Any = getattr(value, "__dict__", None)
@@ -88,7 +99,7 @@ def _object(value: Any, entered: bool) -> Parts | None:
         attributes = {}
     if slots := _slots(kind):
         attributes = {**attributes, **{name: getattr(value, name, _MISSING) for name in slots}}
-    if len(attributes) > ENTRIES:
+    if len(attributes) > bounds.entries:
         return None
     return (kind, *attributes), [*attributes.values(), kind]
 
@@ -106,53 +117,64 @@ def _slots(kind: type) -> tuple[str, ...]:
     return names
 
 
-def _enum(value: Any, entered: bool) -> Parts:
+def _enum(value: Any, bounds: Bounds) -> Parts:
     return (type(value), value.name), [value.value]
 
 
-def _array(value: Any, entered: bool) -> Parts | None:
-    if value.nbytes > BYTES:
+def _text(value: Any, bounds: Bounds) -> Parts:
+    return (type(value), str(value)), ()
+
+
+def _plain(value: Any, bounds: Bounds) -> Parts:
+    """An instance of a subclass of a number or string: the value and its attributes."""
+    base: Any = next(b for b in (int, float, complex, str, bytes) if isinstance(value, b))
+    content: Any = base.__new__(base, value)
+    return _with_attributes((type(value),), [content], value, bounds)
+
+
+def _array(value: Any, bounds: Bounds) -> Parts | None:
+    if value.nbytes > bounds.bytes:
         return None
     label = type(value), value.shape, str(value.dtype), value.strides
     if value.dtype.hasobject:
-        return None if value.size > ENTRIES or value.dtype != object else (label, list(value.flat))
+        return None if value.size > bounds.entries or value.dtype != object else (label, list(value.flat))
     return (*label, _digest(value.tobytes())), ()
 
 
-def _bytes(value: Any, entered: bool) -> Parts | None:
+def _bytes(value: Any, bounds: Bounds) -> Parts | None:
     content = memoryview(value)
-    return None if content.nbytes > BYTES else ((type(value), content.nbytes, _digest(content.tobytes())), ())
+    return None if content.nbytes > bounds.bytes else ((type(value), content.nbytes, _digest(content.tobytes())), ())
 
 
 def _digest(content: bytes) -> bytes:
     return content if len(content) <= 64 else hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _partial(value: Any, entered: bool) -> Parts:
+def _partial(value: Any, bounds: Bounds) -> Parts:
     return (type(value),), [value.func, value.args, value.keywords]
 
 
-def _method(value: Any, entered: bool) -> Parts:
+def _method(value: Any, bounds: Bounds) -> Parts:
     return (type(value),), [value.__func__, value.__self__]
 
 
-def _reference(value: Any, entered: bool) -> Parts:
+def _reference(value: Any, bounds: Bounds) -> Parts:
     return (type(value),), [value()]
 
 
-def _slice(value: Any, entered: bool) -> Parts:
+def _slice(value: Any, bounds: Bounds) -> Parts:
     return (slice,), [value.start, value.stop, value.step]
 
 
-def _namespace(value: Any, entered: bool) -> Parts:
+def _namespace(value: Any, bounds: Bounds) -> Parts:
     return (type(value), *vars(value)), list(vars(value).values())
 
 
-def _wrapper(value: Any, entered: bool) -> Parts:
+def _wrapper(value: Any, bounds: Bounds) -> Parts:
     return (type(value),), [value.__wrapped__]
 
 
-def _property(value: Any, entered: bool) -> Parts:
+def _property(value: Any, bounds: Bounds) -> Parts:
     return (type(value),), [value.fget]
 
 
@@ -164,14 +186,14 @@ def own_parts(function: types.FunctionType) -> int:
     return 3 + len(function.__closure__ or ())
 
 
-def _function(function: types.FunctionType, entered: bool) -> Parts:
-    """The code of a function, its defaults and closure, and if `entered` the globals that it names."""
+def _function(function: types.FunctionType, bounds: Bounds) -> Parts:
+    """The code of a function, its defaults and closure, and if it is entered the globals that it names."""
     facts = code_facts(function.__code__)
     if is_library(function.__module__):
         return (types.FunctionType, facts), ()
     parts: list[Any] = [function.__defaults__, function.__kwdefaults__, function.__dict__ or None]
     parts += [_content(cell) for cell in function.__closure__ or ()]
-    if not entered:
+    if not bounds.entered:
         return (types.FunctionType, facts, False), parts
     space = function.__globals__
     for name in facts.globals:
@@ -207,7 +229,7 @@ def _add_module(parts: list[Any], module: types.ModuleType | None, names: frozen
         parts += (name, space[name])
 
 
-def _class(value: type, entered: bool) -> Parts | None:
+def _class(value: type, bounds: Bounds) -> Parts | None:
     """The functions of a class by code, and its other attributes by content."""
     facts = class_facts(value)
     if is_library(value.__module__) or issubclass(value, Enum):
@@ -220,7 +242,7 @@ def _class(value: type, entered: bool) -> Parts | None:
 # Choice -----------------------------------------------------------------------------------------------------------
 
 
-_Split = Callable[[Any, bool], Parts | None]
+_Split = Callable[[Any, Bounds], Parts | None]
 
 
 _BUILTIN: dict[type, _Split] = {
@@ -257,6 +279,7 @@ _OF_BASES: tuple[tuple[type | tuple[type, ...], _Split], ...] = (
     (types.SimpleNamespace, _namespace),
     (functools.partial, _partial),
     (weakref.ref, _reference),
+    ((PurePath, Decimal, date, time, timedelta), _text),
 )
 
 
@@ -274,6 +297,8 @@ def _split_of(kind: type) -> _Split:
             return split
     if any(c.__module__ == "numpy" and c.__name__ in ("ndarray", "generic") for c in kind.__mro__):
         return _array
+    if issubclass(kind, int | float | complex | str | bytes):
+        return _plain
     name = kind.__module__
     opened = any(name == each or name.startswith(f"{each}.") for each in _OPEN)
     if name.partition(".")[0] in _CLOSED or (is_library(name) and not opened):

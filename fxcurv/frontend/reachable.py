@@ -8,7 +8,8 @@ compared by identity.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import weakref
+from collections.abc import Hashable, Sequence
 from types import EllipsisType, FunctionType
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch.nn.modules import module as every_module
 
 from fxcurv.core.identity import Same
 from fxcurv.core.torch_compat import address_of, version_of
-from fxcurv.frontend.contents import own_parts, parts_of
+from fxcurv.frontend.contents import Bounds, Parts, own_parts, parts_of
 
-__all__ = ["DEPTH", "LEVELS", "OBJECTS", "Walk"]
+__all__ = ["DEPTH", "LEVELS", "OBJECTS", "Walk", "modules_of"]
 
 
 DEPTH = 6
@@ -49,35 +50,41 @@ _OPTIONS_OF_HOOKS = (
 )
 
 
-_BOOKKEEPING = frozenset(vars(nn.Module()))
+BOOKKEEPING = frozenset(vars(nn.Module()))
 
 
 class Walk:
-    """A walk over the objects that are reachable from a model and from noted values."""
+    """A walk over the objects that are reachable from a model, given by its modules, and from noted values."""
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    entered, closed = Bounds(), Bounds(entered=False)
+    depth, objects = DEPTH, OBJECTS
+
+    def __init__(self, modules: Sequence[nn.Module] = ()) -> None:
         self.out: list[Hashable] = []
-        self.modules: list[nn.Module] = [] if model is None else _modules(model)
-        self._places = {id(m): k for k, m in enumerate(self.modules)}
+        self.modules = modules
+        self._places = {id(m): k for k, m in enumerate(modules)}
         self._queue: list[tuple[Any, int, int]] = []  # object, depth, level; it keeps objects, so that ids are unique
         self._tensors: dict[int, int] = {}
-        self._own: set[int] = set()
 
     def key(self, *values: object) -> tuple[Hashable, ...]:
         """Return the key of the model, the hooks of every module, and other values."""
         out = self.out
         for module in self.modules:
             self.module(module)
-        for name in _HOOKS:
-            if hooks := getattr(every_module, f"_global{name}", None):
-                out.append(name)
-                self.note(hooks)
-                for option in _OPTIONS_OF_HOOKS:
-                    self.note(getattr(every_module, f"_global{option}", None))
+        self.global_hooks()
         for value in values:
             self.note(value)
         self.drain()
         return tuple(out)
+
+    def global_hooks(self) -> None:
+        """Add the hooks of every module."""
+        for name in _HOOKS:
+            if hooks := getattr(every_module, f"_global{name}", None):
+                self.out.append(name)
+                self.note(hooks)
+                for option in _OPTIONS_OF_HOOKS:
+                    self.note(getattr(every_module, f"_global{option}", None))
 
     def note(self, value: Any, depth: int = 0, level: int = 0) -> None:
         """Add a value to the key, and to the queue if it has parts."""
@@ -92,7 +99,7 @@ class Walk:
             out += (Walk, place)
         elif isinstance(value, Tensor):
             self.tensor(value)
-        elif depth > DEPTH or len(self._queue) >= OBJECTS:
+        elif depth > self.depth or len(self._queue) >= self.objects:
             self.identity(value)
         else:
             self._places[id(value)] = len(self.modules) + len(self._queue)
@@ -105,7 +112,7 @@ class Walk:
             if isinstance(value, nn.Module):
                 self.module(value, depth, level, own=False)
                 continue
-            found = parts_of(value, entered=level <= LEVELS)
+            found = self.parts(value, self.entered if level <= LEVELS else self.closed)
             if found is None:
                 self.identity(value)
                 continue
@@ -121,8 +128,23 @@ class Walk:
 
     def module(self, module: nn.Module, depth: int = 0, level: int = 0, own: bool = True) -> None:
         """Add a module; the values of parameters and buffers of the model's `own` modules are no part of the key."""
-        out, attributes, places = self.out, vars(module), self._places
+        out, attributes = self.out, vars(module)
         self.note(type(module), depth, level)
+        self.structure(module, depth, level, own)
+        self.hooks(module, depth, level)
+        for name, value in attributes.items():
+            if name in BOOKKEEPING or (name in _OWN_TENSORS and _are_parameters(value, attributes)):
+                continue
+            kind = type(value)
+            if kind in _BY_VALUE:
+                out += (name, kind, value)
+            else:
+                out.append(name)
+                self.note(value, depth, level)
+
+    def structure(self, module: nn.Module, depth: int = 0, level: int = 0, own: bool = True) -> None:
+        """Add a module's mode, its parameters and buffers, and the places of submodules."""
+        out, attributes, places = self.out, vars(module), self._places
         out.append(attributes.get("training"))
         tensors = self._own_tensor if own else self.tensor
         for kind in ("_parameters", "_buffers"):
@@ -142,21 +164,20 @@ class Walk:
             else:
                 out.append(name)
                 self.note(child, depth + 1, level)
+
+    def hooks(self, module: nn.Module, depth: int = 0, level: int = 0) -> None:
+        """Add a module's hooks that change what it computes."""
+        attributes = vars(module)
         for name in _HOOKS:
             if hooks := attributes.get(name):
-                out.append(name)
+                self.out.append(name)
                 self.note(hooks, depth, level)
                 for option in _OPTIONS_OF_HOOKS:
                     self.note(attributes.get(option), depth, level)
-        for name, value in attributes.items():
-            if name in _BOOKKEEPING or (name == "_flat_weights" and _are_parameters(value, attributes)):
-                continue
-            kind = type(value)
-            if kind in _BY_VALUE:
-                out += (name, kind, value)
-            else:
-                out.append(name)
-                self.note(value, depth, level)
+
+    def parts(self, value: object, bounds: Bounds) -> Parts | None:
+        """Return the label and parts of an object."""
+        return parts_of(value, bounds)
 
     def label(self, label: tuple[Hashable, ...]) -> None:
         """Add the label of an object with parts."""
@@ -188,7 +209,7 @@ class Walk:
             self.note(hooks)
 
 
-def _modules(model: nn.Module) -> list[nn.Module]:
+def modules_of(model: nn.Module) -> list[nn.Module]:
     """Return a model's modules, each once; `model.modules()` takes several times as long."""
     found, seen = [model], {id(model)}
     for module in found:
@@ -199,7 +220,11 @@ def _modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+_OWN_TENSORS = ("_flat_weights", "_flat_weight_refs")
+"""Lists in which nn.LSTM holds its parameters once more."""
+
+
 def _are_parameters(value: object, attributes: dict[str, Any]) -> bool:
-    """Whether a list, as that of nn.LSTM, holds just parameters of its module."""
+    """Whether a list holds just parameters of its module, or references to them."""
     own = {id(t) for t in attributes["_parameters"].values()}
-    return type(value) is list and all(id(t) in own for t in value)
+    return type(value) is list and all(id(t() if isinstance(t, weakref.ref) else t) in own for t in value)
