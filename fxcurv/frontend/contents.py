@@ -101,7 +101,19 @@ def _object(value: Any, bounds: Bounds) -> Parts | None:
         attributes = {**attributes, **{name: getattr(value, name, _MISSING) for name in slots}}
     if len(attributes) > bounds.entries:
         return None
+    if _HASH in attributes:
+        attributes = {name: content for name, content in attributes.items() if name != _HASH}
     return (kind, *attributes), [*attributes.values(), kind]
+
+
+_HASH = "_original_object_hash"
+"""An attribute of the generation configs of Hugging Face, with another value in every process."""
+
+
+def _attributes_of(function: types.FunctionType) -> dict[str, Any] | None:
+    """Return the attributes of a function, without marks of torch.compile, which contain identities."""
+    found = vars(function)
+    return found and {name: value for name, value in found.items() if not name.startswith("_torchdynamo")} or None
 
 
 _SLOTS: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
@@ -191,7 +203,7 @@ def _function(function: types.FunctionType, bounds: Bounds) -> Parts:
     facts = code_facts(function.__code__)
     if is_library(function.__module__):
         return (types.FunctionType, facts), ()
-    parts: list[Any] = [function.__defaults__, function.__kwdefaults__, function.__dict__ or None]
+    parts: list[Any] = [function.__defaults__, function.__kwdefaults__, _attributes_of(function)]
     parts += [_content(cell) for cell in function.__closure__ or ()]
     if not bounds.entered:
         return (types.FunctionType, facts, False), parts
