@@ -21,7 +21,7 @@ from fxcurv.dataset.accumulation import Accumulator
 from fxcurv.dataset.batches import Split
 from fxcurv.dataset.state import Settings
 from fxcurv.dataset.two_passes import accumulate
-from fxcurv.frontend.cache import cached, request_key, signature
+from fxcurv.frontend.cache import Programs, request_key, signature
 from fxcurv.frontend.capture import TRACED_BATCH, Tracing
 from fxcurv.frontend.inputs import Inputs, Output, as_call, batch_size, device_of
 from fxcurv.frontend.isolation import TRACING
@@ -117,10 +117,9 @@ class Compiled:
                 "the model has no trainable parameters", remedy="set requires_grad_(True) on some", code="FXC408"
             )
         self.model, self.loss, self.selection, self.options = model, loss, selection, options or Options()
-        self.bases = bases
+        self.bases, self.programs = bases, Programs()
         selection.of(model)
         self._chunks: WeakKeyDictionary[Program, dict[int, Chunks]] = WeakKeyDictionary()
-        self._guards: WeakKeyDictionary[Program, Guard] = WeakKeyDictionary()
         self._latest: Program | None = None
         self._like: Inputs = ()
 
@@ -171,17 +170,15 @@ class Compiled:
 
     def _compared(self, program: Program, inputs: Inputs) -> Program:
         """Compare a program with the model, where this is due."""
-        if self.options.verify == "never":
+        known = program.verified.gradients and batch_size(inputs) in program.verified.sizes
+        if self.options.verify == "never" or (known and self.options.verify == "first"):
             return program
-        guard = self._guards.get(program)
-        if guard is None:
-            names = [n for n, p in self.model.named_parameters() if p.requires_grad]
-            guard = Guard(program, self.model, self.options.output, names, self.options.memory_budget)
-            self._guards[program] = guard
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        guard = Guard(program, self.model, self.options.output, names, self.options.memory_budget)
         part = self._cut(program, inputs).samples
-        guard.check(inputs, part=part)
-        if self.options.verify == "always":
-            guard.compare_output(inputs, part=part)
+        guard.check(inputs, part)
+        if known:
+            guard.compare_output(inputs, part)
         return program
 
     def accumulate(
@@ -237,11 +234,17 @@ class Compiled:
 
     def summed(self) -> Compiled:
         """Return the same compiled model for the sum of the loss terms."""
-        return Compiled(self.model, self.loss.summed(), self.selection, self.options, self.bases)
+        return self._derived(self.loss.summed(), self.selection, self.bases)
 
     def choosing(self, selection: Selection, bases: Bases | None = None) -> Compiled:
         """Return the same model, loss and options for other quantities."""
-        return Compiled(self.model, self.loss, selection, self.options, bases)
+        return self._derived(self.loss, selection, bases)
+
+    def _derived(self, loss: Loss, selection: Selection, bases: Bases | None) -> Compiled:
+        """Return a compiled object of the same model and options, which shares the programs."""
+        derived = Compiled(self.model, loss, selection, self.options, bases)
+        derived.programs = self.programs
+        return derived
 
     def chunks(self, inputs: Inputs) -> Chunks:
         """Return the samples and columns of a batch to process at once, within the budget; cached by batch size."""
@@ -263,7 +266,8 @@ class Compiled:
     def prepare(self, inputs: Inputs) -> Program:
         """Return the program for such inputs, compiled if their shape, dtype or device, or the model, is new.
 
-        Compiled objects of one model with equal requests share it; see fxcurv/frontend/cache.py.
+        Compiled objects that are derived from each other share it; `compile` always traces the model anew. See
+        fxcurv/frontend/cache.py.
         """
         _check_inputs(self.model, inputs)
         samples, branches = batch_size(inputs), self._branches(inputs)
@@ -283,7 +287,7 @@ class Compiled:
         options = self.options
         strict, algorithms = options.on_unsupported == "error", tuple(options.algorithms.items())
         asked = request_key(self.selection, options.output, strict, options.backend, algorithms)
-        return cached(self.model, (signature(self.model, inputs), asked), list)
+        return self.programs.of(self.model, (signature(self.model, inputs, options.output), asked), list)
 
     def _traced_anew(self, inputs: Inputs) -> Program:
         """Replace the program for such inputs by one traced through the model itself."""

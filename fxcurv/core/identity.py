@@ -90,16 +90,12 @@ def _is_frozen(value: Any) -> bool:
     return parameters.frozen and parameters.eq
 
 
-_HELD = frozenset(("_parameters", "_buffers", "_modules"))
-
-
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 
 
-def attributes_of(module: nn.Module, *, bookkeeping: bool = False) -> Hashable:
-    """Return the key of a module's attributes, without tensors and submodules; with hooks and mode if `bookkeeping`."""
-    ignored = _HELD if bookkeeping else _BOOKKEEPING
-    return tuple([(name, frozen(value)) for name, value in vars(module).items() if name not in ignored])
+def attributes_of(module: nn.Module) -> Hashable:
+    """Return the key of a module's attributes, without tensors, submodules, hooks and mode."""
+    return tuple([(name, frozen(value)) for name, value in vars(module).items() if name not in _BOOKKEEPING])
 
 
 def identity_of(module: nn.Module) -> Hashable:

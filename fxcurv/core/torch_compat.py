@@ -25,6 +25,7 @@ __all__ = [
     "FakeTensorMode",
     "FunctionMeta",
     "TorchDispatchMode",
+    "address_of",
     "base_of",
     "compile_errors",
     "custom_function_of",
@@ -92,6 +93,14 @@ def storage_id(t: Tensor) -> int:
 def version_of(t: Tensor) -> int | None:
     """Return the number of in-place writes to a tensor; None for an inference tensor, which does not count them."""
     return None if t.is_inference() else t._version
+
+
+def address_of(t: Tensor) -> int | None:
+    """Return the address of a tensor's first entry; None for a tensor without memory, as a sparse or fake one."""
+    try:
+        return t.data_ptr()
+    except RuntimeError:
+        return None
 
 
 def base_of(t: Any) -> Tensor | None:

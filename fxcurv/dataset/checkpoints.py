@@ -1,9 +1,10 @@
 """Checkpoints: the state of an accumulation in a file; the same call resumes from it with bitwise equal results.
 
 A checkpoint is a file of the result so far (fxcurv/results/writing.py), plus the number of batches, a digest of them
-in order, the generator's state, the sums of the stopping rule, and the request. A different request is refused, and
-the file is not changed. The loader must give the same batches in the same order: batches of the checkpoint are read
-again, without computation, and compared with the digest.
+in order, the generator's state, the sums of the stopping rule, and the request, with digests of all that the model and
+`split` may read (fxcurv/frontend/stable.py). A different request is refused, and the file is not changed. The loader
+must give the same batches in the same order: batches of the checkpoint are read again, without computation, and
+compared with the digest.
 """
 
 from __future__ import annotations
@@ -24,12 +25,20 @@ from fxcurv.dataset.compiled import CompiledModel
 from fxcurv.dataset.processes import Processes
 from fxcurv.dataset.standard_error import StandardError
 from fxcurv.dataset.state import Settings, State, length_of, owned
+from fxcurv.frontend.stable import batch_digest, facts_of_model, value_digest
 from fxcurv.quantities.protocol import definition_of
 from fxcurv.results.json import Json
 from fxcurv.results.reading import read
 from fxcurv.results.writing import save
 
 __all__ = ["Checkpoint"]
+
+
+_NAMED = 10_000
+"""Number of batches of which a difference is found by number; later ones by the digest of all."""
+
+
+_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -56,13 +65,15 @@ class Checkpoint:
             path = path.with_name(f"{path.name}.{processes.rank}-of-{size}")
         if not path.parent.is_dir():
             raise FxcurvError(f"there is no folder {path.parent}", remedy="create it first", code="FXC007")
-        options, given = compiled.options, settings.generator
+        options, given, model = compiled.options, settings.generator, compiled.model
         asked = {
             "loss": compiled.loss.described(),
             "quantities": {name: definition_of(quantity) for name, quantity in compiled.selection.quantities.items()},
-            "parameters": digest({name: list(names) for name, names in compiled.selection.of(compiled.model).items()}),
-            "values of the model": values_digest(compiled.model),
-            "output": str(options.output) if isinstance(options.output, str | int) else "",
+            "parameters": digest({name: list(names) for name, names in compiled.selection.of(model).items()}),
+            "values of the model": values_digest(model),
+            "model": facts_of_model(model),
+            "output": options.output if isinstance(options.output, str | int) else value_digest(options.output, model),
+            "split": value_digest(settings.split, model),
             "options": [options.on_unsupported, options.backend, options.memory_budget],
             "dtype": str(settings.dtype),
             "until_rel_error": settings.until_rel_error,
@@ -71,11 +82,13 @@ class Checkpoint:
             "process": [processes.rank, size],
             "eigenvectors": None if compiled.bases is None else digest(dict(compiled.bases.vectors)),
         }
-        return cls(path, compiled.model, generator, json.loads(json.dumps(asked)))
+        return cls(path, model, generator, json.loads(json.dumps(asked)))
 
     def marked(self, state: State, batch: Any) -> State:
         """Return the state after a batch, with the digest of all batches so far and the current generator state."""
-        return replace(state, digest=digest(batch, state.digest), generator=self.generator.get_state())
+        found = batch_digest(batch, state.digest)
+        digests = state.digests + found[:_DIGITS] * (state.batches <= _NAMED)
+        return replace(state, digest=found, digests=digests, generator=self.generator.get_state())
 
     def write(self, state: State) -> State:
         """Replace the file's content by this state, atomically."""
@@ -85,6 +98,7 @@ class Checkpoint:
             "asked": self.asked,
             "batches": state.batches,
             "digest": state.digest,
+            "digests": state.digests,
             "generator": base64.b64encode(bytes(state.generator.tolist())).decode(),
             "standard_error": asdict(state.standard_error),
         }
@@ -104,10 +118,13 @@ class Checkpoint:
             batch = next(batches, batches)
             if batch is batches:
                 raise self._foreign(f"it holds {state.batches} batches, and there are {k}")
-            found = digest(batch, found)
+            found = batch_digest(batch, found)
+            known = state.digests[k * _DIGITS : (k + 1) * _DIGITS]
+            if known and found[:_DIGITS] != known:
+                raise self._foreign(f"batch {k + 1} is another one: {_OTHER_BATCHES}")
             beat(k + 1)
         if found != state.digest:
-            raise self._foreign("the loader gives other batches, or in another order")
+            raise self._foreign(_OTHER_BATCHES)
         assert state.generator is not None
         self.generator.set_state(state.generator)
         return state
@@ -118,13 +135,14 @@ class Checkpoint:
             raise self._foreign("it is a result, not a checkpoint")
         asked = held["asked"].of(dict)
         for name, value in self.asked.items():
-            if asked.get(name) != value:
-                raise self._foreign(f"{name}: {asked.get(name)} in the file, {value} in this call")
+            if (known := asked.get(name)) != value:
+                raise self._foreign(_difference(name, known, value))
         return State(
             total=owned(total, device=next(self.model.parameters()).device),
             batches=held["batches"].of(int),
             standard_error=_standard_error(held["standard_error"]),
             digest=held["digest"].of(str),
+            digests=held["digests"].of(str),
             generator=_generator_state(held["generator"], self.generator.device),
         )
 
@@ -134,6 +152,21 @@ class Checkpoint:
             remedy="repeat that call, or choose another path; the file is unchanged",
             code="FXC427",
         )
+
+
+_OTHER_BATCHES = "the loader gives other batches, or in another order"
+
+
+def _difference(name: str, known: Any, value: Any) -> str:
+    """Describe how a request differs from that of the file."""
+    if name == "split":
+        return "split= is another function, or reads other values"
+    if name == "output" and not (isinstance(known, int) or isinstance(value, int)):
+        return "output= is another function or name, or reads other values"
+    if name == "model" and isinstance(known, dict) and isinstance(value, dict):
+        changed = next(fact for fact in (*value, *known) if known.get(fact) != value.get(fact))
+        return f"{changed} has changed"
+    return f"{name}: {known} in the file, {value} in this call"
 
 
 def _standard_error(held: Json) -> StandardError:

@@ -23,12 +23,16 @@ __all__ = ["Settings", "State", "length_of", "owned"]
 
 @dataclass(frozen=True)
 class State:
-    """Result over `batches` batches, and all other state of an accumulation; `weight` is their weight in an average."""
+    """Result over `batches` batches, and all other state of an accumulation; `weight` is their weight in an average.
+
+    `digest` is of all batches; `digests` has its first 8 digits after each of the first batches.
+    """
 
     total: Curvature | None = None
     batches: int = 0
     standard_error: StandardError = field(default_factory=StandardError)
     digest: str = ""
+    digests: str = ""
     generator: Tensor | None = None
     weight: float = 0.0
 

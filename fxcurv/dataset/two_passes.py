@@ -26,12 +26,12 @@ from fxcurv.blocks.kronecker import Kronecker
 from fxcurv.blocks.lazy_gram import moment_of
 from fxcurv.contractions.entries import widened
 from fxcurv.core.errors import InputError
-from fxcurv.core.fingerprint import digest
 from fxcurv.core.rounding import close, tolerance_of
 from fxcurv.dataset.accumulation import Accumulator, Pass, one_pass, settled
 from fxcurv.dataset.compiled import CompiledModel
 from fxcurv.dataset.processes import Processes
 from fxcurv.dataset.state import Settings, length_of
+from fxcurv.frontend.stable import batch_digest
 from fxcurv.quantities.ekfac import EKFAC, Bases, Eigenvalues, eigenvectors
 from fxcurv.quantities.factors import Factor
 from fxcurv.quantities.kfac import KFAC
@@ -193,7 +193,7 @@ class _Order:
     def record(self, batch: Any) -> None:
         """Record a batch of the first pass."""
         if self.asked.max_batches is not None or self.asked.until_rel_error is not None:
-            self.digests.append(digest(batch))
+            self.digests.append(batch_digest(batch))
 
     def close(self, accumulator: Accumulator, loader: Iterable[Any]) -> None:
         """Finish the first pass."""
@@ -203,7 +203,7 @@ class _Order:
 
     def compare(self, batch: Any) -> None:
         """Check a batch of the second pass; raise an InputError if it differs from the first pass."""
-        if self.partial and digest(batch) != self.digests[self.seen]:
+        if self.partial and batch_digest(batch) != self.digests[self.seen]:
             raise _changed(
                 f"with max_batches or until_rel_error both passes take the same batches, and batch {self.seen + 1} "
                 "is another one"

@@ -103,7 +103,7 @@ def _exported(
         if isinstance(t, Tensor):
             dynamic[t] = {0: Dim.AUTO}
     check_module_hooks(model)
-    shared = structural_copy(model, *model.parameters(), *model.buffers()) if tracing.through_copy else model
+    shared = _copy(model) if tracing.through_copy else model
     forward, select = shared.forward, selector(output)
 
     @functools.wraps(forward)
@@ -111,7 +111,7 @@ def _exported(
         with _Traceable():
             return select(forward(*args, **kwargs))
 
-    isolated = nullcontext() if tracing.through_copy else restored(model)
+    isolated = restored(model) if shared is model else nullcontext()
     with isolated, torch.random.fork_rng(devices=[]), without_autocast(), warnings.catch_warnings():
         shared.forward = selected
         warnings.filterwarnings("ignore", ".*assigned during export")  # the copy is discarded, the model is restored
@@ -120,6 +120,14 @@ def _exported(
             program = export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
             attach_calls(program.graph_module)
             return program
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Return a structural copy, or the model itself if it cannot be copied."""
+    try:
+        return structural_copy(model, *model.parameters(), *model.buffers())
+    except CaptureError:
+        return model
 
 
 def _equal(a: ExportedProgram, b: ExportedProgram) -> bool:

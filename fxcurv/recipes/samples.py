@@ -60,7 +60,9 @@ def jacobian_of(compiled: Compiled, names: Iterable[str]) -> Compiled:
     The loss is the squared error: Jacobians do not depend on the loss, and this loss takes any output.
     """
     selection = chosen("jacobian").only(tuple(names))
-    return Compiled(compiled.model, as_loss(nn.MSELoss(reduction="sum")), selection, compiled.options)
+    found = Compiled(compiled.model, as_loss(nn.MSELoss(reduction="sum")), selection, compiled.options)
+    found.programs = compiled.programs
+    return found
 
 
 def jacobians(jacobian: Compiled, names: Iterable[str], inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -15,7 +15,15 @@ from fxcurv.quantities.factors import Factor
 from fxcurv.quantities.plan import Plan
 from passes.pipeline import Emitted
 
-__all__ = ["Program", "sums_of"]
+__all__ = ["Program", "Verified", "sums_of"]
+
+
+@dataclass
+class Verified:
+    """The comparisons of a program with its model that were made: of the gradients, and of outputs by batch size."""
+
+    gradients: bool = False
+    sizes: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +39,7 @@ class Program:
     forward: Callable[..., Any]
     backwards: Mapping[Factor, Callable[..., dict[str, Tensor]]]
     plan: Plan
+    verified: Verified = field(default_factory=Verified)
 
     @classmethod
     def of(cls, emitted: Emitted) -> Program:

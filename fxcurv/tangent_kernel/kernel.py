@@ -22,6 +22,7 @@ from fxcurv.api import Compiled
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.core.errors import InputError, QuantityError
 from fxcurv.core.torch_compat import pytree
+from fxcurv.frontend.cache import programs_of
 from fxcurv.frontend.embeddings import UnscaledGradients
 from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
 from fxcurv.frontend.isolation import without_autocast
@@ -61,7 +62,9 @@ def ntk(
     `memory_budget` is as for `fxcurv.compile`. `NTK(model)` is compiled once for many batches, and also gives the
     summand of each parameter. Raises the errors of `compile`.
     """
-    return NTK(model, strategy, memory_budget=memory_budget)(x1, x2, kind)
+    kernel = NTK(model, strategy, memory_budget=memory_budget)
+    kernel.compiled.programs = programs_of(model)  # several calls share a program
+    return kernel(x1, x2, kind)
 
 
 class NTK:

@@ -54,7 +54,7 @@ class Disagreement(Exception):
 
 @dataclass
 class Guard:
-    """Compares a program with its model; a comparison that has been made is not repeated.
+    """Compares a program with its model; a comparison that has been made (`program.verified`) is not repeated.
 
     `parameters` are those whose gradients are compared, `budget` bounds the bytes of the gradients held at a time.
     """
@@ -68,47 +68,39 @@ class Guard:
     def __post_init__(self) -> None:
         self.generator = torch.Generator()
         self.generator.seed()
-        self.sizes, self.compared = set[int](), False
         self.apart = not any("refusal" in node.meta for node in self.program.canonical.graph.nodes)
 
-    def check(self, inputs: Inputs, output: Tensor | None = None, part: int | None = None) -> None:
-        """Make the comparisons that are new; `output` is the graph's output at `inputs`, computed if it is not given.
-
-        The model is called with at most `part` samples. Raises a Disagreement.
-        """
+    def check(self, inputs: Inputs, part: int | None = None) -> None:
+        """Make the comparisons that are new, with at most `part` samples in a call; raise a Disagreement."""
         number = batch_size(inputs)
         if not output_of(self.program.canonical).meta["dtype"].is_floating_point:
             return  # no loss takes it
-        if not self.compared:
+        if not self.program.verified.gradients:
             self._compare_gradients(inputs, self._size(2))
-            self.compared = True
-        if number not in self.sizes:
-            self.compare_output(inputs, output, part, among=True)
-            self.sizes.add(number)
+            self.program.verified.gradients = True
+        if number not in self.program.verified.sizes:
+            self.compare_output(inputs, part, among=True)
+            self.program.verified.sizes.add(number)
 
-    def compare_output(
-        self, inputs: Inputs, output: Tensor | None = None, part: int | None = None, *, among: bool = False
-    ) -> None:
+    def compare_output(self, inputs: Inputs, part: int | None = None, *, among: bool = False) -> None:
         """Compare the outputs at a batch, in parts; with `among`, also the samples of the first part among others."""
         number = batch_size(inputs)
         step = min(number, part or number)
         for start in range(0, number, step):
-            rows = torch.arange(start, min(start + step, number))
-            batch, found = rows_of(inputs, rows), None if output is None else output[start : start + step].detach()
-            expected = self._compare_part(batch, found)
+            batch = rows_of(inputs, torch.arange(start, min(start + step, number)))
+            expected = self._compare_part(batch)
             if among and start == 0:
-                self._compare_samples(batch, expected, len(rows))
+                self._compare_samples(batch, expected, len(expected))
 
     # The comparisons
 
-    def _compare_part(self, batch: Inputs, found: Tensor | None) -> Tensor:
+    def _compare_part(self, batch: Inputs) -> Tensor:
         """Compare the outputs at a batch, and return the model's."""
         expected: dict[torch.dtype | None, Tensor] = {}
 
         def different(dtype: torch.dtype | None) -> list[int]:
             expected[dtype], tensors = self._model(batch, dtype)
-            known = found if dtype is None else None
-            ours = output_at(self.program, _cast(batch, dtype), tensors) if known is None else known
+            ours = output_at(self.program, _cast(batch, dtype), tensors)
             return different_samples(ours, expected[dtype], tolerance_for(expected[dtype].dtype).output)
 
         if wrong := self._confirmed(different):

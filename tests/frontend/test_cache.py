@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -68,15 +69,22 @@ def test_a_change_of_the_model_is_followed(change: str) -> None:
     equals_the_oracle(model, fxcurv.compile(model, quantities="diag_ggn"))
 
 
-def test_compiled_objects_of_one_model_share_a_program() -> None:
+def test_derived_compiled_objects_share_programs() -> None:
     model = Switched().eval()
-    program = fxcurv.compile(model, quantities="diag_ggn").prepare(X)
-    assert fxcurv.compile(model, "mse", "diag_ggn").prepare(X[:2]) is program, "of any loss and batch size"
-    assert fxcurv.compile(model, quantities="grad").prepare(X) is not program
-    assert fxcurv.compile(model, quantities="diag_ggn", on_unsupported="skip").prepare(X) is not program
-    assert fxcurv.compile(model, quantities="diag_ggn", output=lambda y: 2 * y).prepare(X) is not program
-    assert fxcurv.compile(Switched().eval(), quantities="diag_ggn").prepare(X) is not program
-    assert fxcurv.compile(model, quantities="diag_ggn").prepare(X) is program
+    compiled = fxcurv.compile(model, quantities="diag_ggn")
+    program = compiled.prepare(X)
+    assert compiled.summed().prepare(X[:2]) is program, "of any loss and batch size"
+    other = compiled.choosing(fxcurv.compile(model, quantities="grad").selection)
+    assert other.prepare(X) is not program
+    assert other.choosing(compiled.selection).prepare(X) is program
+    assert copy.deepcopy(compiled).prepare(X) is not program
+    assert compiled.prepare(X) is program
+
+
+def test_a_new_compile_looks_at_the_model_anew() -> None:
+    model = Switched().eval()
+    programs = [fxcurv.compile(model, quantities="diag_ggn").prepare(X) for _ in range(2)]
+    assert programs[0] is not programs[1]
 
 
 def test_the_limit_of_dense_blocks_is_part_of_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
