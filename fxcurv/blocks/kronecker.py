@@ -69,10 +69,6 @@ class Kronecker(Block):
         return g == h and g * i * o == math.prod(shape)
 
     @property
-    def layout(self) -> object:
-        return self.in_out
-
-    @property
     def count(self) -> int:
         return self.averaged
 

@@ -134,6 +134,12 @@ def facts_of(quantity: Quantity) -> Facts:
                 remedy=f"choose {' or '.join(map(repr, choices))}",
                 code="FXC409",
             )
+    if type(facts["degree"]) is not int or facts["degree"] < 0:  # pyright: ignore[reportUnnecessaryComparison]
+        raise QuantityError(
+            f"{type(quantity).__name__} has degree={facts['degree']!r}",
+            remedy="give a whole number: 0 for values that do not depend on the loss, 1 for values linear in it",
+            code="FXC409",
+        )
     return facts
 
 

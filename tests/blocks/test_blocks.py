@@ -173,7 +173,7 @@ DEFICIENT: dict[str, fxcurv.Block] = {
     "diagonal": fxcurv.Diagonal((4,), torch.tensor([0.0, 1.0, 0.0, 3.0], dtype=torch.float64)),
     "dense": fxcurv.Dense((8,), deficient(8, 3)),
     "dense_lazy": fxcurv.Dense((2, 4), vectors(3, 1, 8)),
-    "dense_lazy_dependent": fxcurv.Dense((8,), LazyGram((vectors(2, 1, 8).vectors * 2))),
+    "dense_lazy_dependent": fxcurv.Dense((8,), LazyGram(vectors(2, 1, 8).vectors * 2)),
     "kronecker": fxcurv.Kronecker((5, 6), deficient(6, 2), deficient(5, 2)),
     "kronecker_lazy": fxcurv.Kronecker((7, 6), vectors(3, 1, 6), vectors(2, 1, 7)),
     "kronecker_one_lazy": fxcurv.Kronecker((5, 6), vectors(3, 1, 6), deficient(5, 3), in_out=False),
