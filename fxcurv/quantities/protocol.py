@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, TypedDict, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal, Protocol, TypedDict, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from fxcurv.blocks.base import Block
 from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.contractions.statistic import Statistic, StatisticValue
 from fxcurv.core.errors import QuantityError
+from fxcurv.core.fingerprint import described
 from fxcurv.quantities.factors import Exact, Factor
 from fxcurv.results.entry import Combine, Structure
 
@@ -145,9 +146,8 @@ def facts_of(quantity: Quantity) -> Facts:
 
 def definition_of(quantity: Quantity) -> str:
     """`KFAC(factor=Sampled(k=1), approx='expand', joint=False)`: type and options of a quantity, by value."""
-    given: Any = quantity
-    options = [f.name for f in fields(given) if f.init] if is_dataclass(given) else sorted(vars(given))
-    return f"{type(given).__name__}({', '.join(f'{name}={getattr(given, name)!r}' for name in options)})"
+    text = described(quantity)
+    return f"{type(quantity).__name__}{text[text.index('(') :]}" if "(" in text else f"{type(quantity).__name__}()"
 
 
 def owners(quantity: Quantity, usage: Mapping[str, ParameterUsage]) -> dict[str, tuple[str, ...]]:

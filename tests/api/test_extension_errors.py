@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -16,8 +20,10 @@ import fxcurv
 from fxcurv.blocks.base import KINDS as BLOCKS
 from fxcurv.blocks.base import Block
 from fxcurv.contractions.definitions import SumOfSquares
+from fxcurv.core.fingerprint import described
 from fxcurv.ir.declare import RULES
 from fxcurv.losses.base import KINDS as LOSSES
+from fxcurv.losses.mse import MeanSquaredError
 from fxcurv.optim.preconditioned import _average
 from fxcurv.quantities.factors import Exact
 from fxcurv.quantities.registry import NAMES
@@ -268,3 +274,75 @@ def test_a_wrong_degree_is_refused(net: nn.Module) -> None:
 
     with pytest.raises(fxcurv.QuantityError, match=r"Wrong has degree=0.5; give a whole number"):
         fxcurv.compile(net, nn.CrossEntropyLoss(), Wrong())(X, Y)
+
+
+# Losses with settings ---------------------------------------------------------------------------------------------
+
+
+class Weighted(nn.MSELoss):
+    """A squared error with a setting of any type, that nothing shows."""
+
+    def __init__(self, setting: object) -> None:
+        super().__init__()
+        self.setting = setting
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((1.0, 2.0), (1.0, 3.0)),
+        ([1, [2, {"a": 3}]], [1, [2, {"a": 4}]]),
+        ({"a": torch.tensor([1.0])}, {"a": torch.tensor([2.0])}),
+        (nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0]))),
+        (np.zeros(5000), np.append(np.zeros(4999), 1.0)),
+        (Exact(), fxcurv.Sampled(2)),
+        (lambda f: f + 1, lambda f: f + 2),
+        ({1, 2}, {1, 3}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_checkpoint_of_another_loss_is_refused(net: nn.Module, one: Any, other: Any, tmp_path: Path) -> None:
+    class OfWeighted(MeanSquaredError):
+        name = "weighted_error"
+        module_type = Weighted
+
+    target = normal(6, 2, seed=9)
+    batches, path = [(X[:3], target[:3]), (X[3:], target[3:])], tmp_path / "checkpoint"
+    first = fxcurv.compile(net, OfWeighted(Weighted(one)), "grad")
+    first.accumulate(batches, checkpoint=path, progress=False)
+    again = fxcurv.compile(net, OfWeighted(Weighted(copy.deepcopy(one))), "grad")
+    again.accumulate(batches, checkpoint=path, progress=False)
+    with pytest.raises(fxcurv.FxcurvError, match="loss: ") as raised:
+        fxcurv.compile(net, OfWeighted(Weighted(other)), "grad").accumulate(batches, checkpoint=path, progress=False)
+    assert raised.value.code == "FXC427"
+
+
+def test_descriptions_tell_values_apart_and_do_not_depend_on_the_object() -> None:
+    class Slots:
+        __slots__ = ("a",)
+
+    class Lying(float):
+        def __repr__(self) -> str:
+            return "1.0"
+
+    def slots(a: object) -> Slots:
+        held = Slots()
+        held.a = a
+        return held
+
+    pairs = [
+        (slots([1]), slots([2])),
+        (Lying(1.0), Lying(2.0)),
+        (partial(max, 1), partial(max, 2)),
+        (range(3), range(4)),
+        (deque([1]), deque([2])),
+        (0.0, -0.0),
+        (nn.Linear, nn.Conv1d),
+        (torch.relu, torch.tanh),
+        ([1], (1,)),
+    ]
+    for one, other in pairs:
+        assert described(one) == described(copy.deepcopy(one)) != described(other)
+    cyclic: list[object] = [1]
+    cyclic.append(cyclic)
+    assert described(cyclic) == "[1, …]"
