@@ -14,7 +14,7 @@ from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.contractions.statistic import Statistic, StatisticValue
 from fxcurv.core.errors import QuantityError
 from fxcurv.core.fingerprint import described
-from fxcurv.quantities.factors import Exact, Factor
+from fxcurv.quantities.factors import Exact, Factor, check_factor
 from fxcurv.results.entry import Combine, Structure
 
 __all__ = ["EXACT", "OfEach", "ParameterUsage", "Quantity", "Sums", "WithOptions", "owners"]
@@ -171,12 +171,8 @@ class WithOptions:
         kinds = get_type_hints(type(self))
         for option in fields(self):
             value, kind = getattr(self, option.name), kinds[option.name]
-            if option.name == "factor" and not isinstance(value, Factor):
-                raise QuantityError(
-                    f"{value!r} is not a factor",
-                    remedy="give one such as fxcurv.Exact() or fxcurv.Sampled(1)",
-                    code="FXC409",
-                )
+            if option.name == "factor":
+                check_factor(value, type(self).__name__)
             choices = (False, True) if kind is bool else get_args(kind) if get_origin(kind) is Literal else None
             if choices and not any(type(value) is type(selection) and value == selection for selection in choices):
                 raise QuantityError(

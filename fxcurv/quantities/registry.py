@@ -9,7 +9,7 @@ from itertools import count
 from fxcurv.core.errors import QuantityError
 from fxcurv.core.identity import frozen
 from fxcurv.quantities.ekfac import EKFAC
-from fxcurv.quantities.factors import Empirical, Exact, Sampled
+from fxcurv.quantities.factors import Empirical, Exact, Sampled, check_factor
 from fxcurv.quantities.ggn import BatchDiagGGN, DiagGGN, GGNBlock, GGNGram, Jacobian, SqrtGGN
 from fxcurv.quantities.gradients import BatchDot, BatchGrad, BatchL2, Grad, SumGradSquared, Variance
 from fxcurv.quantities.hessian import DiagHessian
@@ -103,6 +103,7 @@ def _family_of(quantity: Quantity) -> str:
             remedy=f"give a name ({', '.join(NAMES)}) or an object such as fxcurv.KFAC()",
             code="FXC409",
         )
+    check_factor(getattr(quantity, "factor", None), type(quantity).__name__)
     if not isinstance(family := getattr(quantity, "family", None), str) or not family:
         raise QuantityError(
             f"{type(quantity).__name__} has family={family!r}", remedy="give a name of its results", code="FXC409"

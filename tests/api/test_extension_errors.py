@@ -23,9 +23,10 @@ from fxcurv.contractions.definitions import SumOfSquares
 from fxcurv.core.fingerprint import described
 from fxcurv.ir.declare import RULES
 from fxcurv.losses.base import KINDS as LOSSES
+from fxcurv.losses.base import as_loss
 from fxcurv.losses.mse import MeanSquaredError
 from fxcurv.optim.preconditioned import _average
-from fxcurv.quantities.factors import Exact
+from fxcurv.quantities.factors import Exact, SecondPass
 from fxcurv.quantities.registry import NAMES
 from fxcurv.results.merging import check_sums
 from fxcurv.testing import check_quantity
@@ -346,3 +347,44 @@ def test_descriptions_tell_values_apart_and_do_not_depend_on_the_object() -> Non
     cyclic: list[object] = [1]
     cyclic.append(cyclic)
     assert described(cyclic) == "[1, …]"
+
+
+# Factors ----------------------------------------------------------------------------------------------------------
+
+
+class NotAFactor:
+    def __repr__(self) -> str:
+        return "mine"
+
+
+@pytest.mark.parametrize(
+    ("factor", "says"),
+    [
+        (fxcurv.Exact, "the class Exact"),
+        (None, "None"),
+        ("exact", "'exact'"),
+        (NotAFactor(), "mine"),
+        (SecondPass(Exact()), "SecondPass"),
+    ],
+    ids=str,
+)
+def test_a_wrong_factor_is_refused_when_compiling(net: nn.Module, factor: Any, says: str) -> None:
+    for make in (lambda: Squares(factor), lambda: fxcurv.DiagGGN(factor)):
+        with pytest.raises(fxcurv.QuantityError, match=rf"{says}.* is not a factor, in (Squares|DiagGGN)") as raised:
+            fxcurv.compile(net, "cross_entropy", make())
+        assert raised.value.code == "FXC409"
+    terms = as_loss("cross_entropy").terms(net(X), Y)
+    if not isinstance(factor, SecondPass):
+        with pytest.raises(fxcurv.LossError, match="is not a factor"):
+            next(terms.columns(factor, 1, None))
+
+
+def test_a_quantity_without_a_factor_is_refused(net: nn.Module) -> None:
+    class Without:
+        family = "without"
+
+        def statistics(self, usage: Any) -> dict[str, Any]:
+            return {}
+
+    with pytest.raises(fxcurv.QuantityError, match="None is not a factor, in Without"):
+        fxcurv.compile(net, "cross_entropy", Without())  # pyright: ignore[reportArgumentType]
