@@ -98,11 +98,26 @@ SHARES = ((0,), (), (1, 2), (3,))
 ADDED = [name for name in fxcurv.NAMES if facts_of(fxcurv.NAMES[name])["combine"] == "add"]
 
 
+@dataclass(frozen=True)
+class OfDegree(fxcurv.SumGradSquared):
+    """Σ_n g_n², which adds and is of degree 2 in the loss, or the number of samples, of degree 0."""
+
+    combine = "add"
+    degree: int = 2  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleVariableOverride]
+    family: str = "of_degree"
+
+    def finish(self, usage: Any, sums: Any, samples: int) -> Any:
+        return super().finish(usage, sums, samples) if self.degree else torch.tensor(float(samples)).double()
+
+
+OF_DEGREES = [OfDegree(), OfDegree(degree=0)]
+
+
 def losses() -> Iterator[tuple[str, fxcurv.Compiled, tuple[Tensor, Tensor]]]:
     """A compiled object of everything that adds, and all of its data, for losses of both reductions."""
     for name in ("ignored", "summed"):
         dense, loss, y = LOSSES[name]
-        yield name, fxcurv.compile(tokens(dense), loss, [*ADDED, *EXACT]), (reals(7, 3, 5) - 0.5, y)
+        yield name, fxcurv.compile(tokens(dense), loss, [*ADDED, *EXACT, *OF_DEGREES]), (reals(7, 3, 5) - 0.5, y)
 
 
 def share(data: tuple[Tensor, Tensor], rank: int) -> list[tuple[Tensor, Tensor]]:

@@ -33,7 +33,7 @@ MANY_PARAMETERS = {  # public verbs: each option a keyword of its own
     "fxcurv/matrixfree/products.py:fisher_operator",
     "fxcurv/matrixfree/products.py:ggn_operator",
     "fxcurv/matrixfree/products.py:hessian_operator",
-    "fxcurv/testing.py:assert_compatible",
+    "fxcurv/testing/compatibility.py:assert_compatible",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

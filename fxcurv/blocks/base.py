@@ -18,11 +18,12 @@ from torch import Tensor
 
 from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.core.errors import InputError
+from fxcurv.core.identity import frozen
 from fxcurv.core.registry import register
 from fxcurv.linalg.factorizations import damping_of, singular
 from fxcurv.linalg.operator import LinearOperator, Space, Vector
 
-__all__ = ["Block", "Damping", "Function"]
+__all__ = ["Block", "Damping", "Function", "differing"]
 
 
 Damping = Literal["plain", "pi", "exact"]
@@ -131,8 +132,12 @@ class Block(LinearOperator, ABC):
 
     @property
     def layout(self) -> object:
-        """Settings that two blocks must share, besides their shape, to be added part by part."""
-        return None
+        """Settings that two blocks must share, besides their shape, to be added part by part: all options but `count`.
+
+        A kind whose blocks with different values of an option combine overrides it, with `averaged_with`.
+        """
+        alike = self if self.count is None else self.counted(0)
+        return tuple((name, frozen(getattr(alike, name))) for name in self.options)
 
     @property
     def count(self) -> int | None:
@@ -155,7 +160,7 @@ class Block(LinearOperator, ABC):
         return total.counted(0 if inputs is None else (self.count or 0) + (other.count or 0))
 
     def averaged_with(self, old: Self, weight: float) -> Self:
-        """weight · old + (1 - weight) · self: a step of a running average."""
+        """weight · old + (1 - weight) · self: a step of a running average, for blocks of one layout."""
         return self.weighted_sum(old, (1 - weight, weight), None)
 
     @property
@@ -321,8 +326,11 @@ class Block(LinearOperator, ABC):
             )
         total = self.plus(other)
         if total is None:
+            cause = f"the sum of a {type(self).__name__} and a {type(other).__name__} block is of neither kind"
+            if type(self) is type(other) and self.layout != other.layout:
+                cause = f"two {type(self).__name__} blocks have different options: {differing(self, other)}"
             raise InputError(
-                f"the sum of a {type(self).__name__} and a {type(other).__name__} block is of neither kind",
+                cause,
                 remedy="add a.as_dense() + b.as_dense()",
                 code="FXC422",
             )
@@ -330,7 +338,7 @@ class Block(LinearOperator, ABC):
 
     def plus(self, other: Block) -> Block | None:
         """The sum as a block of the same kind, if it is one; else None."""
-        if type(other) is not type(self) or not self.additive or len(self.fields) > 1:
+        if type(other) is not type(self) or not self.additive or len(self.fields) > 1 or other.layout != self.layout:
             return None
         return self.weighted_sum(other, (1, 1), None)
 
@@ -371,6 +379,12 @@ class Block(LinearOperator, ABC):
     @property
     def labels(self) -> dict[str, Any]:
         return {"parameters": self.parameters, "status": self.status, "reduction": self.reduction}
+
+
+def differing(a: Block, b: Block) -> str:
+    """Describe the options of two blocks of one kind that differ: `scale is 1.0 and 2.0`."""
+    pairs = ((name, getattr(a, name), getattr(b, name)) for name in a.options)
+    return ", ".join(f"{name} is {x!r} and {y!r}" for name, x, y in pairs if frozen(x) != frozen(y)) or "their layout"
 
 
 def _sum(a: Component, b: Component) -> Component:

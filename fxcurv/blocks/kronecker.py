@@ -69,10 +69,6 @@ class Kronecker(Block):
         return g == h and g * i * o == math.prod(shape)
 
     @property
-    def layout(self) -> object:
-        return self.in_out
-
-    @property
     def count(self) -> int:
         return self.averaged
 
@@ -178,9 +174,8 @@ class Kronecker(Block):
     def power(self, exponent: float) -> Kronecker:
         if exponent < 0:
             self._require_regular(0.0)
-        A, G = ((values**exponent, vectors) for values, vectors in (Matrix(f.dense()).eigen() for f in self._factors))
-        inputs, outputs = (ungrouped(vectors * values.unsqueeze(-2) @ vectors.mT) for values, vectors in (A, G))
-        return replace(self, input_moment=inputs, output_moment=outputs, averaged=0)
+        A, G = (_power(exponent, *eigen) for eigen in self._eigen)
+        return replace(self, input_moment=ungrouped(A), output_moment=ungrouped(G), averaged=0)
 
     def __mul__(self, factor: float) -> Self:
         """Scale G."""
@@ -194,3 +189,10 @@ class Kronecker(Block):
         if other.output_moment is self.output_moment:
             return replace(self, input_moment=self.input_moment + other.input_moment, averaged=0)
         return None
+
+
+def _power(exponent: float, values: Tensor, vectors: Tensor) -> Tensor:
+    """The power of matrices from eigenvalues `[g,r]` and vectors `[g,d,r]`; the null-space eigenvalue is 0."""
+    if exponent == 0:
+        return torch.eye(vectors.shape[1]).to(vectors).repeat(len(vectors), 1, 1)
+    return vectors * (values**exponent).unsqueeze(-2) @ vectors.mT

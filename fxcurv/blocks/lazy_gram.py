@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxcurv.convolution.patches import Patches
 from fxcurv.convolution.second_moment import second_moment
-from fxcurv.linalg.factorizations import cholesky, decomposed, singular
+from fxcurv.linalg.factorizations import cholesky, decomposed, singular, without_rounding
 from fxcurv.linalg.matmul import transpose_times
 
 __all__ = ["LazyGram", "Matrix", "Moment", "formed", "moment_of"]
@@ -138,12 +138,13 @@ class LazyGram:
     def eigen(self, what: str = "the matrix") -> tuple[Tensor, Tensor]:
         """Eigenvalues `[g,r]` and orthonormal eigenvectors `[g,d,r]`; the null-space eigenvalue is 0.
 
-        They come from the singular value decomposition of the r × d matrix of vectors, so nothing is squared.
+        They come from the singular value decomposition of the r × d matrix of vectors, so nothing is squared. Singular
+        values that are zero to rounding are set to zero: a small power would make them large.
         """
         if self.count >= self.side:
             return Matrix(self.dense()).eigen(what)
         values, vectors = decomposed(_right_singular, self.rows() * self.scale**0.5, what)
-        return values.square(), vectors.mT
+        return without_rounding(values, self.side).square(), vectors.mT
 
     def solve(self, matrix: Tensor, damping: Tensor | float, what: str = "the matrix") -> Tensor:
         """(A + damping·I)⁻¹ matrix, `[g,d,k]` (Woodbury's identity: r equations in place of d); damping may be `[g]`.
@@ -188,9 +189,9 @@ class Matrix:
         return torch.linalg.matrix_norm(self.entries)
 
     def eigen(self, what: str = "the matrix") -> tuple[Tensor, Tensor]:
-        """Eigenvalues `[g,d]`, negative rounding errors set to zero, and orthonormal eigenvectors `[g,d,d]`."""
+        """Eigenvalues `[g,d]`, those that are zero to rounding set to zero, and orthonormal eigenvectors `[g,d,d]`."""
         values, vectors = decomposed(torch.linalg.eigh, self.entries, what)
-        return values.clamp(min=0), vectors
+        return without_rounding(values, self.entries.shape[-1]), vectors
 
     def solve(self, matrix: Tensor, damping: Tensor | float, what: str = "the matrix") -> Tensor:
         """(A + damping·I)⁻¹ matrix, `[g,d,k]`; damping may be `[g]`; `what` names the matrix in errors."""

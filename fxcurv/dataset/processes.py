@@ -37,7 +37,7 @@ from fxcurv.core.fingerprint import digest, values_digest
 from fxcurv.core.torch_compat import default_store
 from fxcurv.results.block_diagonal import BlockDiagonal, PlacedBlock
 from fxcurv.results.curvature import Curvature
-from fxcurv.results.merging import Value, check_adds, values_changed, values_of
+from fxcurv.results.merging import Value, check_sums, degrees_of, values_changed, values_of
 
 __all__ = ["BUCKET_BYTES", "Processes", "assigned", "mapped", "process_group", "shard"]
 
@@ -216,7 +216,8 @@ class Processes:
             own = answers[self.rank]
             share = own["divisor"] / (divisor or 1.0) if mine.reduction == "mean" else 1.0
             shares = [c / n if n else 0.0 for c, n in zip(own["counts"], counts, strict=True)]
-        values = _added(values_of(template), (share, shares), counts, self._sum)
+        terms = [share**degree if mine is not None else 0.0 for degree in degrees_of(template)]
+        values = _added(values_of(template), (terms, shares), counts, self._sum)
         (loss,) = self._sum([template.loss.reshape(1) * share])
         return replace(
             values_changed(template, values),
@@ -241,7 +242,7 @@ class Processes:
         """Return the summary for the other processes: counts, and digests that must be equal."""
         if mine is None:
             return {"samples": 0, "divisor": 0.0, "counts": []}
-        check_adds(mine)
+        check_sums(mine)
         values = values_of(mine)
         rows = [(e.parameter, e.status, e.form(), e.definition, e.reduction) for e in mine.entries]
         if any(isinstance(v, Block) and v.count == 0 for v in values):
@@ -254,7 +255,7 @@ class Processes:
             "reduction": mine.reduction,
             "counts": [v.count or 0 if isinstance(v, Block) else 0 for v in values],
             "model": values_digest(model),
-            "kind": digest((rows, [str(v.dtype) for v in values])),
+            "kind": digest((rows, [_kind(v) for v in values])),
         }
 
     def _template(self, mine: Curvature | None, first: int, model: nn.Module) -> Curvature:
@@ -390,13 +391,18 @@ def _recognised(blocks: Sequence[Block]) -> str:
 # Packing ----------------------------------------------------------------------------------------------------------
 
 
+def _kind(value: Value) -> tuple[object, ...]:
+    """Return the dtype, shape and options of a value, which are equal on all processes."""
+    return str(value.dtype), tuple(value.shape), repr(value.layout) if isinstance(value, Block) else ""
+
+
 def _added(
     values: Sequence[Value],
-    shares: tuple[float, Sequence[float]],
+    shares: tuple[Sequence[float], Sequence[float]],
     counts: Sequence[int],
     add: Callable[[Sequence[Tensor]], list[Tensor]],
 ) -> list[Value]:
-    """Sum the values over all processes, bucket by bucket; each A has a separate weight, all else the first one."""
+    """Sum the values over all processes, bucket by bucket, with weights of each value for its terms and its inputs."""
     sums = itertools.chain.from_iterable(add(bucket) for bucket in _buckets(_packed(values, *shares)))
 
     def whole(value: Value, count: int) -> Value:
@@ -407,9 +413,9 @@ def _added(
     return [whole(value, count) for value, count in zip(values, counts, strict=True)]
 
 
-def _packed(values: Sequence[Value], share: float, shares: Sequence[float]) -> Iterator[Tensor]:
+def _packed(values: Sequence[Value], terms: Sequence[float], inputs: Sequence[float]) -> Iterator[Tensor]:
     """Yield every tensor of the values, weighted and flat, in the order of `Block.mapped`."""
-    for value, own in zip(values, shares, strict=True):
+    for value, share, own in zip(values, terms, inputs, strict=True):
         if isinstance(value, Tensor):
             yield value.flatten() * share
             continue

@@ -80,7 +80,8 @@ def owned(result: Curvature, dtype: torch.dtype | None = None, device: torch.dev
     def own(held: Tensor | LazyGram) -> Any:
         if isinstance(held, LazyGram):
             return replace(held, vectors=tuple(own(t) for t in held.vectors))
-        moved = held.detach().to(dtype=dtype or held.dtype, device=device or held.device)
+        kind = dtype if held.is_floating_point() else None  # integers and booleans stay
+        moved = held.detach().to(dtype=kind or held.dtype, device=device or held.device)
         return moved.clone(memory_format=torch.contiguous_format)
 
     changed = [v.mapped(own) if isinstance(v, Block) else own(v) for v in values_of(result)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxcurv.core.errors import FxcurvError, InputError
 
-__all__ = ["cholesky", "damping_of", "decomposed", "rank", "singular"]
+__all__ = ["cholesky", "damping_of", "decomposed", "rank", "singular", "without_rounding"]
 
 
 JITTERS = (0.0, 1.0, 10.0, 100.0)
@@ -35,10 +35,15 @@ def singular(what: str, rank: int, side: int) -> FxcurvError:
 
 def rank(values: Tensor, side: int) -> int:
     """The minimum rank of matrices with eigenvalues `[g,r]`: the number above rounding, side · eps · the largest."""
+    return int((without_rounding(values, side) > 0).sum(-1).min()) if values.shape[-1] else 0
+
+
+def without_rounding(values: Tensor, side: int) -> Tensor:
+    """Set values `[g,r]` of at most side · eps · the largest, which are 0 to rounding, to zero."""
     if values.shape[-1] == 0:
-        return 0
+        return values
     bound = side * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True).clamp(min=0)
-    return int((values > bound).sum(-1).min())
+    return torch.where(values > bound, values, 0)
 
 
 def decomposed(

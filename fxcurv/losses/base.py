@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv.core.errors import FxcurvError, InputError, LossError, a_value
-from fxcurv.core.fingerprint import digest
+from fxcurv.core.fingerprint import described
 from fxcurv.core.registry import register
 from fxcurv.losses.alterations import alteration, changed_by_global_hooks
 from fxcurv.losses.terms import LossTerms
@@ -175,10 +175,8 @@ class Loss(ABC):
                 return most_columns(factor, outputs)
 
     def described(self) -> str:
-        """The loss with its settings and weights."""
-        module = self.module
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str) and k != "training"}
-        return f"{type(module).__name__} {plain} {digest(dict(module.named_buffers()))}"
+        """The loss with every attribute, by value: settings, weights, and those of a kind of one's own."""
+        return described(self)
 
 
 def as_loss(loss: object) -> Loss:

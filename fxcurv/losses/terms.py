@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxcurv.core.errors import LossError
-from fxcurv.quantities.factors import Exact, Factor, Identity, LossGradient, Rademacher, Sampled, Stratified
+from fxcurv.quantities.factors import Empirical, Exact, Factor, Identity, LossGradient, Rademacher, Sampled, Stratified
 
 __all__ = ["EVERY", "Generator", "LossTerms", "ScalarTerms", "SoftmaxTerms", "softmax_root", "unit_columns"]
 
@@ -88,8 +88,10 @@ class LossTerms(ABC):
                 return top + k
             case Identity():
                 return self.gradient[0].numel()
-            case _:
+            case Empirical() | LossGradient():
                 return 1
+            case _:
+                raise _unknown(factor)
 
     def columns(self, factor: Factor, chunk: int, generator: Generator, samples: slice = EVERY) -> Iterator[Tensor]:
         """The factor's columns `[v, n, …]` at some samples, in chunks of at most `chunk`.
@@ -123,8 +125,16 @@ class LossTerms(ABC):
                 yield from (self.sampled(generator) / k**0.5 for _ in range(k))
             case Rademacher(k):
                 yield from (self.signed(generator) / k**0.5 for _ in range(k))
+            case LossGradient():
+                yield self.gradient
+            case Empirical():
+                yield self.empirical()
             case _:
-                yield self.gradient if isinstance(factor, LossGradient) else self.empirical()
+                raise _unknown(factor)
+
+
+def _unknown(factor: object) -> LossError:
+    return LossError(f"{factor!r} is not a factor", remedy="give one such as fxcurv.Exact()", code="FXC412")
 
 
 def unit_columns(output: Tensor, start: int, stop: int) -> Tensor:

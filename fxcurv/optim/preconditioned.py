@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.api import Compiled
-from fxcurv.blocks.base import KINDS, Block, Damping
+from fxcurv.blocks.base import KINDS, Block, Damping, differing
 from fxcurv.blocks.lazy_gram import formed
 from fxcurv.core.errors import FxcurvError, InputError, QuantityError, a_value
 from fxcurv.frontend.inputs import Inputs
@@ -211,6 +211,12 @@ def _average(old: Block, new: Block, weight: float) -> Block:
     if type(old) is not type(new):
         raise QuantityError(
             f"{new.name} is a {type(old).__name__}, then a {type(new).__name__}",
+            remedy="use one compiled quantity, or decay=0",
+            code="FXC440",
+        )
+    if old.layout != new.layout:
+        raise QuantityError(
+            f"{new.name} changes its options: {differing(old, new)}",
             remedy="use one compiled quantity, or decay=0",
             code="FXC440",
         )

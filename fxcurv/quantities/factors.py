@@ -16,6 +16,7 @@ __all__ = [
     "Sampled",
     "SecondPass",
     "Stratified",
+    "check_factor",
     "most_columns",
 ]
 
@@ -141,5 +142,16 @@ def most_columns(factor: Factor, outputs: int) -> int:
             return k
         case Stratified(top, k):
             return max(top + k, outputs)
-        case _:
+        case Empirical() | LossGradient():
             return 1
+
+
+def check_factor(factor: object, of: str) -> None:
+    """Raise a QuantityError (FXC409) for the factor of a quantity that is not one; `of` names the quantity."""
+    if not isinstance(factor, Factor) or isinstance(factor, SecondPass):
+        given = f"the class {factor.__name__}" if isinstance(factor, type) else repr(factor)
+        raise QuantityError(
+            f"{given} is not a factor, in {of}",
+            remedy="give one such as fxcurv.Exact() or fxcurv.Sampled(1)",
+            code="FXC409",
+        )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, TypedDict, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal, Protocol, TypedDict, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -13,7 +13,8 @@ from fxcurv.blocks.base import Block
 from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.contractions.statistic import Statistic, StatisticValue
 from fxcurv.core.errors import QuantityError
-from fxcurv.quantities.factors import Exact, Factor
+from fxcurv.core.fingerprint import described
+from fxcurv.quantities.factors import Exact, Factor, check_factor
 from fxcurv.results.entry import Combine, Structure
 
 __all__ = ["EXACT", "OfEach", "ParameterUsage", "Quantity", "Sums", "WithOptions", "owners"]
@@ -134,14 +135,19 @@ def facts_of(quantity: Quantity) -> Facts:
                 remedy=f"choose {' or '.join(map(repr, choices))}",
                 code="FXC409",
             )
+    if type(facts["degree"]) is not int or facts["degree"] < 0:  # pyright: ignore[reportUnnecessaryComparison]
+        raise QuantityError(
+            f"{type(quantity).__name__} has degree={facts['degree']!r}",
+            remedy="give a whole number: 0 for values that do not depend on the loss, 1 for values linear in it",
+            code="FXC409",
+        )
     return facts
 
 
 def definition_of(quantity: Quantity) -> str:
     """`KFAC(factor=Sampled(k=1), approx='expand', joint=False)`: type and options of a quantity, by value."""
-    given: Any = quantity
-    options = [f.name for f in fields(given) if f.init] if is_dataclass(given) else sorted(vars(given))
-    return f"{type(given).__name__}({', '.join(f'{name}={getattr(given, name)!r}' for name in options)})"
+    text = described(quantity)
+    return f"{type(quantity).__name__}{text[text.index('(') :]}" if "(" in text else f"{type(quantity).__name__}()"
 
 
 def owners(quantity: Quantity, usage: Mapping[str, ParameterUsage]) -> dict[str, tuple[str, ...]]:
@@ -165,12 +171,8 @@ class WithOptions:
         kinds = get_type_hints(type(self))
         for option in fields(self):
             value, kind = getattr(self, option.name), kinds[option.name]
-            if option.name == "factor" and not isinstance(value, Factor):
-                raise QuantityError(
-                    f"{value!r} is not a factor",
-                    remedy="give one such as fxcurv.Exact() or fxcurv.Sampled(1)",
-                    code="FXC409",
-                )
+            if option.name == "factor":
+                check_factor(value, type(self).__name__)
             choices = (False, True) if kind is bool else get_args(kind) if get_origin(kind) is Literal else None
             if choices and not any(type(value) is type(selection) and value == selection for selection in choices):
                 raise QuantityError(

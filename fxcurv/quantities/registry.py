@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import count
 
 from fxcurv.core.errors import QuantityError
+from fxcurv.core.identity import frozen
 from fxcurv.quantities.ekfac import EKFAC
-from fxcurv.quantities.factors import Empirical, Exact, Sampled
+from fxcurv.quantities.factors import Empirical, Exact, Sampled, check_factor
 from fxcurv.quantities.ggn import BatchDiagGGN, DiagGGN, GGNBlock, GGNGram, Jacobian, SqrtGGN
 from fxcurv.quantities.gradients import BatchDot, BatchGrad, BatchL2, Grad, SumGradSquared, Variance
 from fxcurv.quantities.hessian import DiagHessian
@@ -15,7 +17,7 @@ from fxcurv.quantities.kfac import KFAC
 from fxcurv.quantities.kfac_variants import FOOF, KFRA
 from fxcurv.quantities.protocol import Quantity
 
-__all__ = ["NAMES", "named"]
+__all__ = ["NAMES", "named", "names_of"]
 
 
 NAMES: dict[str, Quantity] = {
@@ -54,17 +56,35 @@ NAMES: dict[str, Quantity] = {
 
 
 def named(quantities: str | Quantity | Iterable[str | Quantity]) -> dict[str, Quantity]:
-    """Quantities by the name of their results: as given, or an object's family, numbered if that name is taken."""
+    """Quantities by the names of their results, in the order of `names_of`."""
     asked = list(quantities) if isinstance(quantities, Iterable) and not isinstance(quantities, str) else [quantities]
-    result: dict[str, Quantity] = {}
-    for item in asked:
-        name, quantity = (item, _by_name(item)) if isinstance(item, str) else (_family_of(item), item)
-        taken = [key for key in result if key == name or key.startswith(f"{name}_")]
-        if quantity not in (result[key] for key in taken):
-            result[f"{name}_{len(taken)}" if name in result else name] = quantity
-    if not result:
+    if not asked:
         raise QuantityError("no quantity was requested", remedy=f"choose some of {', '.join(NAMES)}", code="FXC409")
-    return result
+    return {name: _quantity(item) for name, item in zip(names_of(asked), asked, strict=True)}
+
+
+def names_of(asked: Sequence[str | Quantity]) -> list[str]:
+    """The name of the results of each item.
+
+    A string is its own name. An object has the name of its family; where another quantity has that name, it is
+    `family_1`, or the next number that is free. Equal objects share a name, and an object equal to the registered
+    quantity of its family shares the name of that string.
+    """
+    items = [(item, _family_of(_quantity(item)), frozen(_quantity(item))) for item in asked]
+    taken = {item: key for item, _, key in items if isinstance(item, str)}
+    for item, family, key in items:
+        if not isinstance(item, str):
+            taken.setdefault(family, key)  # before any is numbered: a family may be called `foo_1`
+    known = {(name, key): name for name, key in taken.items()}
+    for item, family, key in items:
+        if not isinstance(item, str) and (family, key) not in known:
+            name = next(name for n in count(1) if (name := f"{family}_{n}") not in taken)
+            known[family, key], taken[name] = name, key
+    return [item if isinstance(item, str) else known[family, key] for item, family, key in items]
+
+
+def _quantity(item: str | Quantity) -> Quantity:
+    return _by_name(item) if isinstance(item, str) else item
 
 
 def _by_name(name: str) -> Quantity:
@@ -83,4 +103,9 @@ def _family_of(quantity: Quantity) -> str:
             remedy=f"give a name ({', '.join(NAMES)}) or an object such as fxcurv.KFAC()",
             code="FXC409",
         )
-    return quantity.family
+    check_factor(getattr(quantity, "factor", None), type(quantity).__name__)
+    if not isinstance(family := getattr(quantity, "family", None), str) or not family:
+        raise QuantityError(
+            f"{type(quantity).__name__} has family={family!r}", remedy="give a name of its results", code="FXC409"
+        )
+    return family

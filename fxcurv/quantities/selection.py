@@ -6,13 +6,14 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import cast
 
 from torch import nn
 
 from fxcurv.core.errors import QuantityError
 from fxcurv.quantities.protocol import Quantity
-from fxcurv.quantities.registry import named
+from fxcurv.quantities.registry import named, names_of
 
 __all__ = ["Asked", "Pattern", "Selection", "chosen"]
 
@@ -74,21 +75,16 @@ def chosen(quantities: Asked) -> Selection:
             remedy = "write '*.bias', as in a shell, or a type such as nn.Linear"
             raise QuantityError(f"{pattern!r} is not a pattern of parameters", remedy=remedy, code="FXC409")
     by_pattern = {pattern: _listed(asked) for pattern, asked in given.items()}
-    names = named([item for items in by_pattern.values() for item in items])
-    return Selection(names, {p: tuple(_name(item, names) for item in items) for p, items in by_pattern.items()})
+    asked = [item for items in by_pattern.values() for item in items]
+    quantities_by_name = named(asked)
+    names = iter(names_of(asked))
+    return Selection(quantities_by_name, {p: tuple(islice(names, len(items))) for p, items in by_pattern.items()})
 
 
 def _listed(asked: OfOne | Iterable[OfOne] | None) -> list[OfOne]:
     if asked is None:
         return []
     return list(asked) if isinstance(asked, Iterable) and not isinstance(asked, str) else [asked]
-
-
-def _name(item: OfOne, names: Mapping[str, Quantity]) -> str:
-    """The name of the results of one quantity."""
-    if isinstance(item, str):
-        return item
-    return next(name for name, quantity in names.items() if quantity == item and name.startswith(item.family))
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:

@@ -1,8 +1,9 @@
 """merge: combine the results of two batches into the result of their union, for the same model.
 
 A loss is a sum of terms over a divisor: the divisor of `mean`, or 1 for `sum`. Everything except A is linear in the
-terms, so results with divisors D and D' are added with weights D/(D + D') and D'/(D + D'), for `sum` with 1 and 1. A
-is a mean over samples (and positions, for expand), weighted by their numbers.
+terms, so results with divisors D and D' are added with weights D/(D + D') and D'/(D + D'), for `sum` with 1 and 1. For
+a quantity of another degree in the loss, the weights are taken to the power of this degree. A is a mean over samples
+(and positions, for expand), weighted by their numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxcurv.blocks.base import Block
+from fxcurv.blocks.base import Block, differing
 from fxcurv.core.errors import FxcurvError
 from fxcurv.results.curvature import Curvature
 from fxcurv.results.entry import Entries, Entry
@@ -87,11 +88,28 @@ def values_changed(result: Curvature, changed: Sequence[Value]) -> Curvature:
     return replace(result, quantities=quantities)
 
 
+def degrees_of(result: Curvature) -> list[int]:
+    """Return the degree of every value of `values_of(result)`."""
+    return list({id(e.value): e.degree for e in result.entries if e.value is not None}.values())
+
+
 def check_adds(result: Curvature) -> None:
-    """Raise if a quantity is not additive over batches."""
+    """Raise if a quantity of two batches is not determined by the quantity of each."""
     for e in result.entries:
         if e.combine == "refuse":
             raise _unfit(f"{e.quantity} of two batches is not determined by {e.quantity} of each")
+
+
+def check_sums(result: Curvature) -> None:
+    """Raise if a value of several processes is not a weighted sum of theirs."""
+    check_adds(result)
+    for e in result.entries:
+        if e.combine == "concatenate":
+            raise _unfit(f"{_name(e)} holds the samples of this process, which are not sent to the others")
+        if isinstance(e.value, Block) and not e.value.additive:
+            raise _unfit(f"{_name(e)} is a {e.form()} block, which is not additive over batches")
+        if isinstance(e.value, Tensor) and not e.value.is_floating_point():
+            raise _unfit(f"{_name(e)} holds values of type {e.value.dtype}, which processes do not add")
 
 
 def _check_alike(a: Curvature, b: Curvature) -> None:
@@ -157,13 +175,15 @@ class _Merge:
             isinstance(mine, Tensor)
             or isinstance(its, Tensor)
             or type(mine) is not type(its)
-            or (mine.shape, mine.layout) != (its.shape, its.layout)
+            or mine.shape != its.shape
         ):
             raise _unfit(f"{self.name} has different forms in the two results")
+        if mine.layout != its.layout:
+            raise _unfit(f"{self.name} has different options in the two results: {differing(mine, its)}")
         if not mine.additive:
             raise _unfit(f"{self.name} is a {type(mine).__name__} block, which is not additive over batches")
         inputs = self._inputs(mine.count, its.count) if self.counted else None
-        return replace(mine.weighted_sum(its.to(device=mine.device), self.weights, inputs), status=status)
+        return replace(mine.weighted_sum(its.to(device=mine.device), self.of_values, inputs), status=status)
 
     @property
     def apart(self) -> bool:
@@ -175,18 +195,33 @@ class _Merge:
         """Description of the entry."""
         return "a value" if self.entry is None else _name(self.entry)
 
+    @property
+    def of_values(self) -> tuple[float, float]:
+        """The weights of the two values: those of the loss terms, to the power of the quantity's degree.
+
+        An average is of the values themselves, whatever their degree.
+        """
+        first, second = self.weights
+        degree = 1 if self.entry is None or not (self.counted or self.apart) else self.entry.degree
+        return first**degree, second**degree
+
     def _of_tensors(self, mine: Tensor, its: Tensor) -> Tensor:
         """Return the weighted sum, or the concatenation of weighted samples along axis 0."""
-        first, second = self.weights
-        if self.entry is not None and self.apart:
-            degree = self.entry.degree
-            return torch.cat([mine * first**degree, its * second**degree])
+        first, second = self.of_values
+        if mine.dtype == torch.bool and not self.apart:
+            raise _unfit(f"{self.name} holds booleans, which do not add")
+        if not (mine.is_floating_point() or first == second == 1):
+            raise _unfit(f"{self.name} holds values of type {mine.dtype}, which have no weighted sum")
+        if self.apart and first == second == 1:
+            return torch.cat([mine, its])
+        if self.apart:
+            return torch.cat([mine * first, its * second])
         return (mine if first == 1 else mine * first) + (its if second == 1 else its * second)
 
     def _inputs(self, mine: int | None, its: int | None) -> tuple[float, float]:
         """Return the weights of both in an average over inputs."""
         if mine is None or its is None:
-            return self.weights
+            return self.of_values
         if not mine or not its:
             raise _unfit(f"{self.name} lacks the number of inputs that its A averages")
         return mine / (mine + its), its / (mine + its)

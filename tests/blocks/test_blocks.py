@@ -62,8 +62,8 @@ def identity(block: fxcurv.Block) -> Tensor:
     return torch.eye(block.numel, dtype=torch.float64)
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @each
@@ -158,6 +158,53 @@ def test_eigenvalues_and_powers(block: fxcurv.Block) -> None:
     close(block.power(2).dense(), matrix @ matrix)
     close(block.power(0.3).dense() @ block.power(0.7).dense(), matrix)
     close(block.power(0).dense(), identity(block))
+
+
+def deficient(side: int, rank: int) -> Tensor:
+    root = draw(side, rank)
+    return root @ root.T
+
+
+def vectors(count: int, groups: int, side: int) -> LazyGram:
+    return LazyGram((draw(count, 1, groups, side),))
+
+
+DEFICIENT: dict[str, fxcurv.Block] = {
+    "diagonal": fxcurv.Diagonal((4,), torch.tensor([0.0, 1.0, 0.0, 3.0], dtype=torch.float64)),
+    "dense": fxcurv.Dense((8,), deficient(8, 3)),
+    "dense_lazy": fxcurv.Dense((2, 4), vectors(3, 1, 8)),
+    "dense_lazy_dependent": fxcurv.Dense((8,), LazyGram(vectors(2, 1, 8).vectors * 2)),
+    "kronecker": fxcurv.Kronecker((5, 6), deficient(6, 2), deficient(5, 2)),
+    "kronecker_lazy": fxcurv.Kronecker((7, 6), vectors(3, 1, 6), vectors(2, 1, 7)),
+    "kronecker_one_lazy": fxcurv.Kronecker((5, 6), vectors(3, 1, 6), deficient(5, 3), in_out=False),
+    "kronecker_in_out": fxcurv.Kronecker((6, 5), vectors(3, 1, 6), deficient(5, 3), in_out=True),
+    "grouped_lazy": fxcurv.Kronecker((6, 5), vectors(2, 2, 5), vectors(2, 2, 3)),
+}
+DEFICIENT |= {f"{name}_decomposed": block.decomposed() for name, block in DEFICIENT.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("block", DEFICIENT.values(), ids=DEFICIENT)
+def test_functions_of_a_rank_deficient_block(block: fxcurv.Block, dtype: torch.dtype) -> None:
+    """Against the eigendecomposition of the dense matrix in float64; a small power magnifies a wrong zero."""
+    values, Q = torch.linalg.eigh(block.dense())
+    values = values.where(values > 1e-11 * values.max(), 0)
+    rounded, tolerance = block.to(dtype=dtype), {torch.float64: 1e-11, torch.float32: 2e-4}[dtype]
+
+    def agrees(found: fxcurv.Block, of_values: Tensor) -> None:
+        expected = Q * of_values @ Q.T
+        error = (found.dense().double() - expected).abs().max() / expected.abs().max()
+        assert error < tolerance
+
+    for exponent in (0, 0.1, 0.25, 0.5, 1, 2):
+        agrees(rounded.power(exponent), values**exponent)
+    agrees(rounded.sqrt(), values.sqrt())
+    agrees(rounded.decomposed(), values)
+    agrees(rounded.inverse(0.1), 1 / (values + 0.1))
+    close(rounded.logdet(0.1).double() / (values + 0.1).log().sum(), torch.ones(()).double(), tolerance)
+    assert rounded.logdet() == -math.inf
+    found = rounded.eigvalsh().double()
+    close(found[values == 0], torch.zeros_like(found[values == 0]), 0.0)
 
 
 @each

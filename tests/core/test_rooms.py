@@ -65,7 +65,7 @@ def test_private_names_of_torch_are_in_one_file(name: str) -> None:
 
 def test_the_package_holds_rooms() -> None:
     modules = {path.name for path in (ROOT / "fxcurv").glob("*.py")}
-    assert modules == {"__init__.py", "__main__.py", "api.py", "testing.py"}
+    assert modules == {"__init__.py", "__main__.py", "api.py"}
     assert all(
         (path / "__init__.py").is_file()
         for path in (ROOT / "fxcurv").iterdir()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import pytest
+import reference
 import torch
 from samples import seeded
 from torch import nn
@@ -80,3 +82,59 @@ def test_a_pattern_without_a_parameter_is_an_error(model: nn.Sequential) -> None
 def test_nothing_at_all_is_an_error(model: nn.Sequential) -> None:
     with pytest.raises(fxcurv.QuantityError, match="no quantity was requested"):
         fxcurv.compile(model, quantities={"*": None})
+
+
+# Names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_name_always_has_its_own_quantity(model: nn.Sequential, swapped: bool) -> None:
+    """Objects of the same family are numbered around a requested name, in any order."""
+    model, loss = model.double(), nn.CrossEntropyLoss()
+    asked = [fxcurv.DiagGGN(fxcurv.Empirical()), "diag_ggn"]
+    result = fxcurv.compile(model, loss, asked[::-1] if swapped else asked)(X, Y)
+    exact = reference.diag_ggn(model, loss, X, Y)
+    columns = reference.empirical_columns(loss, reference.outputs(model, X), Y)
+    empirical = reference.diagonal(model, X, columns)
+    assert set(result) == {"diag_ggn", "diag_ggn_1"}
+    for name in exact:
+        torch.testing.assert_close(result["diag_ggn"][name], exact[name])
+        torch.testing.assert_close(result["diag_ggn_1"][name], empirical[name])
+
+
+@dataclass(frozen=True)
+class Foo(fxcurv.DiagGGN):
+    """A quantity of a family that other objects' numbers may meet, with an option that `==` cannot compare."""
+
+    family: str = "foo"  # pyright: ignore[reportGeneralTypeIssues]
+    option: Any = None
+
+
+KFAC, EMPIRICAL, REDUCE = fxcurv.KFAC(), fxcurv.KFAC(fxcurv.Empirical()), fxcurv.KFAC(fxcurv.Exact(), approx="reduce")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (["kfac_empirical", EMPIRICAL], {"kfac_empirical": EMPIRICAL, "kfac": EMPIRICAL}),
+        ([EMPIRICAL, "kfac_empirical"], {"kfac": EMPIRICAL, "kfac_empirical": EMPIRICAL}),
+        ([REDUCE, "kfac"], {"kfac_1": REDUCE, "kfac": KFAC}),
+        (["kfac", KFAC, REDUCE, REDUCE], {"kfac": KFAC, "kfac_1": REDUCE}),
+        (
+            [Foo(option=k) for k in range(3)] + [Foo(family="foo_2")],
+            {f"foo{end}": Foo(option=k) for k, end in enumerate(("", "_1", "_3"))} | {"foo_2": Foo(family="foo_2")},
+        ),
+        ([Foo(option=[1]), Foo(option=[1]), Foo(option=[2])], {"foo": Foo(option=[1]), "foo_1": Foo(option=[2])}),
+    ],
+    ids=str,
+)
+def test_no_result_is_overwritten(asked: list[Any], expected: dict[str, Any]) -> None:
+    for selection in (chosen(asked), chosen({f"*{k}": item for k, item in enumerate(asked)})):
+        assert dict(selection.quantities) == expected
+    names = chosen({f"*{k}": item for k, item in enumerate(asked)}).patterns.values()
+    assert [expected[name] for (name,) in names] == [fxcurv.NAMES.get(q, q) if isinstance(q, str) else q for q in asked]
+
+
+def test_a_family_must_be_a_name() -> None:
+    with pytest.raises(fxcurv.QuantityError, match=r"Foo has family=3; give a name"):
+        chosen(Foo(family=3))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,390 @@
+"""Extensions that are wrong or unusual: the right value, or an error that names the extension and its mistake."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+
+import fxcurv
+from fxcurv.blocks.base import KINDS as BLOCKS
+from fxcurv.blocks.base import Block
+from fxcurv.contractions.definitions import SumOfSquares
+from fxcurv.core.fingerprint import described
+from fxcurv.ir.declare import RULES
+from fxcurv.losses.base import KINDS as LOSSES
+from fxcurv.losses.base import as_loss
+from fxcurv.losses.mse import MeanSquaredError
+from fxcurv.optim.preconditioned import _average
+from fxcurv.quantities.factors import Exact, SecondPass
+from fxcurv.quantities.registry import NAMES
+from fxcurv.results.merging import check_sums
+from fxcurv.testing import check_quantity
+
+TABLES: tuple[dict[Any, Any], ...] = (BLOCKS, LOSSES, NAMES, RULES)
+
+
+@pytest.fixture(autouse=True)
+def tables() -> Iterator[None]:
+    """Every table of extensions as before, after the test."""
+    before = [dict(table) for table in TABLES]
+    yield
+    for table, rows in zip(TABLES, before, strict=True):
+        table.clear()
+        table.update(rows)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    net = net.to_empty(device="cpu").double()
+    for seed, p in enumerate(net.parameters()):
+        p.data.copy_(normal(*p.shape, seed=seed + 1) / 2)
+    return net.eval()
+
+
+X, Y = normal(6, 3), torch.tensor([0, 1, 1, 0, 1, 0])
+PARTS = [(X[:2], Y[:2]), (X[2:], Y[2:])]
+"""Batches of different sizes."""
+
+
+def close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+
+
+@dataclass(frozen=True)
+class Squares:
+    """A quantity of the sum of squares of every entry's columns, the base of those below."""
+
+    factor: Any = Exact()
+    family = "squares"
+    combine = "add"
+    structure = "array"
+
+    def owner(self, usage: Any) -> str:
+        return usage.name
+
+    def statistics(self, usage: Any) -> dict[str, Any]:
+        return {"diagonal": SumOfSquares()}
+
+    def finish(self, usage: Any, sums: Any, samples: int) -> Any:
+        return usage.to_layout(sums["diagonal"])
+
+    def approximation(self, usage: Any) -> str | None:
+        return None
+
+
+# Blocks with options ----------------------------------------------------------------------------------------------
+
+
+def scaled_kind() -> Any:
+    """A kind of block with an option that its matrix depends on, and a count."""
+
+    @dataclass(frozen=True, eq=False)
+    class Scaled(Block):
+        fields: ClassVar = {"values": "values"}
+        options: ClassVar = {"scale": float, "inputs": int}
+
+        values: Tensor
+        scale: float = 1.0
+        inputs: int = 1
+
+        @classmethod
+        def fits(cls, shape: Any, sizes: Any) -> bool:
+            return list(sizes) == [torch.Size(shape)]
+
+        tensors = property(lambda self: {"values": self.values})
+        count = property(lambda self: self.inputs)
+        _like = property(lambda self: self.values)
+
+        def counted(self, count: int) -> Any:
+            return replace(self, inputs=count)
+
+        def _mm(self, matrix: Tensor) -> Tensor:
+            return self.diag().reshape(-1, 1) * matrix
+
+        def dense(self) -> Tensor:
+            return self.diag().reshape(-1).diag()
+
+        def diag(self) -> Tensor:
+            return self.values * self.scale
+
+        def _mapped(self, f: Any) -> Any:
+            return replace(self, values=f(self.diag()), scale=1.0)
+
+        def eigvalsh(self) -> Tensor:
+            return self.diag().flatten().sort().values
+
+        def eigh(self) -> Any:
+            return torch.linalg.eigh(self.dense())
+
+        def __mul__(self, factor: float) -> Any:
+            return replace(self, values=self.values * factor)
+
+    return Scaled
+
+
+def scaled_quantity(kind: Any, scale: Any) -> Any:
+    """Blocks `Scaled` of the diagonal GGN, whose option is a function of the number of samples."""
+
+    @dataclass(frozen=True)
+    class OfScale(Squares):
+        family = "of_scale"
+        structure = "block"
+
+        def finish(self, usage: Any, sums: Any, samples: int) -> Any:
+            return kind(usage.shape, usage.to_layout(sums["diagonal"]) / scale(samples), scale(samples), samples)
+
+    return OfScale()
+
+
+def test_blocks_with_other_options_do_not_add(net: nn.Module) -> None:
+    kind = scaled_kind()
+    one, two = (kind((4,), normal(4).abs(), scale, 3) for scale in (2.0, 3.0))
+    assert one.plus(two) is None
+    close((one + replace(one, inputs=5)).dense(), 2 * one.dense())
+    with pytest.raises(fxcurv.InputError, match=r"two Scaled blocks have different options: scale is 2.0 and 3.0; add"):
+        _ = one + two
+    close((one.as_dense() + two.as_dense()).dense(), one.dense() + two.dense())
+
+
+def test_results_with_other_options_do_not_merge(net: nn.Module, tmp_path: Path) -> None:
+    loss, kind = nn.CrossEntropyLoss(), scaled_kind()
+    equal, differing = scaled_quantity(kind, lambda n: 3.0), scaled_quantity(kind, float)
+    expected = reference.diag_ggn(net, loss, X, Y)
+    compiled = fxcurv.compile(net, loss, equal)
+    for found in (compiled.accumulate(PARTS, progress=False), fxcurv.merge(*(compiled(*part) for part in PARTS))):
+        for name, value in expected.items():
+            close(found["of_scale"][name].diag(), value)
+            assert found["of_scale"][name].inputs == 6
+    other, says = fxcurv.compile(net, loss, differing), "has different options in the two results: scale is 2.0 and 4.0"
+    with pytest.raises(fxcurv.FxcurvError, match=says):
+        other.accumulate(PARTS, progress=False)
+    with pytest.raises(fxcurv.FxcurvError, match=says):
+        fxcurv.merge(*(other(*part) for part in PARTS))
+    accumulator = other.accumulator(decay=0.5)
+    accumulator.update(PARTS[0])
+    with pytest.raises(fxcurv.FxcurvError, match=says):
+        accumulator.update(PARTS[1])
+    assert check_quantity(equal, net, loss, X, Y) is None
+
+
+def test_a_running_average_of_other_options_is_refused(net: nn.Module) -> None:
+    kind = scaled_kind()
+    one, two = (kind((4,), normal(4).abs(), scale, 3, parameters=("w",)) for scale in (2.0, 3.0))
+    close(_average(one, replace(one, values=one.values * 3), 0.5).dense(), 2 * one.dense())
+    with pytest.raises(fxcurv.QuantityError, match=r"the block of 'w' changes its options: scale is 2.0 and 3.0"):
+        _average(one, two, 0.5)
+
+
+def test_the_checker_compares_options_and_matrices(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks with equal tensors and different options are different."""
+    quantity, calls = scaled_quantity(scaled_kind(), lambda n: 3.0), []
+    finish = type(quantity).finish
+
+    def wrong(self: Any, usage: Any, sums: Any, samples: int) -> Any:
+        block = finish(self, usage, sums, samples)
+        calls.append(usage.name)
+        return replace(block, scale=4.0) if calls.count(usage.name) == 2 else block
+
+    monkeypatch.setattr(type(quantity), "finish", wrong)
+    with pytest.raises(AssertionError, match=r"of_scale, compiled and by autograd: (scale|the matrix) of '0.weight'"):
+        check_quantity(quantity, net, nn.CrossEntropyLoss(), X, Y)
+
+
+# Degree in the loss -----------------------------------------------------------------------------------------------
+
+
+def of_degree(exponent: int) -> Any:
+    """A quantity that adds and scales as the loss to the power of `exponent`."""
+
+    @dataclass(frozen=True)
+    class OfDegree(Squares):
+        family = f"of_degree_{exponent}"
+        degree = exponent
+        factor: Any = (fxcurv.Exact(), fxcurv.Exact(), None)[exponent]
+
+        def finish(self, usage: Any, sums: Any, samples: int) -> Any:
+            return torch.tensor(float(samples)).double() if exponent == 0 else usage.to_layout(sums["diagonal"])
+
+    if exponent == 2:  # squared gradients
+        return replace(OfDegree(fxcurv.SumGradSquared().factor))
+    return OfDegree()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_sum_of_batches_has_the_degree_of_the_quantity(net: nn.Module, reduction: Any, tmp_path: Path) -> None:
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    quantities = [of_degree(k) for k in range(3)]
+    compiled = fxcurv.compile(net, loss, quantities)
+    samples = reference.batch_grad(net, loss, X, Y)
+    diagonal = reference.diag_ggn(net, loss, X, Y)
+    merged = fxcurv.merge(*(compiled(*part) for part in PARTS))
+    three = [(X[:1], Y[:1]), (X[1:3], Y[1:3]), (X[3:], Y[3:])]
+    results = merged, compiled(X, Y), *(compiled.accumulate(parts, progress=False) for parts in (PARTS, three))
+    for found in results:
+        for name in samples:
+            close(found["of_degree_0"][name], torch.tensor(6.0).double())
+            close(found["of_degree_1"][name], diagonal[name])
+            close(found["of_degree_2"][name], samples[name].square().sum(0))
+    for quantity in quantities:
+        assert check_quantity(quantity, net, loss, X, Y) is None
+
+
+def test_what_processes_cannot_add_is_refused(net: nn.Module) -> None:
+    @dataclass(frozen=True)
+    class Counted(Squares):
+        whole: bool = False
+
+        def finish(self, usage: Any, sums: Any, samples: int) -> Any:
+            return torch.tensor(samples) if self.whole else sums["diagonal"]
+
+    @dataclass(frozen=True)
+    class Apart(Counted):
+        combine = "concatenate"
+
+    for quantity, says in (
+        (Counted(whole=True), "of type torch.int64, which processes do not add"),
+        (Apart(), "holds the samples of this process"),
+    ):
+        result = fxcurv.compile(net, "cross_entropy", quantity)(X, Y)
+        with pytest.raises(fxcurv.FxcurvError, match=f"squares of '0.weight' .*{says}") as raised:
+            check_sums(result)
+        assert raised.value.code == "FXC425"
+
+
+def test_a_wrong_degree_is_refused(net: nn.Module) -> None:
+    @dataclass(frozen=True)
+    class Wrong(Squares):
+        degree = 0.5
+
+    with pytest.raises(fxcurv.QuantityError, match=r"Wrong has degree=0.5; give a whole number"):
+        fxcurv.compile(net, nn.CrossEntropyLoss(), Wrong())(X, Y)
+
+
+# Losses with settings ---------------------------------------------------------------------------------------------
+
+
+class Weighted(nn.MSELoss):
+    """A squared error with a setting of any type, that nothing shows."""
+
+    def __init__(self, setting: object) -> None:
+        super().__init__()
+        self.setting = setting
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((1.0, 2.0), (1.0, 3.0)),
+        ([1, [2, {"a": 3}]], [1, [2, {"a": 4}]]),
+        ({"a": torch.tensor([1.0])}, {"a": torch.tensor([2.0])}),
+        (nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0]))),
+        (np.zeros(5000), np.append(np.zeros(4999), 1.0)),
+        (Exact(), fxcurv.Sampled(2)),
+        (lambda f: f + 1, lambda f: f + 2),
+        ({1, 2}, {1, 3}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_checkpoint_of_another_loss_is_refused(net: nn.Module, one: Any, other: Any, tmp_path: Path) -> None:
+    class OfWeighted(MeanSquaredError):
+        name = "weighted_error"
+        module_type = Weighted
+
+    target = normal(6, 2, seed=9)
+    batches, path = [(X[:3], target[:3]), (X[3:], target[3:])], tmp_path / "checkpoint"
+    first = fxcurv.compile(net, OfWeighted(Weighted(one)), "grad")
+    first.accumulate(batches, checkpoint=path, progress=False)
+    again = fxcurv.compile(net, OfWeighted(Weighted(copy.deepcopy(one))), "grad")
+    again.accumulate(batches, checkpoint=path, progress=False)
+    with pytest.raises(fxcurv.FxcurvError, match="loss: ") as raised:
+        fxcurv.compile(net, OfWeighted(Weighted(other)), "grad").accumulate(batches, checkpoint=path, progress=False)
+    assert raised.value.code == "FXC427"
+
+
+def test_descriptions_tell_values_apart_and_do_not_depend_on_the_object() -> None:
+    class Slots:
+        __slots__ = ("a",)
+
+    class Lying(float):
+        def __repr__(self) -> str:
+            return "1.0"
+
+    def slots(a: object) -> Slots:
+        held = Slots()
+        held.a = a
+        return held
+
+    pairs = [
+        (slots([1]), slots([2])),
+        (Lying(1.0), Lying(2.0)),
+        (partial(max, 1), partial(max, 2)),
+        (range(3), range(4)),
+        (deque([1]), deque([2])),
+        (0.0, -0.0),
+        (nn.Linear, nn.Conv1d),
+        (torch.relu, torch.tanh),
+        ([1], (1,)),
+    ]
+    for one, other in pairs:
+        assert described(one) == described(copy.deepcopy(one)) != described(other)
+    cyclic: list[object] = [1]
+    cyclic.append(cyclic)
+    assert described(cyclic) == "[1, …]"
+
+
+# Factors ----------------------------------------------------------------------------------------------------------
+
+
+class NotAFactor:
+    def __repr__(self) -> str:
+        return "mine"
+
+
+@pytest.mark.parametrize(
+    ("factor", "says"),
+    [
+        (fxcurv.Exact, "the class Exact"),
+        (None, "None"),
+        ("exact", "'exact'"),
+        (NotAFactor(), "mine"),
+        (SecondPass(Exact()), "SecondPass"),
+    ],
+    ids=str,
+)
+def test_a_wrong_factor_is_refused_when_compiling(net: nn.Module, factor: Any, says: str) -> None:
+    for make in (lambda: Squares(factor), lambda: fxcurv.DiagGGN(factor)):
+        with pytest.raises(fxcurv.QuantityError, match=rf"{says}.* is not a factor, in (Squares|DiagGGN)") as raised:
+            fxcurv.compile(net, "cross_entropy", make())
+        assert raised.value.code == "FXC409"
+    terms = as_loss("cross_entropy").terms(net(X), Y)
+    if not isinstance(factor, SecondPass):
+        with pytest.raises(fxcurv.LossError, match="is not a factor"):
+            next(terms.columns(factor, 1, None))
+
+
+def test_a_quantity_without_a_factor_is_refused(net: nn.Module) -> None:
+    class Without:
+        family = "without"
+
+        def statistics(self, usage: Any) -> dict[str, Any]:
+            return {}
+
+    with pytest.raises(fxcurv.QuantityError, match="None is not a factor, in Without"):
+        fxcurv.compile(net, "cross_entropy", Without())  # pyright: ignore[reportArgumentType]
