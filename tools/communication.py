@@ -85,7 +85,7 @@ def _sum(job: Job, name: str, of: Statistic) -> Tensor:
 
 def triangles(blocks: Sequence[Block]) -> list[Tensor]:
     """What a worker adds to the others' sums."""
-    return list(distributed._packed(blocks, 1.0, [1.0] * len(blocks)))
+    return list(distributed._packed(blocks, [1.0] * len(blocks), [1.0] * len(blocks)))
 
 
 def squares(block: Block) -> int:
