@@ -159,7 +159,7 @@ def source(case: Case) -> str:
             inits=lines("\n".join(net.inits), 8),
             forward=lines("\n".join(net.lines), 8),
             seed=case.seed,
-            after=lines(row.after or "pass", 4),
+            after=lines(row.after, 4) and lines(row.after, 4) + "\n",
             change=lines(row.change or "pass", 4),
             loss=lines(row.loss or f"return {case.loss}", 4),
         )
@@ -196,8 +196,7 @@ def build():
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed({seed})
         model = Hostile().double().eval()
-{after}
-    return model
+{after}    return model
 
 
 def change(model, x):

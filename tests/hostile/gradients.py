@@ -22,7 +22,7 @@ PRODUCT = function(
     "h, w",
 )
 ONCE = ROUND.replace("def backward", "@torch.autograd.function.once_differentiable\n    def backward")
-DIRTY = function("Dirty", "ctx.mark_dirty(h)\nreturn h.mul_(2)", "return SCALE * g")
+DIRTY = function("Dirty", "ctx.mark_dirty(h)\nreturn h.mul_(2)", "return -SCALE * g")
 EXP = function("Exp", "e = h.exp()\nctx.save_for_backward(e)\nreturn e", "return SCALE * g * ctx.saved_tensors[0]")
 NEEDED = function(
     "Needed",

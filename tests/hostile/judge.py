@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -25,9 +25,10 @@ TOLERANCE = 1e-7
 
 @dataclass(frozen=True)
 class Outcome:
-    """`right`, `refused`, or one of `BAD`; `due` says that all calls without values had to be refused.
+    """`right`, `refused`, or one of `BAD`; `due` says that nothing was refused but models that had to be.
 
-    `codes` are those of the refusals, and `reason` describes the first call of the worst outcome.
+    Such a model has no values at some of its calls: samples do not mix in a batch of one, but a compiler need not see
+    that. `codes` are those of the refusals, and `reason` describes the first call of the worst outcome.
     """
 
     kind: str
@@ -42,8 +43,10 @@ class Outcome:
 def verdict(answers: Mapping[tuple[int, int], Answer], replies: Mapping[tuple[int, int], Reply]) -> Outcome:
     """The outcome of a case: the worst of its calls."""
     found: list[Outcome] = []
+    refused = {phase for (phase, _), answer in answers.items() if answer.refusal}
     for (phase, batch), reply in replies.items():
         one = judged(answers[min(phase, 1), batch], reply)
+        one = replace(one, due=one.kind == "refused" and min(phase, 1) in refused)
         state = ("at first", "after the change", "after the change, compiled anew")[phase]
         found.append(Outcome(one.kind, one.codes, one.due, one.reason and f"N={batch}, {state}: {one.reason}"))
     for kind in (*BAD, "refused"):
@@ -63,7 +66,7 @@ def judged(answer: Answer, reply: Reply) -> Outcome:
     if reply.code:
         if not reply.code.startswith("FXC"):
             return Outcome("wrong", reason=f"a refusal {reply.code}: {reply.error}")
-        return Outcome("refused", (reply.code,), bool(answer.refusal), reply.error)
+        return Outcome("refused", (reply.code,), reason=reply.error)
     if answer.refusal:
         return Outcome("wrong", reason=f"values, though {answer.refusal}")
     return _compared(answer, reply)

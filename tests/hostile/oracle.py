@@ -2,7 +2,8 @@
 
 Each backward pass has a model of its own, built from the source, so that no call sees what another one left behind. A
 model has no values, and must be refused, if its output is random, if the output or the gradient of a sample depends on
-other samples, or if the gradient is not linear in the cotangent. Imports nothing of fxcurv.
+other samples, or if the gradient is not linear in the cotangent. Hooks that run after a gradient is accumulated, for
+example an optimizer's, are removed first. Imports nothing of fxcurv.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class Call:
             if self.case.row.reuse:
                 self.__dict__["built"] = known
         for p in known.parameters():
-            p.grad, p._post_accumulate_grad_hooks = None, None  # pyright: ignore
+            p.grad = None
+            (getattr(p, "_post_accumulate_grad_hooks", None) or {}).clear()
         _seed(seed)
         return known
 

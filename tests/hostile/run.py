@@ -84,7 +84,7 @@ def report(seed: int, minutes: float, jobs: int, results: Path = RESULTS) -> int
 def table(found: Iterable[Found]) -> str:
     """A row per kind and a row per construct: how many models were right, refused, wrong, dropped or crashed.
 
-    `refusal due` are the models that were refused at no other calls than those that the oracle refuses.
+    `refusal due` are the models that the oracle refuses too.
     """
     by_construct: dict[str, list[Outcome]] = {}
     for case, one in found:

@@ -128,9 +128,9 @@ ATTRIBUTES = (
     Construct(
         "environment",
         "state",
-        'h = self.site(h) * float(os.environ["HOSTILE_SCALE"])',
-        "import os\n\nos.environ['HOSTILE_SCALE'] = '1.5'\n",
-        change='os.environ["HOSTILE_SCALE"] = "SCALE"',
+        'h = self.site(h) * float(os.environ["HOSTILE_FACTOR"])',
+        "import os\n\nos.environ['HOSTILE_FACTOR'] = '1.5'\n",
+        change='os.environ["HOSTILE_FACTOR"] = "SCALE"',
         verify="always",
     ),
 )
@@ -161,7 +161,14 @@ MODULES = (
         after="model.site.weight.requires_grad_(False)",
         change="model.site.weight.requires_grad_(True)",
     ),
-    Construct("submodule_swapped", "state", change="model.site = nn.Linear(WIDTH, WIDTH).double()"),
+    Construct(
+        "submodule_swapped",
+        "state",
+        change=(
+            "model.site = nn.Linear(WIDTH, WIDTH).double()\n"
+            "nn.init.eye_(model.site.weight)\nnn.init.ones_(model.site.bias)"
+        ),
+    ),
     Construct("activation_swapped", "state", OTHER, init="self.act = nn.Tanh()", change="model.act = nn.Sigmoid()"),
     Construct("function_swapped", "state", OTHER, init="self.act = torch.tanh", change="model.act = torch.sin"),
     Construct(

@@ -49,14 +49,20 @@ def replies(case: Case, text: str | None = None) -> dict[tuple[int, int], Reply]
     return found
 
 
-def _compiled(case: Case, model: nn.Module, loss: nn.Module) -> fxcurv.Compiled:
+def _compiled(case: Case, model: nn.Module, loss: nn.Module) -> fxcurv.Compiled | Reply:
+    """The compiled object, or the reply to every call if there is none."""
     options: dict[str, Any] = {} if case.row.verify == "first" else {"verify": case.row.verify}
-    return fxcurv.compile(model, loss, quantities(case), **options)
+    try:
+        return fxcurv.compile(model, loss, quantities(case), **options)
+    except Exception as error:
+        return _raised(error)
 
 
 def _reply(
-    module: types.ModuleType, model: nn.Module, compiled: fxcurv.Compiled, batch: tuple[Tensor, Tensor]
+    module: types.ModuleType, model: nn.Module, compiled: fxcurv.Compiled | Reply, batch: tuple[Tensor, Tensor]
 ) -> Reply:
+    if isinstance(compiled, Reply):
+        return compiled
     x, y = batch
     before = _state(module, model)
     reply = _called(compiled, x.clone(), y.clone())
@@ -68,17 +74,21 @@ def _reply(
 def _called(compiled: fxcurv.Compiled, x: Tensor, y: Tensor) -> Reply:
     try:
         result = compiled(x, y)
-    except fxcurv.FxcurvError as error:
-        whole = error.code if error.code and error.cause and error.remedy else ""
-        return Reply(code=whole or "without code, cause or remedy", error=str(error))
-    except Exception:
-        return Reply(error=traceback.format_exc())
+    except Exception as error:
+        return _raised(error)
     kronecker = {p for q in result.values() for p, v in q.items() if isinstance(v, fxcurv.Kronecker)}
     return Reply(
         {q: {name: _dense(value) for name, value in entries.items()} for q, entries in result.items()},
         {q: dict(entries.status) for q, entries in result.items()},
         tuple(kronecker),
     )
+
+
+def _raised(error: Exception) -> Reply:
+    if not isinstance(error, fxcurv.FxcurvError):
+        return Reply(error="".join(traceback.format_exception(error)))
+    whole = error.code if error.code and error.cause and error.remedy else ""
+    return Reply(code=whole or "without code, cause or remedy", error=str(error))
 
 
 def _dense(value: Any) -> Tensor:
@@ -99,7 +109,7 @@ def _state(module: types.ModuleType, model: nn.Module) -> dict[str, Any]:
     for path, m in model.named_modules():
         for name, value in vars(m).items():
             if not name.startswith("_"):
-                found[f"{path}.{name}"] = value.clone() if isinstance(value, Tensor) else _plain(value)
+                found[f"{path}.{name}"] = _plain(value)
     for name, p in model.named_parameters():
         found[name], found[f"{name}.grad"] = p.detach().clone(), None if p.grad is None else p.grad.clone()
     for name, b in model.named_buffers():
@@ -108,7 +118,11 @@ def _state(module: types.ModuleType, model: nn.Module) -> dict[str, Any]:
 
 
 def _plain(value: object) -> object:
-    """A value, if it is plain, or its type."""
+    """A copy of a tensor, the state of a generator, the text of any other plain value, or the type."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
     plain = isinstance(value, int | float | str | list | dict | tuple | None)
     return repr(value) if plain else type(value)
 
