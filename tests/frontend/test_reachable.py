@@ -267,6 +267,16 @@ def test_a_step_of_an_lstm_changes_nothing() -> None:
     assert signature(model, X[:, None]) == before
 
 
+def test_the_default_dtype_counts() -> None:
+    model = Reader().eval()
+    before = signature(model, X)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert signature(model, X) != before
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def nested(depth: int) -> dict[str, Any]:
     value: dict[str, Any] = {"scale": 1.0}
     for _ in range(depth):
