@@ -113,18 +113,17 @@ class Checkpoint:
         if not self.path.exists():
             return State()
         state = self._read()
-        found = ""
+        found, digests = "", ""
         for k in range(state.batches):
             batch = next(batches, batches)
             if batch is batches:
                 raise self._foreign(f"it holds {state.batches} batches, and there are {k}")
             found = batch_digest(batch, found)
-            known = state.digests[k * _DIGITS : (k + 1) * _DIGITS]
-            if known and found[:_DIGITS] != known:
-                raise self._foreign(f"batch {k + 1} is another one: {_OTHER_BATCHES}")
+            digests += found[:_DIGITS]
             beat(k + 1)
         if found != state.digest:
-            raise self._foreign(_OTHER_BATCHES)
+            first = _first_difference(digests, state.digests)
+            raise self._foreign(f"{first}the loader gives other batches, or in another order")
         assert state.generator is not None
         self.generator.set_state(state.generator)
         return state
@@ -154,7 +153,12 @@ class Checkpoint:
         )
 
 
-_OTHER_BATCHES = "the loader gives other batches, or in another order"
+def _first_difference(ours: str, theirs: str) -> str:
+    """Name the first batch from which on digests differ; nothing if it is not among those that are known."""
+    for k in range(0, min(len(ours), len(theirs)), _DIGITS):
+        if ours[k : k + _DIGITS] != theirs[k : k + _DIGITS]:
+            return f"batch {k // _DIGITS + 1} is another one: "
+    return ""
 
 
 def _difference(name: str, known: Any, value: Any) -> str:

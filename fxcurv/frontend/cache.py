@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fxcurv import quantities
@@ -79,4 +80,4 @@ def signature(model: nn.Module, inputs: Inputs, output: Output = None) -> object
     """
     leaves, structure = pytree.tree_flatten(as_call(inputs))
     kinds = tuple((tuple(t.shape[1:]), t.dtype, t.device) if isinstance(t, Tensor) else frozen(t) for t in leaves)
-    return str(structure), kinds, Walk(modules_of(model)).key(output)
+    return str(structure), kinds, torch.get_default_dtype(), Walk(modules_of(model)).key(output)

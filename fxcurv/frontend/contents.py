@@ -182,6 +182,10 @@ def _namespace(value: Any, bounds: Bounds) -> Parts:
     return (type(value), *vars(value)), list(vars(value).values())
 
 
+def _module(value: Any, bounds: Bounds) -> Parts:
+    return (type(value), value.__name__), ()
+
+
 def _wrapper(value: Any, bounds: Bounds) -> Parts:
     return (type(value),), [value.__wrapped__]
 
@@ -210,7 +214,7 @@ def _function(function: types.FunctionType, bounds: Bounds) -> Parts:
     space = function.__globals__
     for name in facts.globals:
         value = space.get(name, _MISSING)
-        if type(value) is types.ModuleType:
+        if isinstance(value, types.ModuleType):
             _add_module(parts, value, facts.attributes)
         elif value is not _MISSING:  # otherwise a builtin
             parts.append(value)
@@ -283,6 +287,7 @@ _SPLITS: weakref.WeakKeyDictionary[type, _Split] = weakref.WeakKeyDictionary()
 
 _OF_BASES: tuple[tuple[type | tuple[type, ...], _Split], ...] = (
     (Tensor, _opaque),
+    (types.ModuleType, _module),
     (type, _class),
     (Enum, _enum),
     ((tuple, list, set, frozenset, deque), _sequence),

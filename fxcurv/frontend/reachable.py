@@ -9,7 +9,7 @@ compared by identity.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from types import EllipsisType, FunctionType
 from typing import Any
 
@@ -42,12 +42,7 @@ _BY_VALUE = frozenset((bool, int, str, bytes, type(None), torch.dtype, torch.dev
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-_OPTIONS_OF_HOOKS = (
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-    "_is_full_backward_hook",
-)
+_OPTIONS_OF_HOOKS = ("_with_kwargs", "_always_called")
 
 
 BOOKKEEPING = frozenset(vars(nn.Module()))
@@ -79,12 +74,7 @@ class Walk:
 
     def global_hooks(self) -> None:
         """Add the hooks of every module."""
-        for name in _HOOKS:
-            if hooks := getattr(every_module, f"_global{name}", None):
-                self.out.append(name)
-                self.note(hooks)
-                for option in _OPTIONS_OF_HOOKS:
-                    self.note(getattr(every_module, f"_global{option}", None))
+        self._hooks_among(vars(every_module), "_global", 0, 0)
 
     def note(self, value: Any, depth: int = 0, level: int = 0) -> None:
         """Add a value to the key, and to the queue if it has parts."""
@@ -168,12 +158,19 @@ class Walk:
     def hooks(self, module: nn.Module, depth: int = 0, level: int = 0) -> None:
         """Add a module's hooks that change what it computes."""
         attributes = vars(module)
+        if any(map(attributes.get, _HOOKS)):
+            self._hooks_among(attributes, "", depth, level)
+
+    def _hooks_among(self, attributes: Mapping[str, Any], prefix: str, depth: int, level: int) -> None:
+        """Add hooks in their order, without the numbers by which they are removed."""
         for name in _HOOKS:
-            if hooks := attributes.get(name):
-                self.out.append(name)
-                self.note(hooks, depth, level)
-                for option in _OPTIONS_OF_HOOKS:
-                    self.note(attributes.get(option), depth, level)
+            if not (hooks := attributes.get(f"{prefix}{name}")):
+                continue
+            options = [attributes.get(f"{prefix}{name}{option}") or () for option in _OPTIONS_OF_HOOKS]
+            self.out += (name, len(hooks), attributes.get(f"{prefix}_is_full_backward_hook"))
+            for number, hook in hooks.items():
+                self.out += [number in chosen for chosen in options]
+                self.note(hook, depth, level)
 
     def parts(self, value: object, bounds: Bounds) -> Parts | None:
         """Return the label and parts of an object."""
@@ -206,7 +203,9 @@ class Walk:
 
     def _hooks_of(self, t: Tensor) -> None:
         if hooks := t._backward_hooks:
-            self.note(hooks)
+            self.out.append(len(hooks))
+            for hook in hooks.values():
+                self.note(hook)
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:

@@ -8,7 +8,6 @@ and in a batch by its pickle.
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Hashable, Iterator, Sequence
 from types import CodeType
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxcurv.core.fingerprint import digest
 from fxcurv.frontend.code import CodeFacts
 from fxcurv.frontend.contents import Bounds, Parts, parts_of
 from fxcurv.frontend.reachable import BOOKKEEPING, DEPTH, OBJECTS, Walk, modules_of
@@ -50,8 +50,8 @@ class _Stable(Walk):
         self.out += ("object", type(value), name if isinstance(name, str) else "")
         if self.whole:
             try:
-                self.out.append(pickle.dumps(value, protocol=5))
-            except Exception:  # by the name of its type
+                self.out.append(digest(value))
+            except Exception:  # it has no pickle: the name of its type counts alone
                 self.out.append("")
 
     def tensor(self, t: Tensor) -> None:
@@ -104,7 +104,7 @@ def facts_of_model(model: nn.Module) -> dict[str, str]:
         for cls in {type(m): None for m in modules}:
             walk = _Stable(modules)
             walk.note(cls)
-            yield f"the code of {cls.__module__}.{cls.__qualname__}, or a value that it reads", walk
+            yield f"the code of {cls.__module__}.{cls.__qualname__} or a value that it reads", walk
         for m in modules:
             at = names[id(m)]
             walk = _Stable(modules)

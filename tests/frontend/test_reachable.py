@@ -208,6 +208,69 @@ def test_every_change_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert signature(model, X) != before
 
 
+def decorated(forward: Callable[..., Tensor]) -> Any:
+    state = {"scale": 1.0}
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, x: Tensor) -> Tensor:
+        return forward(self, x) * state["scale"]
+
+    return wrapped
+
+
+@functools.lru_cache
+def remembered() -> float:
+    return Namespace.scale
+
+
+class Namespace:
+    scale, table = 1.0, [1.0]
+
+
+class Base(nn.Module):
+    namespace = Namespace
+
+    @staticmethod
+    def scale() -> float:
+        return Namespace.table[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale()
+
+
+class Derived(Base):
+    @decorated
+    def forward(self, x: Tensor) -> Tensor:
+        import settings_of_a_test as settings  # pyright: ignore[reportMissingImports]
+
+        return super().forward(x) * settings.SCALE * settings.act(1.0) * Namespace.scale * remembered()
+
+
+INDIRECT: dict[str, Callable[[Any, pytest.MonkeyPatch], object]] = {
+    "module": lambda s, p: p.setattr(s, "SCALE", 3.0),
+    "global of a function of it": lambda s, p: p.setattr(s, "INNER", 3.0),
+    "attribute of a class": lambda s, p: p.setattr(Namespace, "scale", 3.0),
+    "list of a class": lambda s, p: p.setattr(Namespace, "table", [3.0]),
+    "closure of a decorator": lambda s, p: p.setitem(Derived.forward.__closure__[1].cell_contents, "scale", 3.0),
+    "forward of a base": lambda s, p: p.setattr(Base, "forward", lambda self, x: 3 * x),
+    "static method of a base": lambda s, p: p.setattr(Base, "scale", staticmethod(lambda: 3.0)),
+    "function with a cache": lambda s, p: p.setattr(f"{__name__}.remembered", lambda: 3.0),
+}
+
+
+@pytest.mark.parametrize("change", INDIRECT)
+def test_indirect_changes_are_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: Any = types.ModuleType("settings_of_a_test")
+    settings.SCALE = settings.INNER = 1.0
+    settings.act = types.FunctionType((lambda x: INNER * x).__code__, vars(settings))  # noqa: F821 # pyright: ignore
+    monkeypatch.setitem(sys.modules, settings.__name__, settings)
+    model = Derived().eval()
+    before, y = signature(model, X), model(X)
+    INDIRECT[change](settings, monkeypatch)
+    assert not torch.equal(model(X), y), "the change counts"
+    assert signature(model, X) != before
+
+
 GRADIENTS: dict[str, Callable[[Any], object]] = {
     "hook of a parameter": lambda m: m.first.weight.register_hook(lambda g: 2 * g),
     "backward hook": lambda m: m.first.register_full_backward_hook(lambda m, before, after: None),
@@ -265,6 +328,16 @@ def test_a_step_of_an_lstm_changes_nothing() -> None:
     before = signature(model, X[:, None])
     step(nn.Sequential(model))
     assert signature(model, X[:, None]) == before
+
+
+def test_the_default_dtype_counts() -> None:
+    model = Reader().eval()
+    before = signature(model, X)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert signature(model, X) != before
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def nested(depth: int) -> dict[str, Any]:
