@@ -25,6 +25,7 @@ from fxcurv.frontend.cache import Programs, request_key, signature
 from fxcurv.frontend.capture import TRACED_BATCH, Tracing
 from fxcurv.frontend.inputs import Inputs, Output, as_call, batch_size, device_of
 from fxcurv.frontend.isolation import TRACING
+from fxcurv.frontend.shield import restored
 from fxcurv.inspect.picture import Format, picture
 from fxcurv.inspect.tables import family_of, tabular
 from fxcurv.losses.base import Loss, as_loss
@@ -176,9 +177,13 @@ class Compiled:
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         guard = Guard(program, self.model, self.options.output, names, self.options.memory_budget)
         part = self._cut(program, inputs).samples
-        guard.check(inputs, part)
-        if known:
-            guard.compare_output(inputs, part)
+        try:
+            guard.check(inputs, part)
+            if known:
+                guard.compare_output(inputs, part)
+        except (Disagreement, FxcurvError):
+            program.verified.forget()
+            raise
         return program
 
     def accumulate(
@@ -300,8 +305,10 @@ class Compiled:
         return found
 
     def _compiled(self, inputs: Inputs, tracing: Tracing) -> Program:
-        algorithms, stages = self.options.algorithms, self._canonicalized(inputs, tracing)
-        program = Program.of(passes.emit(self.model, stages, self.selection, inputs, algorithms))
+        algorithms = self.options.algorithms
+        with restored(self.model):  # trials call the user's hooks and functions
+            stages = self._canonicalized(inputs, tracing)
+            program = Program.of(passes.emit(self.model, stages, self.selection, inputs, algorithms))
         if self.options.on_unsupported == "error" and (refusals := program.plan.refusals):
             raise next(iter(refusals.values()))
         passes.check_algorithms(program.graphs, algorithms)

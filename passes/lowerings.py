@@ -212,6 +212,9 @@ def _range_step(node: fx.Node) -> object:
 @lowers("embedding")
 def _embedding(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
     _check_frequencies(low, node, a)
+    if a["sparse"]:  # concerns the layout of autograd's gradient alone
+        node.args, node.kwargs = (a["weight"], a["indices"], a["padding_idx"]), {}
+        a = arguments(node)
     return generic(kind_of_call(node))(low, node, a)
 
 

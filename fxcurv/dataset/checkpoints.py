@@ -2,7 +2,7 @@
 
 A checkpoint is a file of the result so far (fxcurv/results/writing.py), plus the number of batches, a digest of them
 in order, the generator's state, the sums of the stopping rule, and the request, with digests of all that the model and
-`split` may read (fxcurv/frontend/stable.py). A different request is refused, and the file is not changed. The loader
+`split` may read (fxcurv/signature/stable.py). A different request is refused, and the file is not changed. The loader
 must give the same batches in the same order: batches of the checkpoint are read again, without computation, and
 compared with the digest.
 """
@@ -25,11 +25,11 @@ from fxcurv.dataset.compiled import CompiledModel
 from fxcurv.dataset.processes import Processes
 from fxcurv.dataset.standard_error import StandardError
 from fxcurv.dataset.state import Settings, State, length_of, owned
-from fxcurv.frontend.stable import batch_digest, facts_of_model, value_digest
 from fxcurv.quantities.protocol import definition_of
 from fxcurv.results.json import Json
 from fxcurv.results.reading import read
 from fxcurv.results.writing import save
+from fxcurv.signature.stable import batch_digest, facts_of_model, value_digest
 
 __all__ = ["Checkpoint"]
 

@@ -31,7 +31,6 @@ from fxcurv.dataset.accumulation import Accumulator, Pass, one_pass, settled
 from fxcurv.dataset.compiled import CompiledModel
 from fxcurv.dataset.processes import Processes
 from fxcurv.dataset.state import Settings, length_of
-from fxcurv.frontend.stable import batch_digest
 from fxcurv.quantities.ekfac import EKFAC, Bases, Eigenvalues, eigenvectors
 from fxcurv.quantities.factors import Factor
 from fxcurv.quantities.kfac import KFAC
@@ -39,6 +38,7 @@ from fxcurv.quantities.protocol import facts_of
 from fxcurv.quantities.selection import Pattern, Selection
 from fxcurv.results.curvature import Curvature
 from fxcurv.results.entry import Entries, Entry
+from fxcurv.signature.stable import batch_digest
 
 __all__ = ["accumulate"]
 

@@ -2,7 +2,7 @@
 
 A program belongs to one model object, never to a similar one, and to the compiled objects of one `compile()`: forward
 may depend on Python state that no key can see. The key contains the kind of the inputs, and all that forward may read
-as far as it can be found (fxcurv/frontend/reachable.py).
+as far as it can be found (fxcurv/signature/reachable.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fxcurv.core.identity import Hashed, Same, frozen
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, Output, as_call
 from fxcurv.frontend.isolation import TRACING
-from fxcurv.frontend.reachable import Walk, modules_of
 from fxcurv.quantities.selection import Selection
+from fxcurv.signature.reachable import Walk, modules_of
 
 __all__ = ["CACHE_SIZE", "Programs", "cached", "programs_of", "request_key", "signature"]
 

@@ -29,6 +29,7 @@ from fxcurv.frontend.copying import structural_copy
 from fxcurv.frontend.custom_gradients import attach_calls, check_module_hooks, mark_hook, traced_gradients
 from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
 from fxcurv.frontend.isolation import generators_beside_torch, no_report_of_failure, without_autocast
+from fxcurv.frontend.lengths import traced_lengths
 from fxcurv.frontend.shield import restored
 
 __all__ = ["TRACED_BATCH", "Captured", "Tracing", "capture"]
@@ -112,11 +113,17 @@ def _exported(
             return select(forward(*args, **kwargs))
 
     isolated = restored(model) if shared is model else nullcontext()
-    with isolated, torch.random.fork_rng(devices=[]), without_autocast(), warnings.catch_warnings():
+    lengths = traced_lengths(model)
+    with isolated, lengths, torch.random.fork_rng(devices=[]), without_autocast(), warnings.catch_warnings():
         shared.forward = selected
         warnings.filterwarnings("ignore", ".*assigned during export")  # the copy is discarded, the model is restored
         # the order of opt_einsum would depend on the batch size
-        with torch.backends.opt_einsum.flags(enabled=False), no_report_of_failure(), traced_gradients():
+        with (
+            torch.backends.opt_einsum.flags(enabled=False),
+            no_report_of_failure(),
+            traced_gradients(),
+            traced_lengths(model),
+        ):
             program = export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
             attach_calls(program.graph_module)
             return program

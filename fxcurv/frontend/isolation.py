@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["TRACING", "generators_beside_torch", "no_report_of_failure", "without_autocast"]
+__all__ = ["TRACING", "generators_beside_torch", "no_report_of_failure", "reseeded", "without_autocast"]
 
 
 TRACING = threading.RLock()
@@ -74,6 +74,20 @@ def _torch_loggers() -> list[logging.Logger]:
     """Return all of torch's loggers: most have handlers of their own."""
     known = [(name, log) for name, log in logging.root.manager.loggerDict.items() if isinstance(log, logging.Logger)]
     return [log for name, log in known if name.partition(".")[0] == "torch"]
+
+
+@contextmanager
+def reseeded() -> Generator[Callable[[], bool]]:
+    """Seed all global generators of the CPU afresh, and restore them; yield a function: whether they have advanced."""
+    numpy: Any = sys.modules.get("numpy")
+    with torch.random.fork_rng(devices=[]), generators_beside_torch():
+        random.seed()
+        torch.default_generator.seed()
+        if numpy is not None:
+            numpy.random.seed()
+        before = torch.get_rng_state()
+        with generators_beside_torch() as have_moved:
+            yield lambda: have_moved() or not torch.equal(torch.get_rng_state(), before)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fxcurv.core.torch_compat import gradient_hooks, hold, version_of
 from fxcurv.frontend.copying import named_tensors
-from fxcurv.frontend.isolation import TRACING, generators_beside_torch, without_autocast
+from fxcurv.frontend.isolation import TRACING, generators_beside_torch, reseeded, without_autocast
 
 __all__ = ["Shield", "restored", "shielded"]
 
@@ -37,6 +37,8 @@ class Shield:
     originals: dict[str, Tensor]
     tensors: dict[str, Tensor]
     """The parameters and buffers under all of their names, as the model sees them."""
+    has_drawn: Callable[[], bool]
+    """Whether the model has drawn from a global generator."""
 
     def backward(self, output: Tensor, cotangent: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
         """Return the gradients that `output.backward(cotangent)` leaves on the wanted parameters, or None.
@@ -57,16 +59,17 @@ class Shield:
                 if name not in wanted:
                     stack.callback(leaf.register_post_accumulate_grad_hook(_freed).remove)
             output.backward(cotangent, retain_graph=True)
-            return {name: _sum(self.leaves[name].grad, self.originals[name].grad) for name in wanted}
+            return {name: _sum(_dense(self.leaves[name]), _dense(self.originals[name])) for name in wanted}
 
 
 @contextmanager
 def shielded(model: nn.Module, dtype: torch.dtype | None = None) -> Generator[Shield]:
     """Replace the parameters of a model by leaves of equal values, and restore everything at the end.
 
-    With `dtype`, floating-point parameters and buffers are copies in that dtype. One thread at a time is inside.
+    With `dtype`, floating-point parameters and buffers are copies in that dtype. Global generators are seeded afresh,
+    so that calls differ in random numbers. One thread at a time is inside.
     """
-    with restored(model):
+    with restored(model), reseeded() as has_drawn:
         originals: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         fresh = {id(p): _leaf(p, dtype) for p in model.parameters()}
         leaves = {name: fresh[id(p)] for name, p in originals.items()}
@@ -77,7 +80,8 @@ def shielded(model: nn.Module, dtype: torch.dtype | None = None) -> Generator[Sh
                 if dtype is not None and b.is_floating_point():
                     hold(module, name, b.to(dtype))
         with torch.inference_mode(False), torch.enable_grad(), without_autocast():
-            yield Shield(leaves, originals, {name: t.detach() for name, t in named_tensors(model).items()})
+            tensors = {name: t.detach() for name, t in named_tensors(model).items()}
+            yield Shield(leaves, originals, tensors, has_drawn)
 
 
 @contextmanager
@@ -140,6 +144,11 @@ def _without_gradient(t: Tensor) -> Generator[None]:
         t.grad = gradient
         for registered, before in hooks:
             registered.update(before)
+
+
+def _dense(leaf: Tensor) -> Tensor | None:
+    """Return the gradient of a leaf as a dense tensor."""
+    return leaf.grad if leaf.grad is None or leaf.grad.layout == torch.strided else leaf.grad.to_dense()
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

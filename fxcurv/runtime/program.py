@@ -25,6 +25,11 @@ class Verified:
     gradients: bool = False
     sizes: set[int] = field(default_factory=set)
 
+    def forget(self) -> None:
+        """Make all comparisons again, because one has failed."""
+        self.gradients = False
+        self.sizes.clear()
+
 
 @dataclass(frozen=True, eq=False)
 class Program:

@@ -19,6 +19,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fxcurv.core.errors import FxcurvError, InputError, UnsupportedError, raised_at
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, Output, as_call, batch_size, selector
 from fxcurv.frontend.shield import shielded
@@ -36,6 +37,10 @@ Kind = Literal["output", "gradients", "samples"]
 
 WIDER = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 """The dtype in which a difference is confirmed."""
+
+
+REPETITIONS = 32
+"""Calls of a model that has drawn random numbers: one that uses them in every fifth call is found almost surely."""
 
 
 LARGEST = 64
@@ -147,18 +152,35 @@ class Guard:
             y = self._call(_cast(batch, dtype))
             outputs[dtype] = y.detach()
             cotangent = torch.randn(y.shape, generator=self.generator).to(y)
-            expected = shield.backward(y, cotangent, set(group))
-            tensors = shield.tensors
-        found = pullback(_cast(batch, dtype), tensors, cotangent)
+            tensors, drawn = shield.tensors, shield.has_drawn()
+            expected = _run("the model's own backward()", lambda: shield.backward(y, cotangent, group))
+        if drawn and dtype is None:
+            self._check_repeatable(batch, outputs[dtype])
+        found = _run("the pullback of the graph", lambda: pullback(_cast(batch, dtype), tensors, cotangent))
         expected = {name: expected[name] for name in group if name not in pullback.plan.refusals}
         return different_parameters(found, expected, tolerance_for(y.dtype))
+
+    def _check_repeatable(self, batch: Inputs, output: Tensor) -> None:
+        """Raise an InputError if the output depends on random numbers: the model has drawn some."""
+        for _ in range(REPETITIONS):
+            if different_samples(self._model(batch, None)[0], output, tolerance_for(output.dtype).output):
+                raise InputError(
+                    "the model's output depends on random numbers",
+                    remedy="call model.eval(), or remove them",
+                    code="FXC403",
+                )
 
     # The model
 
     def _model(self, batch: Inputs, dtype: torch.dtype | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the model's output at a batch, and its tensors, in a dtype or its own."""
-        with shielded(self.model, dtype) as shield, torch.no_grad():
-            return self._call(_cast(batch, dtype)), shield.tensors
+        with shielded(self.model, dtype) as shield:
+            given = _cast(batch, dtype)
+            try:
+                with torch.no_grad():
+                    return self._call(given), shield.tensors
+            except RuntimeError:  # a model that registers hooks on tensors needs gradients
+                return self._call(given).detach(), shield.tensors
 
     def _call(self, batch: Inputs) -> Tensor:
         args, kwargs = as_call(pytree.tree_map_only(Tensor, torch.clone, batch))  # the model may write into them
@@ -190,6 +212,21 @@ class Guard:
 
 
 T = TypeVar("T")
+
+
+def _run(subject: str, compute: Callable[[], T]) -> T:
+    """Return the result; an error of an op becomes a refusal."""
+    try:
+        return compute()
+    except FxcurvError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedError(
+            f"{subject} fails: {next(iter(str(error).splitlines()), type(error).__name__)}",
+            remedy="give every op that a trainable parameter reaches a derivative",
+            code="FXC107",
+            location=raised_at(error),
+        ) from error
 
 
 def _if_it_runs(different: Callable[[torch.dtype | None], list[T]], dtype: torch.dtype, otherwise: list[T]) -> list[T]:

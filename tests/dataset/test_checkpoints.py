@@ -20,7 +20,7 @@ from batches import Interrupting
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv.frontend.stable import batch_digest, facts_of_model, value_digest
+from fxcurv.signature.stable import batch_digest, facts_of_model, value_digest
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1])

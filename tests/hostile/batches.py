@@ -31,7 +31,7 @@ SIZE = tuple(
 )
 
 POSITIONS = tuple(
-    _row("position", name, f"n = torch.arange(len(h))\n{forward}")
+    _row("position", name, f"n = torch.arange(h.shape[0])\n{forward}")
     for name, forward in {
         "clamped": "h = h * along(n.clamp(max=2) + 1, h)",
         "every_fourth": "h = torch.where(along(n % 4 == 3, h) > 0, SCALE * h, h)",
@@ -44,7 +44,7 @@ POSITIONS = tuple(
     }.items()
 )
 
-SCORES = "k = h.flatten(1).sum(1)\nn = torch.arange(len(h))\n"
+SCORES = "k = h.flatten(1).sum(1)\nn = torch.arange(h.shape[0])\n"
 MIXING = tuple(
     _row("mixing", name, SCORES + forward)
     for name, forward in {

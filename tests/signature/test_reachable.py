@@ -23,8 +23,8 @@ from torch.nn.modules import module as every_module
 
 import fxcurv
 from fxcurv.frontend.cache import signature
-from fxcurv.frontend.contents import BYTES, ENTRIES
-from fxcurv.frontend.reachable import DEPTH
+from fxcurv.signature.contents import BYTES, ENTRIES
+from fxcurv.signature.reachable import DEPTH
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.tensor([0, 1, 0])

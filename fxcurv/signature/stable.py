@@ -1,6 +1,6 @@
 """Digests that are equal in every process: of a batch, of a function, and of all that a model may read.
 
-They hold the same facts as the signature of a model (fxcurv/frontend/reachable.py): classes and functions by their
+They hold the same facts as the signature of a model (fxcurv/signature/reachable.py): classes and functions by their
 names and code, tensors and arrays by every value. An object without known contents is digested by the name of its type,
 and in a batch by its pickle.
 """
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv.core.fingerprint import digest
-from fxcurv.frontend.code import CodeFacts
-from fxcurv.frontend.contents import Bounds, Parts, parts_of
-from fxcurv.frontend.reachable import BOOKKEEPING, DEPTH, OBJECTS, Walk, modules_of
+from fxcurv.signature.code import CodeFacts
+from fxcurv.signature.contents import Bounds, Parts, parts_of
+from fxcurv.signature.reachable import BOOKKEEPING, DEPTH, OBJECTS, Walk, modules_of
 
 __all__ = ["batch_digest", "facts_of_model", "value_digest"]
 

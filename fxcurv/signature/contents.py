@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxcurv.frontend.code import class_facts, code_facts, is_library
+from fxcurv.signature.code import class_facts, code_facts, is_library
 
 __all__ = ["BYTES", "ENTRIES", "Bounds", "Parts", "own_parts", "parts_of"]
 

@@ -1,8 +1,8 @@
 """The objects that a model may read when it is called, as a flat key.
 
 The walk is breadth first: from modules to their parameters, buffers, hooks and attributes, from there to the contents
-of objects (fxcurv/frontend/contents.py), and from functions to the globals and closures that their code names
-(fxcurv/frontend/code.py). An object that is met again is a reference to its first place. Objects beyond the bounds are
+of objects (fxcurv/signature/contents.py), and from functions to the globals and closures that their code names
+(fxcurv/signature/code.py). An object that is met again is a reference to its first place. Objects beyond the bounds are
 compared by identity.
 """
 
@@ -19,7 +19,7 @@ from torch.nn.modules import module as every_module
 
 from fxcurv.core.identity import Same
 from fxcurv.core.torch_compat import address_of, version_of
-from fxcurv.frontend.contents import Bounds, Parts, own_parts, parts_of
+from fxcurv.signature.contents import Bounds, Parts, own_parts, parts_of
 
 __all__ = ["DEPTH", "LEVELS", "OBJECTS", "Walk", "modules_of"]
 
