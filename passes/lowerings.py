@@ -280,6 +280,14 @@ def _slice(low: Builder, node: fx.Node, a: Arguments) -> fx.Node:
             code="FXC205",
             location=frames_of(node),
         )
+    if isinstance(start, fx.Node) or isinstance(stop, fx.Node):
+        raise UnsupportedError(
+            "a constant is cut to the batch size, so that its entries depend on the sample's position in the batch",
+            node=where(node),
+            remedy="give every sample the same constant, or pass it as an input with the samples along axis 0",
+            code="FXC205",
+            location=frames_of(node),
+        )
     start, stop, step = slice(start, stop, a["step"]).indices(size)
     return low.emit(node, ops.Slice(a["dim"], start, stop, step), low.value(a["self"], node))
 
