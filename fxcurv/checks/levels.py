@@ -1,7 +1,8 @@
 """check(): curvature compatibility of a model. One row per parameter × quantity, at one of three levels.
 
 static    capture, lowering, rules and usage on the meta device: no memory, no arithmetic
-shape     all of compilation before graphs are emitted; infers batch axes by probing
+shape     all of compilation before graphs are emitted; infers batch axes by probing, and compares the graph with the
+          model on a few samples
 numeric   compiled in float64 and run on a tiny batch; each value is compared with autograd on the model itself
 """
 
@@ -70,7 +71,7 @@ def check(
 ) -> Report:
     """Report the status of every parameter of `model` for inputs of this shape; the model is not changed.
 
-    `level` is "static", "shape" or "numeric"; only "numeric" computes values. `on_unsupported` is as in `compile`;
+    `level` is "static", "shape" or "numeric"; only "static" does not run the model. `on_unsupported` is as in `compile`;
     "error" refuses the model where "skip" refuses parameters. `policy` decides which findings fail.
     """
     if set(renamed) - {"demands"}:

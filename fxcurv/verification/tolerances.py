@@ -69,13 +69,15 @@ def different_parameters(
 
 
 def _norm(t: Tensor | None) -> float:
-    return 0.0 if t is None else float(torch.linalg.vector_norm(t.double()))
+    """Return the norm of the finite entries."""
+    return 0.0 if t is None else float(torch.linalg.vector_norm(t[t.isfinite()].double()))
 
 
 def _distance(a: Tensor | None, b: Tensor | None) -> float:
+    """Return the norm of a difference, without entries that are infinite or NaN in both."""
     if a is None or b is None:
         return _norm(b if a is None else a)
     if a.shape != b.shape:
         return math.inf
-    difference = a.double() - b.double()
-    return float(torch.linalg.vector_norm(difference[~(a.isnan() & b.isnan())]))
+    compared = a.isfinite() | b.isfinite()
+    return float(torch.linalg.vector_norm((a.double() - b.double())[compared]))

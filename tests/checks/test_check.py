@@ -1,4 +1,4 @@
-"""check(): a row for every parameter × quantity, the reasons of refusals, and nothing run or changed."""
+"""check(): a row for every parameter × quantity, the reasons of refusals, and nothing changed."""
 
 from __future__ import annotations
 
@@ -169,8 +169,8 @@ def test_nothing_is_changed() -> None:
     assert [p.requires_grad for p in model.parameters()] == [False, False, True, True, True, True]
 
 
-def test_nothing_is_run() -> None:
-    """Weights of NaN, which a run of the model refuses."""
+def test_values_do_not_matter() -> None:
+    """Weights of NaN, which a call of the compiled model refuses."""
     model = Partly()
     for p in model.parameters():
         nn.init.constant_(p, torch.nan)
@@ -391,3 +391,35 @@ def test_parameters_are_refused_one_by_one(on_unsupported: OnUnsupported, body: 
     fallen = [row for row in report.rows if row.status == "fallback"]
     assert all(row.code == "FXC321" and "[FXC401]" in row.message for row in fallen)
     assert not fxcurv.check(HalfMixing(), X, "grad", on_unsupported=on_unsupported).ok
+
+
+class AnotherGradient(nn.Module):
+    """A forward that a trace does not see: its own backward doubles a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(h if torch.compiler.is_exporting() else 2 * h - h.detach())
+
+
+@pytest.mark.parametrize("level", ["shape", "numeric"])
+def test_a_graph_that_is_not_the_model_is_found(level: Any) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AnotherGradient().eval()
+    report = fxcurv.check(model, torch.zeros(2, 3), loss="mse", level=level)
+    assert not report.ok
+    assert {row.code for row in report.rows} == {"FXC107"}
+    assert "'a.weight'" in str(report.rows[0].message)
+
+
+def test_a_parameter_with_a_gradient_hook_is_found() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2).eval()
+    model.weight.register_hook(lambda g: 2 * g)
+    report = fxcurv.check(model, torch.zeros(2, 3), "grad", loss="mse")
+    assert {row.parameter: row.code for row in report.rows} == {"weight": "FXC109", "bias": ""}
