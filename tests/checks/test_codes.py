@@ -143,7 +143,6 @@ def with_clipped_gradient(y: Tensor, x: Tensor) -> Tensor:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "FXC103": uncopyable,
     "FXC104": lambda: Lambda(in_autocast),
     "FXC108": lambda: Lambda(with_clipped_gradient),
     "FXC202": lambda: Lambda(through_windows),
@@ -163,6 +162,13 @@ def test_a_model_has_its_code_and_its_line(code: str) -> None:
     assert found == code
     assert {row.file for row in report.failures} == {"tests/checks/test_codes.py"}
     assert {row.line is not None and row.line > 0 for row in report.failures} == {True}
+
+
+def test_a_model_that_cannot_be_copied_is_traced_itself() -> None:
+    model, x = uncopyable(), torch.ones(2, 3)
+    assert fxcurv.check(model, x, "grad").ok
+    with pytest.raises(fxcurv.CaptureError, match="FXC103"):
+        fxcurv.jacobian_operator(model, [(x, torch.zeros(2, dtype=torch.int64))]).mv(torch.ones(1))
 
 
 @pytest.mark.parametrize(
