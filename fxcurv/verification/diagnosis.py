@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxcurv.core.errors import Frame, Location, UnsupportedError, called_at
-from fxcurv.core.torch_compat import custom_function_of, gradient_hooks, hooks_of, pytree
+from fxcurv.core.torch_compat import custom_function_of, gradient_hooks, has_global_hooks, hooks_of, pytree
 from fxcurv.frontend.inputs import Output, as_call, selector
 from fxcurv.frontend.shield import shielded
 from fxcurv.runtime.program import Program
@@ -122,6 +122,22 @@ def _module_hooks(watched: Watched) -> Iterator[Cause]:
             yield Cause(f"the {hooks} of the module {path or 'itself'!r}", "remove the hooks by their handles")
 
 
+def _global_hooks(watched: Watched) -> Iterator[Cause]:
+    if has_global_hooks():
+        yield Cause("hooks registered for the calls of all modules", "remove the hooks by their handles")
+
+
+def _kept_tensors(watched: Watched) -> Iterator[Cause]:
+    for path, module in watched.model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
+                where = f"{path}.{name}" if path else name
+                yield Cause(
+                    f"the attribute {where!r}, a tensor computed from parameters in an earlier call",
+                    "compute it in every call, or delete it before compiling",
+                )
+
+
 def _tensor_hooks(watched: Watched) -> Iterator[Cause]:
     for location in watched.tensor_hooks:
         where = f" at {location[0]}" if location else ""
@@ -153,6 +169,8 @@ CAUSES: tuple[Callable[[Watched], Iterator[Cause]], ...] = (
     _custom_functions,
     _tensor_hooks,
     _module_hooks,
+    _global_hooks,
+    _kept_tensors,
     _branches,
     _replaced_forwards,
     _batch_of_one,
