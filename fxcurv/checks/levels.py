@@ -71,7 +71,7 @@ def check(
 ) -> Report:
     """Report the status of every parameter of `model` for inputs of this shape; the model is not changed.
 
-    `level` is "static", "shape" or "numeric"; only "static" does not run the model. `on_unsupported` is as in `compile`;
+    `level` is "static", "shape" or "numeric"; all but "static" run the model. `on_unsupported` is as in `compile`;
     "error" refuses the model where "skip" refuses parameters. `policy` decides which findings fail.
     """
     if set(renamed) - {"demands"}:
