@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
 from torch.autograd.function import FunctionMeta as FunctionMeta
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 __all__ = [
     "HIGHER_ORDER",
     "SINGLE_LEVEL_FUNCTION",
+    "FakeTensor",
     "FakeTensorMode",
     "FunctionMeta",
     "TorchDispatchMode",
