@@ -27,7 +27,7 @@ from fxcurv.core.errors import FxcurvError, UnsupportedError, frames_of
 from fxcurv.core.generators import fresh_generator
 from fxcurv.core.identity import structure_of
 from fxcurv.core.shapes import BatchSize, Samples, Shape, resolve
-from fxcurv.frontend.custom_gradients import refusal
+from fxcurv.frontend.custom_gradients import refusal, without_nested_backward
 from fxcurv.ir import calls, ops
 from fxcurv.ir.custom_gradients import CustomCall, CustomGradient
 from fxcurv.ir.nodes import describe, inputs_of, module_of
@@ -274,11 +274,12 @@ def _fault(call: CustomCall, nodes: Sequence[fx.Node], ks: Sequence[int], device
         draw = partial(_random_inputs, inputs, generator, positive)
         trial = Trial(call, draw, ks, [x.meta["samples"] for x in inputs], outputs, generator)
         try:
-            why = trial.fault()
+            with without_nested_backward():
+                why = trial.fault()
         except FxcurvError as error:
             return error.cause.partition(": ")[2] or error.cause
         except Exception as error:
-            why = f"its backward fails on random numbers: {type(error).__name__}: {str(error).splitlines()[:1]}"
+            why = f"its backward fails on random numbers: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if why is None:
             return None
     return why

@@ -106,6 +106,6 @@ def _compared(entry: Entry) -> dict[str, Tensor]:
 def _targets(compiled: Compiled, inputs: Inputs) -> Tensor:
     """Return random targets of a valid shape for the loss."""
     args, kwargs = as_call(inputs)
-    with torch.no_grad():
-        output = selector(compiled.options.output)(compiled.model(*args, **kwargs))
+    with torch.enable_grad():  # models register hooks on tensors with gradients
+        output = selector(compiled.options.output)(compiled.model(*args, **kwargs)).detach()
     return compiled.loss.random_target(output, torch.Generator().manual_seed(SEED))

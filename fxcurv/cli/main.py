@@ -170,7 +170,7 @@ def _batch(arguments: argparse.Namespace) -> int:
 
 def _output(model: nn.Module, inputs: Tensor) -> Tensor:
     try:
-        with torch.no_grad():
+        with torch.enable_grad():  # models register hooks on tensors with gradients
             output = model(inputs)
     except Exception as error:
         raise InputError(
@@ -184,7 +184,7 @@ def _output(model: nn.Module, inputs: Tensor) -> Tensor:
             remedy="use fxcurv.compile(..., output=...) in Python",
             code="FXC105",
         )
-    return output
+    return output.detach()
 
 
 # The parser -------------------------------------------------------------------------------------------------------

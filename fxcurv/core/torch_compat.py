@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
 from torch.autograd.function import FunctionMeta as FunctionMeta
@@ -22,6 +23,7 @@ __all__ = [
     "CALLED",
     "HIGHER_ORDER",
     "SINGLE_LEVEL_FUNCTION",
+    "FakeTensor",
     "FakeTensorMode",
     "FunctionMeta",
     "TorchDispatchMode",

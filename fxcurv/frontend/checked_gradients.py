@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import BackwardHook
 
-from fxcurv.core.errors import called_at
+from fxcurv.core.errors import FxcurvError, UnsupportedError, called_at
 from fxcurv.core.torch_compat import outside_of_trace, pytree
 from fxcurv.frontend.custom_gradients import (
     Forward,
@@ -28,16 +30,32 @@ from fxcurv.frontend.custom_gradients import (
     title_of_hook,
 )
 from fxcurv.ir.custom_gradients import CustomCall
-from fxcurv.ir.trials import nonlinearity
+from fxcurv.ir.trials import nonlinearity, undifferentiable
 
-__all__ = ["CustomGradients"]
+__all__ = ["CustomGradients", "once_differentiable"]
+
+
+Pull = Callable[[dict[int, Tensor], bool], Sequence[Tensor]]
+"""From cotangents to gradients, with a graph if the flag is set."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A custom gradient, why it is not linear, and why it cannot be differentiated; None if it is, or can."""
+
+    name: str
+    fault: str | None
+    once: str | None
 
 
 class CustomGradients:
-    """The custom gradients that forward passes of a model have called: `names`, by what is called and where."""
+    """The custom gradients that forward passes of a model have called, each tried once by what is called and where."""
 
     def __init__(self) -> None:
-        self.names: dict[object, str] = {}
+        self.outcomes: dict[object, _Outcome] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.outcomes)
 
     @contextmanager
     def checked(self) -> Generator[None]:
@@ -45,40 +63,64 @@ class CustomGradients:
         with intercepted(self._function, lambda *args: _Module(self, *args)), _Hooks(self):
             yield
 
+    def require_second(self) -> None:
+        """Raise an error (FXC301) for a Function or hook whose backward autograd cannot differentiate."""
+        for outcome in self.outcomes.values():
+            if outcome.once is not None:
+                raise once_differentiable(outcome.name, outcome.once)
+
     def _function(self, function: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = CustomCall(function, arguments_of(function, args), kwargs, called_at())
         tensors = [t for t in pytree.tree_leaves((arguments_of(function, args), kwargs)) if isinstance(t, Tensor)]
         ks = [k for k, t in enumerate(tensors) if t.requires_grad and call.direct[k]]
         if ks and not any(map(is_dual, tensors)):
-            self.check((function, call.location[:1]), call.name, lambda: _fault(call, tensors, ks))
+            pull = lambda Ss, graph: call.pull(tensors, ks, Ss, graph=graph)  # noqa: E731
+            self.check((function, call.location[:1]), call.name, lambda: _outputs(call, tensors), pull)
         return forward(*args, **kwargs)
 
-    def check(self, key: object, name: str, fault: Callable[[], str | None]) -> None:
-        """Raise an error if a custom gradient, tried once per key, has a fault."""
-        if key in self.names:
-            return
-        self.names[key] = name
-        with outside_of_trace(), torch.random.fork_rng(devices=[]):
-            why = fault()
-        if why is not None:
-            raise refusal(name, why, called_at())
+    def check(self, key: object, name: str, like: Callable[[], Mapping[int, Tensor]], pull: Pull) -> None:
+        """Raise an error if a custom gradient is not linear in cotangents like some tensors."""
+        if key not in self.outcomes:
+            with outside_of_trace(), torch.random.fork_rng(devices=[]), saved_tensors_hooks(_same, _same):
+                self.outcomes[key] = _tried(name, {j: t.detach() for j, t in like().items()}, pull)
+        outcome = self.outcomes[key]
+        if outcome.fault is not None:
+            raise refusal(name, outcome.fault, called_at())
 
 
-def linear_fault(pull: Callable[[dict[int, Tensor]], Sequence[Tensor]], like: Mapping[int, Tensor]) -> str | None:
-    """Return how a function of cotangents like these tensors is not linear, or None."""
-    first = next(iter(like.values()), None)
-    if first is None:
-        return None
-    generator = torch.Generator(first.device).manual_seed(0)
-    with torch.no_grad():
-        return nonlinearity(pull, {j: t.detach() for j, t in like.items()}, generator)
+def _same(t: Tensor) -> Tensor:
+    return t  # in place of the hooks of a checkpoint, which count the tensors that are saved
 
 
-def _fault(call: CustomCall, tensors: Sequence[Tensor], ks: Sequence[int]) -> str | None:
+def _tried(name: str, like: Mapping[int, Tensor], pull: Pull) -> _Outcome:
+    if not like:
+        return _Outcome(name, None, None)
+    generator = torch.Generator(next(iter(like.values())).device).manual_seed(0)
+    try:
+        with torch.no_grad():
+            fault = nonlinearity(lambda Ss: pull(Ss, False), like, generator)
+    except FxcurvError as error:
+        fault = error.cause.partition(": ")[2] or error.cause
+    except Exception as error:
+        fault = f"its backward fails on random numbers: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    once = None if fault else undifferentiable(lambda Ss: pull(Ss, True), like, generator)
+    return _Outcome(name, fault, once)
+
+
+def _outputs(call: CustomCall, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Return the outputs of a call that have gradients."""
     found, _ = inspected(call, tensors)
     outputs = [t for t in found if isinstance(t, Tensor)]
-    like = {j: y for j, y in enumerate(outputs) if call.differentiable[j]}
-    return linear_fault(lambda Ss: call.pull(tensors, ks, Ss), like)
+    return {j: y for j, y in enumerate(outputs) if call.differentiable[j]}
+
+
+def once_differentiable(name: str, why: str) -> UnsupportedError:
+    """Return the error for a custom gradient in a quantity that differentiates twice."""
+    return UnsupportedError(
+        f"torch cannot differentiate {name} twice: {why}",
+        remedy="write its backward in differentiable ops, or use a quantity without second derivatives",
+        code="FXC301",
+    )
 
 
 class _Hooks(TorchFunctionMode):
@@ -100,14 +142,12 @@ class _Hooks(TorchFunctionMode):
             return
         where = called_at()[:1]
 
-        def pull(Ss: dict[int, Tensor]) -> list[Tensor]:
+        def pull(Ss: dict[int, Tensor], graph: bool) -> list[Tensor]:
             new = hook(given := Ss[0].clone())
             return [given if new is None else new]
 
         name = f"the hook {title_of_hook(hook)} on a tensor{f' at {where[0]}' if where else ''}"
-        self.gradients.check(
-            (getattr(hook, "__code__", type(hook)), where), name, lambda: linear_fault(pull, {0: tensor})
-        )
+        self.gradients.check((getattr(hook, "__code__", type(hook)), where), name, lambda: {0: tensor}, pull)
 
 
 class _Module(BackwardHook):
@@ -134,15 +174,14 @@ class _Module(BackwardHook):
                 own = {k: t for k, t in tensors.items() if not pre or k < count}
                 name = f"the backward hook {title_of_hook(hook)} on a {type(self.module).__name__}"
                 pull = self._pull(hook, pre, len(like), count)
-                self.gradients.check(
-                    (getattr(hook, "__code__", type(hook)), name), name, lambda f=pull, t=own: linear_fault(f, t)
-                )
+                key = getattr(hook, "__code__", type(hook)), name
+                self.gradients.check(key, name, lambda own=own: own, pull)
         return super().setup_output_hook(args)
 
-    def _pull(self, hook: Any, pre: bool, size: int, count: int) -> Callable[[dict[int, Tensor]], list[Tensor]]:
+    def _pull(self, hook: Any, pre: bool, size: int, count: int) -> Pull:
         """Return the function from gradients of results and arguments to those that a hook returns."""
 
-        def pull(Ss: dict[int, Tensor]) -> list[Tensor]:
+        def pull(Ss: dict[int, Tensor], graph: bool) -> list[Tensor]:
             given = [Ss[k].clone() if k in Ss else None for k in range(size)]
             results, arguments = tuple(given[:count]), tuple(given[count:])
             old = results if pre else arguments

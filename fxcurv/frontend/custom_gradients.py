@@ -49,6 +49,7 @@ __all__ = [
     "refusal",
     "title_of_hook",
     "traced_gradients",
+    "without_nested_backward",
 ]
 
 
@@ -113,6 +114,7 @@ class _Patches:
         self._set(FunctionMeta, "__init__", init)
         self._set(torch_module, "BackwardHook", lambda *args: _CURRENT.hooks(*args))
         self._set(torch_checkpoint, "CheckpointFunction", _Checkpoint)
+        self._set(torch.autograd, "backward", _guarded(torch.autograd.backward))
         for cls in list(_subclasses(SINGLE_LEVEL_FUNCTION)):
             self._replace_forward(cls)
 
@@ -141,6 +143,28 @@ class _Patches:
         self.undo.callback(restore)
         vars(replaced)["original"] = forward
         cls.forward = staticmethod(replaced)
+
+
+def _guarded(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `torch.autograd.backward`, refused inside of the backward of a Function, where it writes to `.grad`."""
+
+    @functools.wraps(backward)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if is_running():
+            raise refusal("a Function", "its backward calls backward() itself, which is not a function of the gradient")
+        return backward(*args, **kwargs)
+
+    return guarded
+
+
+@contextmanager
+def without_nested_backward() -> Generator[None]:
+    """Inside, raise an error (FXC108) if the backward of a tried Function calls `backward()` itself."""
+    _PATCHES.enter()
+    try:
+        yield
+    finally:
+        _PATCHES.leave()
 
 
 def _subclasses(cls: Any) -> Iterator[Any]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv.core.errors import Location
-from fxcurv.core.torch_compat import pytree
+from fxcurv.core.torch_compat import FakeTensor, pytree
 from fxcurv.ir.calls import INPUT
 
 __all__ = ["CustomCall", "CustomGradient", "GradientHook", "Hooked", "call_of", "is_running"]
@@ -61,7 +61,7 @@ class CustomCall:
 
     `direct` tells for each tensor whether it is an argument itself. Others are items of containers, which autograd
     takes as constants. `differentiable` tells for each output tensor whether it has a gradient; `overwrites` maps an
-    output to the input that the Function overwrites with it.
+    output to the input that the Function overwrites with it. `twice` is set once the backward was differentiated.
     """
 
     def __init__(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], location: Location = ()) -> None:
@@ -72,6 +72,7 @@ class CustomCall:
         self.direct = tuple(id(t) in arguments for t in leaves if isinstance(t, Tensor))
         self.differentiable: tuple[bool, ...] = ()
         self.overwrites: dict[int, int] = {}
+        self.twice = False
         _CALLS[self.key] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CustomCall:
@@ -107,11 +108,17 @@ class CustomCall:
         return [t for t in pytree.tree_leaves(self.returned(tensors)) if isinstance(t, Tensor)]
 
     def pull(
-        self, xs: Sequence[Tensor], ks: Sequence[int], Ss: dict[int, Tensor], batched: bool = False
+        self,
+        xs: Sequence[Tensor],
+        ks: Sequence[int],
+        Ss: dict[int, Tensor],
+        batched: bool = False,
+        graph: bool = False,
     ) -> list[Tensor]:
         """Pull cotangents `Ss` of some outputs back to the inputs `ks`, by the Function's backward after a new call.
 
-        The cotangents of all other outputs are zero. With `batched`, the first axis of all cotangents are columns.
+        The cotangents of all other outputs are zero. With `batched`, the first axis of all cotangents are columns; with
+        `graph`, the results are differentiable.
         """
         with torch.enable_grad():
             leaves = [
@@ -124,10 +131,15 @@ class CustomCall:
             if ys and at:
                 with _running():
                     found = torch.autograd.grad(
-                        list(ys.values()), at, given, allow_unused=True, is_grads_batched=batched
+                        list(ys.values()),
+                        at,
+                        given,
+                        create_graph=graph,
+                        allow_unused=True,
+                        is_grads_batched=batched,
                     )
         pulled, lead = iter(found), next(iter(Ss.values())).shape[: int(batched)]
-        return [_filled(next(pulled, None) if leaves[k].requires_grad else None, xs[k], lead) for k in ks]
+        return [_filled(next(pulled, None) if leaves[k].requires_grad else None, xs[k], lead, graph) for k in ks]
 
     def _cotangent(self, Ss: dict[int, Tensor], j: int, y: Tensor, batched: bool) -> Tensor:
         """A copy of the cotangent of output j: a backward may write into its argument."""
@@ -137,8 +149,10 @@ class CustomCall:
         return y.new_zeros(*lead, *y.shape)
 
 
-def _filled(pulled: Tensor | None, x: Tensor, lead: Sequence[int]) -> Tensor:
-    return x.new_zeros(*lead, *x.shape) if pulled is None else pulled.detach()
+def _filled(pulled: Tensor | None, x: Tensor, lead: Sequence[int], graph: bool) -> Tensor:
+    if pulled is None:
+        return x.new_zeros(*lead, *x.shape)
+    return pulled if graph else pulled.detach()
 
 
 def call_of(key: int) -> CustomCall:
@@ -158,11 +172,15 @@ class CustomGradient(nn.Module):
 
     def pull(self, S: Tensor, xs: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor]:
         """S[v, *y.shape] -> S[v, *x_k.shape] for every k, one column at a time."""
+        if isinstance(S, FakeTensor):  # only shapes are asked
+            return [xs[k].new_zeros(len(S), *xs[k].shape) for k in ks]
         columns = [self.call.pull(xs, ks, {self.part: column}) for column in S]
         return [torch.stack(each) for each in zip(*columns, strict=True)]
 
     def pull_together(self, S: Tensor, xs: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor]:
         """`pull` with one call of the backward for all columns, by torch's batching rules."""
+        if isinstance(S, FakeTensor):
+            return self.pull(S, xs, ks)
         return self.call.pull(xs, ks, {self.part: S}, batched=True)
 
     def extra_repr(self) -> str:

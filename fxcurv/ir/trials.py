@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from fxcurv.core.rounding import close
 from fxcurv.core.shapes import Samples
 from fxcurv.ir.custom_gradients import CustomCall
 
-__all__ = ["Trial", "nonlinearity"]
+__all__ = ["Trial", "nonlinearity", "undifferentiable"]
 
 
 SIZES = (3, 2, 5)
@@ -96,15 +97,45 @@ def nonlinearity(
     return None
 
 
+def undifferentiable(
+    pull: Callable[[dict[int, Tensor]], Sequence[Tensor]], like: Mapping[int, Tensor], generator: torch.Generator
+) -> str | None:
+    """Return why autograd cannot differentiate a linear function of cotangents, or None.
+
+    The derivative of ⟨w, Bg⟩ in g is Bᵀw, so its product with g is ⟨w, Bg⟩ again.
+    """
+    with torch.enable_grad():
+        S = {j: t.requires_grad_() for j, t in _random(like, generator).items()}
+        try:
+            pulled = pull(S)
+            w = _random(dict(enumerate(pulled)), generator)
+            value = sum(((p * w[k]).sum() for k, p in enumerate(pulled)), torch.zeros(()))
+            size = sum(float((p.detach() * w[k]).norm()) for k, p in enumerate(pulled))
+            if not value.requires_grad:
+                return NO_GRAPH if bool(value != 0) else None
+            back: Any = torch.autograd.grad(value, list(S.values()), allow_unused=True)
+        except RuntimeError as error:
+            return f"differentiating its backward fails: {str(error).splitlines()[0]}"
+    reached = [(b * t.detach()).sum() for b, t in zip(back, S.values(), strict=True) if b is not None]
+    again, value = sum(reached, torch.zeros(())), value.detach()
+    if _alike(again.to(value), value, size):
+        return None
+    return "the derivative of its backward is another function" if reached else NO_GRAPH
+
+
+NO_GRAPH = "its backward is computed without a graph, as under @once_differentiable"
+
+
 def _random(like: Mapping[int, Tensor], generator: torch.Generator) -> dict[int, Tensor]:
     return {j: torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=generator) for j, t in like.items()}
 
 
-def _alike(value: Tensor, expected: Tensor) -> bool:
-    tolerance = None if not expected.is_floating_point() else max(1e-5, 8 * torch.finfo(expected.dtype).eps)
-    if tolerance is None:
+def _alike(value: Tensor, expected: Tensor, floor: float = 0.0) -> bool:
+    """Whether two results of a backward are equal up to rounding."""
+    if not expected.is_floating_point():
         return torch.equal(value, expected)
-    return close(value, expected, 1e-9 if expected.dtype == torch.float64 else tolerance)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 8 * torch.finfo(expected.dtype).eps)
+    return close(value, expected, tolerance, floor)
 
 
 def _of_sample(x: Tensor, place: Samples | None, n: int) -> Tensor:

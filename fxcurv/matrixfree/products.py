@@ -167,10 +167,12 @@ class _Source:
         for inputs, target in tqdm(self._batches(), "batches", disable=self.quiet):
             found = None if matrix is None else self._carried(inputs, matrix)
             y, images = found or (self._output(copy(), inputs), None)
+            if matrix is not None and images is None:
+                self.gradients.require_second()
             yield _Pass(y, target, parameters, self.dtype, images)
 
     def _carried(self, inputs: Inputs, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The output and J times a matrix in forward mode; None from the first failure on."""
+        """The output and J times a matrix in forward mode; None from the first failure on, or for custom gradients."""
 
         def run(copy: nn.Module) -> Tensor:
             return self._output(copy, pytree.tree_map_only(Tensor, torch.clone, inputs))
@@ -181,7 +183,11 @@ class _Source:
             return close(images[:1], expected, tolerance=math.sqrt(torch.finfo(y.dtype).eps))
 
         parameters, key = list(self.parameters.values()), ("carries", self.output, signature(self.model, inputs))
-        found = carried(self.model, parameters, _columns(matrix, parameters), run) if self.carries else None
+        found = (
+            carried(self.model, parameters, _columns(matrix, parameters), run)
+            if self.carries and not self.gradients
+            else None
+        )
         self.carries = found is not None and cached(self.model, key, lambda: agrees(found[1]))
         return found if self.carries else None
 
@@ -200,12 +206,14 @@ class _Source:
         with _session():
             inputs = next(iter(self._batches()))[0]
             key = "repeatable", self.output, signature(self.model, inputs)
-            cached(self.model, key, lambda: self._check_repeatable(inputs))
+            self.gradients = cached(self.model, key, lambda: self._check_repeatable(inputs))
 
-    def _check_repeatable(self, inputs: Inputs) -> None:
+    def _check_repeatable(self, inputs: Inputs) -> CustomGradients:
+        """Check the output of two calls; return the model's custom gradients."""
         copy = structural_copy(self.model, *self.model.parameters())  # with gradients: models register hooks
         first, second = (self._output(copy, pytree.tree_map_only(Tensor, torch.clone, inputs)).detach() for _ in "12")
         check_repeatable(self.model, copy, first, second)
+        return self.gradients
 
     def _check_same(self) -> None:
         """Raise an error if a second pass over the data gives other batches than the first."""
@@ -403,6 +411,7 @@ class _Hessian(_OverData):
     """The Hessian, by differentiating the gradient."""
 
     def _product(self, one: _Pass, terms: LossTerms, matrix: Tensor) -> Tensor:
+        self.source.gradients.require_second()
         value = self.loss.value(one.y, one.target)
         gradient = torch.autograd.grad(value, one.parameters, create_graph=True, allow_unused=True)
         zeros = [torch.zeros_like(p) for p in one.parameters]

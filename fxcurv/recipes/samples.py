@@ -31,10 +31,11 @@ def weights_of(compiled: Compiled, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def outputs(compiled: Compiled, weights: Weights, inputs: Inputs) -> Tensor:
-    """The model's output `[N, …]` with some parameters replaced."""
+    """The model's output `[N, …]` with some parameters replaced, without a graph."""
     args, kwargs = as_call(inputs)
-    returned = functional_call(compiled.model, dict(weights), args, kwargs)
-    return selector(compiled.options.output)(returned)
+    with torch.enable_grad():  # models register hooks on tensors with gradients
+        returned = functional_call(compiled.model, dict(weights), args, kwargs)
+        return selector(compiled.options.output)(returned).detach()
 
 
 @contextmanager

@@ -89,6 +89,7 @@ def by_autograd(
                 for one, pulled in _samples(passes, S[0].to(whole.dtype), wanted):
                     _over_samples(sums, _rotated(mine, one, pulled, eigenvectors))
         for job, name, statistic in twice(jobs):
+            passes[0].gradients.require_second()
             each = [_second(loss, whole, batch.target, (one, wanted[job.usage.name])) for one in passes]
             stacked = torch.cat(each)
             sums[job.sums[name]] = stacked if statistic.per_sample else stacked.sum(0)

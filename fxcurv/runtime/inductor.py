@@ -21,6 +21,7 @@ from fxcurv.contractions.statistic import Statistic
 from fxcurv.core.errors import FxcurvError
 from fxcurv.core.torch_compat import compile_errors, dispatch_keys, with_dispatch_keys
 from fxcurv.ir.backward_ops import PullInputs, PullToParameter, Scaled
+from fxcurv.ir.custom_gradients import CustomGradient
 from fxcurv.ir.nodes import module_of
 from fxcurv.runtime.program import Program
 
@@ -76,6 +77,8 @@ def _as_operator(module: nn.Module) -> nn.Module:
         return Scaled(_Sum(module.statistic), module.scale)
     if isinstance(module, Statistic):
         return _Sum(module)
+    if isinstance(module, CustomGradient):
+        return _Custom(module)
     return _ByAutograd(module) if isinstance(module, PullInputs | PullToParameter) else module
 
 
@@ -106,6 +109,18 @@ class _Sum(Statistic):
     def forward(self, *uses: Sequence[Tensor | None]) -> Tensor:
         xs, Ss = {"x": (*uses, []), "S": ([], *uses), "xS": uses}[self.reads]
         return torch.ops.fxcurv.statistic(self.key, list(xs), list(Ss))
+
+
+class _Custom(nn.Module):
+    """An output of a custom gradient as an operator."""
+
+    def __init__(self, op: CustomGradient) -> None:
+        super().__init__()
+        self.calls = (op,)
+        self.key, self.part = op.call.key, op.part
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return torch.ops.fxcurv.custom_gradient(list(xs), self.key)[self.part]
 
 
 class _ByAutograd(nn.Module):

@@ -110,6 +110,8 @@ class RecordedPass:
     samples: slice
     output: Tensor
     calls: Sequence[RecordedCall]
+    gradients: CustomGradients
+    """The custom gradients of the model."""
 
     @property
     def single(self) -> bool:
@@ -164,7 +166,8 @@ def recorded(model: nn.Module, inputs: Inputs, output: Output) -> list[RecordedP
                 "the output depends on no trainable parameter", node="output", remedy="see requires_grad", code="FXC207"
             )
         found = _gradients(y, [call.z for call in recorder.calls], torch.ones_like(y))
-        return RecordedPass(samples, y, [call for call, g in zip(recorder.calls, found, strict=True) if g is not None])
+        calls = [call for call, g in zip(recorder.calls, found, strict=True) if g is not None]
+        return RecordedPass(samples, y, calls, gradients)
 
     whole = forward(slice(0, number))
     check_repeatable(model, copy, whole.output, forward(slice(0, number)).output)
@@ -177,7 +180,7 @@ def recorded(model: nn.Module, inputs: Inputs, output: Output) -> list[RecordedP
     except Exception:  # a model that only takes whole batches may raise anything
         return [whole]
     apart = all(close(one.output.detach(), whole.output[one.samples].detach()) for one in single)
-    if apart and gradients.names:
+    if apart and gradients:
         apart = _same_gradients(whole, single, [p for p in model.parameters() if p.requires_grad])
     return single if apart else [whole]
 

@@ -19,8 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fxcurv.contractions.definitions import HessianDiagonal
 from fxcurv.contractions.entries import per_sample
 from fxcurv.core.shapes import Samples
+from fxcurv.frontend.checked_gradients import once_differentiable
 from fxcurv.ir.backward_ops import InputPositions, OutputPositions
-from fxcurv.ir.nodes import module_of
+from fxcurv.ir.custom_gradients import CustomGradient
+from fxcurv.ir.nodes import inputs_of, module_of
+from fxcurv.ir.trials import undifferentiable
 from fxcurv.quantities.plan import Job
 from fxcurv.runtime.program import Program
 
@@ -92,12 +95,28 @@ class _Watched(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         y = super().run_node(n)
+        op = module_of(n) if n.op == "call_module" else None
+        if isinstance(op, CustomGradient):
+            _check_twice(op, [self.env[x] for x in inputs_of(n)])
         if n not in self.nodes:
             return y
         z = torch.zeros_like(y, requires_grad=True)
         (x,) = n.all_input_nodes
         self.seen[n] = self.env[x].detach(), z
         return y + z
+
+
+def _check_twice(op: CustomGradient, xs: Sequence[Tensor]) -> None:
+    """Raise an error for a custom gradient whose backward autograd cannot differentiate; tried once per call."""
+    ks = [k for k, x in enumerate(xs) if x.requires_grad and op.call.direct[k]]
+    if op.call.twice or not ks:
+        return
+    generator = torch.Generator(xs[0].device).manual_seed(0)
+    like = {j: y.detach() for j, y in enumerate(op.call.run(xs)) if y.requires_grad}
+    why = undifferentiable(lambda Ss: op.call.pull(xs, ks, Ss, graph=True), like, generator) if like else None
+    if why is not None:
+        raise once_differentiable(op.call.name, why)
+    op.call.twice = True
 
 
 def _of_use(value: Tensor, watched: _Watched, use: _Slot) -> Tensor:

@@ -23,6 +23,7 @@ from fxcurv.contractions.statistic import Statistic
 from fxcurv.core.errors import InputError, QuantityError
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.cache import programs_of
+from fxcurv.frontend.checked_gradients import CustomGradients
 from fxcurv.frontend.embeddings import UnscaledGradients
 from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
 from fxcurv.frontend.isolation import without_autocast
@@ -92,7 +93,7 @@ class NTK:
                 code="FXC409",
             )
         self.model, self.strategy, self.select = model, strategy, selector(output)
-        self.budget = bytes_of(memory_budget)
+        self.budget, self.gradients = bytes_of(memory_budget), CustomGradients()
         self.forced: Strategy | None = None if strategy == "ntvp" else strategy
         self.compiled = Compiled(model, as_loss("mse"), chosen(_OutputColumns(self.forced)), Options(output))
         self._known: WeakKeyDictionary[Program, WeakKeyDictionary[Program, dict[object, Tiles]]] = WeakKeyDictionary()
@@ -197,6 +198,7 @@ class NTK:
                 )
             u = torch.autograd.grad(y2, parameters, v, allow_unused=True, materialize_grads=True)
             y1 = self._output(x1)
+            self.gradients.require_second()
             w = torch.zeros_like(y1, requires_grad=True)
             pulled: Any = torch.autograd.grad(y1, parameters, w, create_graph=True, allow_unused=True)
             reached = [(g, u_p) for g, u_p in zip(pulled, u, strict=True) if g is not None]
@@ -207,8 +209,7 @@ class NTK:
 
     def _by_products(self, x1: Inputs, x2: Inputs | None) -> dict[str, Tensor]:
         """The summand of each parameter, `[N, M, C, C]`, column by column."""
-        with torch.no_grad(), without_autocast():
-            y2 = self._output(x1 if x2 is None else x2)
+        y2 = self.outputs(x1 if x2 is None else x2)
         units = torch.eye(y2.numel(), dtype=y2.dtype, device=y2.device).view(-1, *y2.shape)
         found: dict[str, Tensor] = {}
         for name, parameter in self._trainable().items():
@@ -218,12 +219,12 @@ class NTK:
 
     def outputs(self, inputs: Inputs) -> Tensor:
         """Return the output of the model, without a graph."""
-        with torch.no_grad(), without_autocast():
-            return self._output(inputs)
+        with torch.enable_grad(), without_autocast():  # models register hooks on tensors with gradients
+            return self._output(inputs).detach()
 
     def _output(self, inputs: Inputs) -> Tensor:
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, as_call(inputs))
-        with UnscaledGradients():
+        with UnscaledGradients(), self.gradients.checked():
             return self.select(self.model(*args, **kwargs))
 
     def _trainable(self) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxcurv.core.errors import Location, frames_of
 from fxcurv.core.torch_compat import pytree
+from fxcurv.frontend.checked_gradients import CustomGradients
 from fxcurv.frontend.inputs import Inputs, as_call, batch_size, selector
 from fxcurv.frontend.isolation import without_autocast
 from fxcurv.ir.nodes import describe, inputs_of, module_of, output_of
@@ -112,7 +113,8 @@ class _Search:
     def canonical(self) -> Iterator[Difference]:
         """Compare the output of the canonical graph, and its gradients by autograd, with those of the model."""
         args, kwargs = as_call(self.batch.inputs)
-        theirs, node = selector(None)(self.model(*args, **kwargs)), output_of(self.graph)
+        with CustomGradients().checked():
+            theirs, node = selector(None)(self.model(*args, **kwargs)), output_of(self.graph)
         pair = Pair("", self.values[node].detach(), theirs.detach())
         if not pair.agrees():
             yield _difference("canonical", node, f"the output {describe(node)}", pair)
