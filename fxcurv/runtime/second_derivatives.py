@@ -21,7 +21,7 @@ from fxcurv.contractions.entries import per_sample
 from fxcurv.core.shapes import Samples
 from fxcurv.frontend.checked_gradients import once_differentiable
 from fxcurv.ir.backward_ops import InputPositions, OutputPositions
-from fxcurv.ir.custom_gradients import CustomGradient
+from fxcurv.ir.custom_gradients import CustomGradient, Hooked
 from fxcurv.ir.nodes import inputs_of, module_of
 from fxcurv.ir.trials import undifferentiable
 from fxcurv.quantities.plan import Job
@@ -111,6 +111,9 @@ def _check_twice(op: CustomGradient, xs: Sequence[Tensor]) -> None:
     ks = [k for k, x in enumerate(xs) if x.requires_grad and op.call.direct[k]]
     if op.call.twice or not ks:
         return
+    if op.call.function is Hooked:
+        why = "autograd also applies the hook to the second derivative, through tensors saved before it"
+        raise once_differentiable(op.call.name, why)
     generator = torch.Generator(xs[0].device).manual_seed(0)
     like = {j: y.detach() for j, y in enumerate(op.call.run(xs)) if y.requires_grad}
     why = undifferentiable(lambda Ss: op.call.pull(xs, ks, Ss, graph=True), like, generator) if like else None
