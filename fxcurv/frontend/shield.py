@@ -45,7 +45,7 @@ class Shield:
 
         The gradients of all other parameters are freed when they are computed. A parameter that a closure holds
         directly receives its gradient beside its leaf: both are added. No gradient of other tensors changes, and none
-        of their hooks on finished gradients is called. The graph of `output` stays.
+        of their hooks on finished gradients is called.
         """
         if not output.requires_grad:
             return dict.fromkeys(wanted)
@@ -58,7 +58,7 @@ class Shield:
                 leaf.grad = None
                 if name not in wanted:
                     stack.callback(leaf.register_post_accumulate_grad_hook(_freed).remove)
-            output.backward(cotangent, retain_graph=True)
+            output.backward(cotangent)
             return {name: _sum(_dense(self.leaves[name]), _dense(self.originals[name])) for name in wanted}
 
 

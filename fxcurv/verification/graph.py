@@ -17,6 +17,7 @@ from fxcurv.runtime.run import Gathered, bind_tensors
 from passes.augment import augment
 from passes.pipeline import Emitted
 from passes.plan import plan
+from passes.schedule import schedule
 from passes.select_algorithms import contract
 from passes.setting import Setting
 
@@ -31,7 +32,7 @@ def output_at(program: Program, inputs: Inputs, tensors: Mapping[str, Tensor]) -
 
 
 class Pullback:
-    """The graphs of the gradient after the passes `augment` and `select_algorithms`; later passes keep the values."""
+    """The graphs of the gradient after `augment`, `select_algorithms` and `schedule`; other passes keep the values."""
 
     def __init__(self, program: Program, model: nn.Module, parameters: Collection[str], samples: int = 2) -> None:
         canonical = program.canonical
@@ -39,7 +40,7 @@ class Pullback:
         augmented, place = augment(canonical, self.plan), next(model.parameters()).device
         setting = Setting(samples, 1, place, output_of(canonical).meta["dtype"])
         stages = {**program.stages, "forward": augmented.forward}
-        stages |= {f"backward[{factor}]": contract(gm, setting) for factor, gm in augmented.backwards.items()}
+        stages |= {f"backward[{factor}]": schedule(contract(gm, setting)) for factor, gm in augmented.backwards.items()}
         self.program = Program.of(Emitted(stages, tuple(augmented.backwards), self.plan))
 
     def __call__(self, inputs: Inputs, tensors: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:

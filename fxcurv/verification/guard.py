@@ -221,6 +221,8 @@ def _run(subject: str, compute: Callable[[], T]) -> T:
     except FxcurvError:
         raise
     except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
         raise UnsupportedError(
             f"{subject} fails: {next(iter(str(error).splitlines()), type(error).__name__)}",
             remedy="give every op that a trainable parameter reaches a derivative",
