@@ -323,8 +323,12 @@ def part(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
 
 def _custom(low: Builder, node: fx.Node, whole: fx.Node, index: int) -> fx.Node:
     """Return one of the outputs of a custom gradient."""
-    call = whole.meta["custom_call"]
-    y = low.emit(node, CustomGradient(call, index), *(low.value(t, node) for t in arguments(whole)["tensors"]))
+    call, tensors = whole.meta["custom_call"], arguments(whole)["tensors"]
+    values = [low.value(t, node) for t in tensors]
+    own = [
+        x if direct else low.emit(t, ops.Detach(), x) for t, x, direct in zip(tensors, values, call.direct, strict=True)
+    ]
+    y = low.emit(node, CustomGradient(call, index), *own)
     return y if call.differentiable[index] else low.emit(node, ops.Detach(), y)
 
 

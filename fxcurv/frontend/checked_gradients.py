@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import BackwardHook
 
 from fxcurv.core.errors import FxcurvError, UnsupportedError, called_at
-from fxcurv.core.torch_compat import outside_of_trace, pytree
+from fxcurv.core.torch_compat import outside_of_trace
 from fxcurv.frontend.custom_gradients import (
     Forward,
     arguments_of,
@@ -27,9 +27,9 @@ from fxcurv.frontend.custom_gradients import (
     intercepted,
     is_dual,
     refusal,
-    title_of_hook,
 )
 from fxcurv.ir.custom_gradients import CustomCall
+from fxcurv.ir.held_tensors import title_of
 from fxcurv.ir.trials import nonlinearity, undifferentiable
 
 __all__ = ["CustomGradients", "once_differentiable"]
@@ -70,8 +70,7 @@ class CustomGradients:
                 raise once_differentiable(outcome.name, outcome.once)
 
     def _function(self, function: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = CustomCall(function, arguments_of(function, args), kwargs, called_at())
-        tensors = [t for t in pytree.tree_leaves((arguments_of(function, args), kwargs)) if isinstance(t, Tensor)]
+        call, tensors = CustomCall.of(function, arguments_of(function, args), kwargs, called_at())
         ks = [k for k, t in enumerate(tensors) if t.requires_grad and call.direct[k]]
         if ks and not any(map(is_dual, tensors)):
             pull = lambda Ss, graph: call.pull(tensors, ks, Ss, graph=graph)  # noqa: E731
@@ -146,7 +145,7 @@ class _Hooks(TorchFunctionMode):
             new = hook(given := Ss[0].clone())
             return [given if new is None else new]
 
-        name = f"the hook {title_of_hook(hook)} on a tensor{f' at {where[0]}' if where else ''}"
+        name = f"the hook {title_of(hook)} on a tensor{f' at {where[0]}' if where else ''}"
         self.gradients.check((getattr(hook, "__code__", type(hook)), where), name, lambda: {0: tensor}, pull)
 
 
@@ -172,7 +171,7 @@ class _Module(BackwardHook):
             for hook in (*self.user_pre_hooks, *self.user_hooks):
                 pre = hook in self.user_pre_hooks
                 own = {k: t for k, t in tensors.items() if not pre or k < count}
-                name = f"the backward hook {title_of_hook(hook)} on a {type(self.module).__name__}"
+                name = f"the backward hook {title_of(hook)} on a {type(self.module).__name__}"
                 pull = self._pull(hook, pre, len(like), count)
                 key = getattr(hook, "__code__", type(hook)), name
                 self.gradients.check(key, name, lambda own=own: own, pull)

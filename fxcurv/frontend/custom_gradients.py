@@ -13,7 +13,6 @@ import functools
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.hooks import BackwardHook
 
 from fxcurv.core.errors import Location, UnsupportedError, called_at
-from fxcurv.core.shapes import resolve, shape_of
+from fxcurv.core.shapes import Shape, resolve, shape_of
 from fxcurv.core.torch_compat import (
     SINGLE_LEVEL_FUNCTION,
     FunctionMeta,
@@ -34,8 +33,8 @@ from fxcurv.core.torch_compat import (
     version_of,
 )
 from fxcurv.frontend.isolation import TRACING
-from fxcurv.ir.calls import INPUT
 from fxcurv.ir.custom_gradients import CustomCall, GradientHook, Hooked, call_of, is_running
+from fxcurv.ir.held_tensors import Held, held, title_of
 
 __all__ = [
     "TensorHook",
@@ -47,7 +46,6 @@ __all__ = [
     "is_dual",
     "mark_hook",
     "refusal",
-    "title_of_hook",
     "traced_gradients",
     "without_nested_backward",
 ]
@@ -225,12 +223,11 @@ def _traced(function: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict
     """Trace a call of a Function as one operator, inside of `apply`."""
     given = arguments_of(function, args)
     ctx, args = args[0] if len(given) < len(args) else None, given
-    call = CustomCall(function, args, kwargs, called_at())
+    call, tensors = CustomCall.of(function, args, kwargs, called_at())
     if functorch_is_active():
         raise _untraceable(call, "it is called inside of a transform of torch.func")
     if any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in call.leaves):
         raise _untraceable(call, "an argument depends on the batch size")
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     with outside_of_trace():
         leaves, structure = inspected(call, tensors)
     values = iter(torch.ops.fxcurv.custom_gradient(tensors, call.key))
@@ -308,70 +305,24 @@ def mark_hook(register: Callable[..., Any], tensor: Tensor, hook: Callable[[Tens
     """Trace `tensor.register_hook(hook)` as a mark of the tensor; hooks on leaves are not part of the graph."""
     handle = register(tensor, hook)
     if not tensor.is_leaf:
-        held = _Held(hook)
-        call = CustomCall(Hooked, (TensorHook(held), list(held.tensors), tensor), {}, called_at())
+        function, tensors = held(hook)
+        call, _ = CustomCall.of(Hooked, (TensorHook(function), tensors, tensor), {}, called_at())
         call.differentiable = (True,)
-        torch.ops.fxcurv.gradient_hook(tensor, held.tensors, call.key)
+        torch.ops.fxcurv.gradient_hook(tensor, tensors, call.key)
         _CALLS.calls.append(call)
     return handle
-
-
-def title_of_hook(hook: Any) -> str:
-    """Return the name of a hook in errors."""
-    return str(getattr(hook, "__qualname__", None) or type(hook).__qualname__).replace("<locals>.", "")
-
-
-class _Held:
-    """A function, and the tensors in its closure and default arguments: values of the trace, inputs of the graph."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        cells, defaults = (), ()
-        if isinstance(function, FunctionType):
-            cells = tuple(_contents(cell) for cell in function.__closure__ or ())
-            defaults = function.__defaults__ or ()
-        elif isinstance(function, functools.partial):
-            cells, defaults = function.args, function.keywords
-        leaves, self.spec = pytree.tree_flatten((cells, defaults))
-        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self.leaves = [INPUT if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-    def rebound(self, tensors: Sequence[Tensor]) -> Any:
-        """Return the function with these tensors in place of those it holds."""
-        if not self.tensors:
-            return self.function
-        given, f = iter(tensors), self.function
-        filled = [next(given) if leaf is INPUT else leaf for leaf in self.leaves]
-        cells, defaults = pytree.tree_unflatten(filled, self.spec)
-        if isinstance(f, functools.partial):
-            return functools.partial(f.func, *cells, **defaults)
-        closure = tuple(
-            c if value is _EMPTY else CellType(value) for c, value in zip(f.__closure__ or (), cells, strict=True)
-        )
-        new = FunctionType(f.__code__, f.__globals__, f.__name__, defaults or None, closure)
-        new.__kwdefaults__ = f.__kwdefaults__
-        return new
-
-
-_EMPTY = object()
-
-
-def _contents(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return _EMPTY
 
 
 class TensorHook(GradientHook):
     """A hook on a tensor: g -> new gradient, or None."""
 
-    def __init__(self, held: _Held) -> None:
-        self.held, self.title = held, f"hook {title_of_hook(held.function)} on a tensor"
+    def __init__(self, hook: Any) -> None:
+        self.hook, self.title = hook, f"hook {title_of(hook)} on a tensor"
 
     def pull(self, grads: Sequence[Tensor], held: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Return the new gradient of the tensor."""
-        return [self.held.rebound(held)(grads[0])]
+        hook = self.hook.rebound(held) if isinstance(self.hook, Held) else self.hook
+        return [hook(grads[0])]
 
 
 class _OnModule(GradientHook):
@@ -381,7 +332,7 @@ class _OnModule(GradientHook):
 
     def __init__(self, owner: _ModuleHooks, hooks: Sequence[Any], at: Sequence[int], count: int) -> None:
         self.owner, self.hooks, self.at, self.count = owner, hooks, at, count
-        self.title = f"{self.kind} {title_of_hook(hooks[0])} on a {type(owner.module).__name__}"
+        self.title = f"{self.kind} {title_of(hooks[0])} on a {type(owner.module).__name__}"
 
     def pull(self, grads: Sequence[Tensor], held: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Return the gradients after all hooks."""
@@ -445,7 +396,7 @@ class _ModuleHooks:
 
     def __init__(self, module: nn.Module, hooks: Sequence[Any], pre_hooks: Sequence[Any]) -> None:
         self.module, self.hooks, self.pre_hooks = module, hooks, pre_hooks
-        self.results: list[tuple[Any, Any, Any] | None] = []
+        self.results: list[tuple[Shape, torch.dtype] | None] = []
 
     def setup_input_hook(self, args: tuple[Any, ...]) -> Any:
         """Return the arguments behind the full backward hooks."""
@@ -454,7 +405,7 @@ class _ModuleHooks:
     def setup_output_hook(self, result: Any) -> Any:
         """Return the result behind the full backward pre-hooks."""
         several = result if isinstance(result, tuple) else (result,)
-        self.results = [(shape_of(r, "output"), r.dtype, r.device) if isinstance(r, Tensor) else None for r in several]
+        self.results = [(shape_of(r, "output"), r.dtype) if isinstance(r, Tensor) else None for r in several]
         new = self._through(_BeforeModule, self.pre_hooks, several)
         return new if isinstance(result, tuple) else new[0]
 
@@ -469,20 +420,24 @@ class _ModuleHooks:
 
     def random_results(self, like: Tensor) -> tuple[Any, ...]:
         """Random gradients of the results, on the device of `like`, for its batch of three samples."""
-        return tuple(
-            None if r is None else torch.randn(resolve(r[0], 3), dtype=r[1], device=like.device) for r in self.results
-        )
+        generator = torch.Generator(like.device).manual_seed(1)
+
+        def random(shape: Shape, dtype: torch.dtype) -> Tensor:
+            drawn = torch.randn(resolve(shape, 3), generator=generator, device=like.device)
+            return drawn.to(dtype)
+
+        return tuple(None if result is None else random(*result) for result in self.results)
 
 
 def check_module_hooks(model: nn.Module) -> None:
     """Raise an error for hooks of `register_backward_hook`, whose gradients depend on the ops of the module."""
     glob = torch_module._global_backward_hooks if torch_module._global_is_full_backward_hook is False else None
     if glob:
-        raise refusal(f"the global backward hook {title_of_hook(next(iter(glob.values())))}", _OLD)
+        raise refusal(f"the global backward hook {title_of(next(iter(glob.values())))}", _OLD)
     for name, module in model.named_modules():
         if module._backward_hooks and module._is_full_backward_hook is False:
             hook = next(iter(module._backward_hooks.values()))
-            raise refusal(f"the backward hook {title_of_hook(hook)} on module {name!r}", _OLD)
+            raise refusal(f"the backward hook {title_of(hook)} on module {name!r}", _OLD)
 
 
 _OLD = "it is registered by register_backward_hook, whose gradients are those of the last op of the module"

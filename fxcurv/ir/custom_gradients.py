@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fxcurv.core.errors import Location
 from fxcurv.core.torch_compat import FakeTensor, pytree
 from fxcurv.ir.calls import INPUT
+from fxcurv.ir.held_tensors import Held, held
 
 __all__ = ["CustomCall", "CustomGradient", "GradientHook", "Hooked", "call_of", "is_running"]
 
@@ -59,21 +60,37 @@ def _running() -> Generator[None]:
 class CustomCall:
     """One call `function.apply(*args, **kwargs)`, for any values of the tensors in `args` and `kwargs`.
 
-    `direct` tells for each tensor whether it is an argument itself. Others are items of containers, which autograd
-    takes as constants. `differentiable` tells for each output tensor whether it has a gradient; `overwrites` maps an
-    output to the input that the Function overwrites with it. `twice` is set once the backward was differentiated.
+    `direct` tells for each tensor whether it is an argument itself. Others are items of containers or held by
+    functions, and autograd takes them as constants. `differentiable` tells for each output tensor whether it has a
+    gradient; `overwrites` maps an output to the input that the Function overwrites with it. `twice` is set once the
+    backward was differentiated.
     """
 
-    def __init__(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], location: Location = ()) -> None:
-        leaves, self.spec = pytree.tree_flatten((tuple(args), kwargs))
-        arguments = {id(a) for a in (*args, *kwargs.values())}
+    def __init__(self, function: Any, location: Location = ()) -> None:
         self.function, self.location, self.key = function, location, next(_KEYS)
-        self.leaves = [INPUT if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.direct = tuple(id(t) in arguments for t in leaves if isinstance(t, Tensor))
+        self.leaves: list[Any] = []
+        self.spec: Any = None
+        self.direct: tuple[bool, ...] = ()
         self.differentiable: tuple[bool, ...] = ()
         self.overwrites: dict[int, int] = {}
         self.twice = False
         _CALLS[self.key] = self
+
+    @classmethod
+    def of(
+        cls, function: Any, args: Sequence[Any], kwargs: dict[str, Any], location: Location = ()
+    ) -> tuple[CustomCall, list[Tensor]]:
+        """Return the call and its tensors: of `args` and `kwargs`, and those that functions among these hold."""
+        call, tensors, direct = cls(function, location), list[Tensor](), list[bool]()
+        arguments = {id(a) for a in (*args, *kwargs.values())}
+        leaves, call.spec = pytree.tree_flatten((tuple(args), kwargs))
+        for leaf in leaves:
+            kept, found = (INPUT, [leaf]) if isinstance(leaf, Tensor) else held(leaf)
+            call.leaves.append(kept)
+            tensors += found
+            direct += [kept is INPUT and id(t) in arguments for t in found]
+        call.direct = tuple(direct)
+        return call, tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CustomCall:
         return self
@@ -98,7 +115,7 @@ class CustomCall:
     def returned(self, tensors: Sequence[Tensor]) -> Any:
         """Call the Function on these tensors; return all that it returns."""
         given = iter(tensors)
-        args, kwargs = pytree.tree_unflatten([next(given) if a is INPUT else a for a in self.leaves], self.spec)
+        args, kwargs = pytree.tree_unflatten([_filled_in(leaf, given) for leaf in self.leaves], self.spec)
         with _running():
             return self.function.apply(*args, **kwargs)
 
@@ -147,6 +164,13 @@ class CustomCall:
             return Ss[j].to(y.dtype).clone(memory_format=torch.contiguous_format)
         lead = next(iter(Ss.values())).shape[: int(batched)]
         return y.new_zeros(*lead, *y.shape)
+
+
+def _filled_in(leaf: Any, tensors: Iterator[Tensor]) -> Any:
+    """The argument with the next tensors in place of those that it is, or holds."""
+    if isinstance(leaf, Held):
+        return leaf.rebound([next(tensors) for part in leaf.leaves if part is INPUT])
+    return next(tensors) if leaf is INPUT else leaf
 
 
 def _filled(pulled: Tensor | None, x: Tensor, lead: Sequence[int], graph: bool) -> Tensor:

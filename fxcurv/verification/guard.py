@@ -12,6 +12,7 @@ model differs from its graph by rounding alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -184,7 +185,9 @@ class Guard:
 
     def _call(self, batch: Inputs) -> Tensor:
         args, kwargs = as_call(pytree.tree_map_only(Tensor, torch.clone, batch))  # the model may write into them
-        return selector(self.output)(self.model(*args, **kwargs))
+        with warnings.catch_warnings():  # the user's own calls give them
+            warnings.simplefilter("ignore")
+            return selector(self.output)(self.model(*args, **kwargs))
 
     def _confirmed(self, different: Callable[[torch.dtype | None], list[T]]) -> list[T]:
         """Return what differs in the model's own dtype, and in a wider one if the model runs in it."""
