@@ -266,7 +266,7 @@ class _Trial:
         """Draw the values of an operand."""
         value = drawn(shape, dtype, self.probe.generator, self.draw.positive, self.draw.top)
         real = dtype.is_floating_point or dtype.is_complex
-        return (2 * value).round() + self.draw.positive if self.draw.ties and real else value
+        return value.round() + self.draw.positive if self.draw.ties and real else value
 
 
 def drawn(

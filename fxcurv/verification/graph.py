@@ -28,7 +28,7 @@ def output_at(program: Program, inputs: Inputs, tensors: Mapping[str, Tensor]) -
     """Return the output of the canonical graph, where `tensors` are the model's parameters and buffers."""
     with torch.no_grad(), without_autocast():
         bind_tensors(program.canonical, tensors)
-        return program.canonical(*_tensors(inputs))
+        return program.canonical.forward(*_tensors(inputs))
 
 
 class Pullback:
@@ -47,12 +47,13 @@ class Pullback:
         """Return the pullback of a cotangent to every parameter that the graph reaches."""
         with torch.no_grad(), without_autocast():
             bind_tensors(self.program.canonical, tensors)
-            _, saved, found = self.program.forward(*_tensors(inputs))
+            _, saved, found = self.program.stages["forward"].forward(*_tensors(inputs))
             sums = Gathered(self.program)
             sums.add(found)
-            for factor, backward in self.program.backwards.items():
+            for factor in self.program.backwards:
                 needed = {name: saved[name] for name in self.program.given(factor)}
-                sums.add(backward(cotangent.unsqueeze(0), **needed))
+                backward = self.program.stages[f"backward[{factor}]"]
+                sums.add(backward.forward(cotangent.unsqueeze(0), **needed))
             sums.close()
             gradients: dict[str, Tensor] = {}
             for job in self.plan.jobs:

@@ -179,7 +179,7 @@ class Guard:
             given = _cast(batch, dtype)
             try:
                 with torch.no_grad():
-                    return self._call(given), shield.tensors
+                    return self._call(given).detach(), shield.tensors
             except RuntimeError:  # a model that registers hooks on tensors needs gradients
                 return self._call(given).detach(), shield.tensors
 

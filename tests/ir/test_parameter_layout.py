@@ -162,5 +162,5 @@ def test_two_orders_of_factors_do_not_merge() -> None:
     left, right = (fxcurv.compile(Square(right), quantities="kflr")(x, y) for right in (False, True))
     assert fxcurv.merge(left, left)["kflr"]["weight"].in_out is False
     assert fxcurv.merge(right, right)["kflr"]["weight"].in_out is True
-    with pytest.raises(fxcurv.FxcurvError, match="'weight' has different forms in the two results"):
+    with pytest.raises(fxcurv.FxcurvError, match="'weight' has different options in the two results"):
         fxcurv.merge(left, right)
