@@ -444,11 +444,10 @@ class _Search:
 
     def canonical(self) -> Iterator[Difference]:
         """Compare the output of the canonical graph, and its gradients by autograd, with those of the model."""
-        args, kwargs = as_call(self.batch.inputs)
+        (args, kwargs), node = as_call(self.batch.inputs), output_of(self.graph)
         with CustomGradients().checked():
-            theirs, node = selector(None)(self.model(*args, **kwargs)), output_of(self.graph)
-        pair = _Pair("", self.values[node].detach(), theirs.detach())
-        if not pair.agrees():
+            theirs = selector(None)(self.model(*args, **kwargs))
+        if not (pair := _Pair("", self.values[node].detach(), theirs.detach())).agrees():
             yield _difference("canonical", node, f"the output {describe(node)}", pair)
         yield from self._of_gradients("canonical", self.expected, self._gradients(theirs))
 
@@ -463,10 +462,8 @@ class _Search:
 
     def passes(self) -> Iterator[Difference]:
         """Check the gradients by the graphs after every pass: first the forward graph, then each factor's graph."""
-        stages, names = (
-            self.emitted.stages,
-            [name.partition(":")[2] for name in self.emitted.stages if name.startswith("forward:")],
-        )
+        stages = self.emitted.stages
+        names = [name.partition(":")[2] for name in stages if name.startswith("forward:")]
         graphs = ["forward", *(f"backward[{factor}]" for factor in self.emitted.factors)]
         current = {graph: stages[f"{graph}:augment"] for graph in graphs}
         for stage in (f"{graph}:{name}" for graph in graphs for name in names):

@@ -24,7 +24,14 @@ from torch.utils.hooks import BackwardHook
 
 from fxcurv.core.errors import Location, UnsupportedError, called_at
 from fxcurv.core.shapes import Shape, resolve, shape_of
-from fxcurv.core.torch_compat import SINGLE_LEVEL_FUNCTION, FunctionMeta, functorch_is_active, outside_of_trace, pytree
+from fxcurv.core.torch_compat import (
+    SINGLE_LEVEL_FUNCTION,
+    FunctionMeta,
+    functorch_is_active,
+    outside_of_trace,
+    pytree,
+    version_of,
+)
 from fxcurv.frontend.isolation import TRACING
 from fxcurv.ir.custom_gradients import CustomCall, GradientHook, Hooked, call_of, is_running
 from fxcurv.ir.held_tensors import Held, held, title_of
@@ -251,14 +258,14 @@ def inspected(call: CustomCall, tensors: Sequence[Tensor]) -> tuple[list[Any], A
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
         copies = [leaf.clone() for leaf in leaves]
-        versions = [t._version for t in copies]
+        versions = [version_of(t) for t in copies]
         returned = call.returned(copies)
     direct = {id(t) for t in (returned if isinstance(returned, tuple) else (returned,))}
     found, structure = pytree.tree_flatten(returned)
     outputs = [t for t in found if isinstance(t, Tensor)]
     call.differentiable = tuple(id(t) in direct and t.requires_grad for t in outputs)
     call.overwrites = {j: k for j, y in enumerate(outputs) for k, x in enumerate(copies) if y is x}
-    written = [k for k, (t, version) in enumerate(zip(copies, versions, strict=True)) if t._version != version]
+    written = [k for k, (t, version) in enumerate(zip(copies, versions, strict=True)) if version_of(t) != version]
     if set(written) - set(call.overwrites.values()):
         raise _untraceable(call, "its forward changes an argument in place that it does not return")
     return found, structure
