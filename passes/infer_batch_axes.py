@@ -2,9 +2,9 @@
 
 Per-sample curvature is only defined where sample n of the output depends on sample n of the input alone. For ops with
 parameters and elementwise ops the kind of their rule determines the axis. For ops that only move entries, the samples'
-numbers are moved instead. Any other op is probed (fxcurv/ir/probe.py): it is run on random batches of several sizes,
-and each sample's entries of the output may depend on that sample alone. The probe needs no row per op and cannot become
-outdated. Samples may have any axis, and share it with other positions (tokens or windows folded into the batch).
+numbers are moved instead. Any other op is probed (fxcurv/trials/samples.py): it is run on random batches of several
+sizes, and each sample's entries of the output may depend on that sample alone. The probe needs no row per op and cannot
+become outdated. Samples may have any axis, and share it with other positions (tokens or windows folded into the batch).
 
 A constant that depends on the batch size, such as `torch.arange(N)`, is evaluated at several sizes. If it differs for
 different samples or sizes, the ops that read it are probed, and must give the same result for a sample anywhere.
@@ -31,10 +31,10 @@ from fxcurv.frontend.custom_gradients import refusal, without_nested_backward
 from fxcurv.ir import calls, ops
 from fxcurv.ir.custom_gradients import CustomCall, CustomGradient
 from fxcurv.ir.nodes import describe, inputs_of, module_of
-from fxcurv.ir.probe import LARGEST, Inconclusive, Operand, Probe, Sizes, candidates, drawn, same
 from fxcurv.ir.rewriting import copied, settled
 from fxcurv.ir.rules import rule_of
-from fxcurv.ir.trials import Trial
+from fxcurv.trials.custom_gradients import Trial
+from fxcurv.trials.samples import LARGEST, Inconclusive, Operand, Probe, Sizes, candidates, drawn, same
 from passes.parameter_usage import reaching
 
 __all__ = ["locate"]

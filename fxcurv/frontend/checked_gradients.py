@@ -30,7 +30,7 @@ from fxcurv.frontend.custom_gradients import (
 )
 from fxcurv.ir.custom_gradients import CustomCall
 from fxcurv.ir.held_tensors import title_of
-from fxcurv.ir.trials import nonlinearity, undifferentiable
+from fxcurv.trials.custom_gradients import nonlinearity, undifferentiable
 
 __all__ = ["CustomGradients", "once_differentiable"]
 

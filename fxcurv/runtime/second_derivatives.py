@@ -23,9 +23,9 @@ from fxcurv.frontend.checked_gradients import once_differentiable
 from fxcurv.ir.backward_ops import InputPositions, OutputPositions
 from fxcurv.ir.custom_gradients import CustomGradient, Hooked
 from fxcurv.ir.nodes import inputs_of, module_of
-from fxcurv.ir.trials import undifferentiable
 from fxcurv.quantities.plan import Job
 from fxcurv.runtime.program import Program
+from fxcurv.trials.custom_gradients import undifferentiable
 
 __all__ = ["entries_apart", "hessian_diagonals", "twice"]
 

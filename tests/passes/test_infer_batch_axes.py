@@ -14,7 +14,7 @@ import fxcurv
 from fxcurv.core.errors import UnsupportedError
 from fxcurv.core.generators import fresh_generator
 from fxcurv.core.shapes import BatchSize, Samples, Shape
-from fxcurv.ir.probe import Inconclusive, Operand, Probe, Sizes
+from fxcurv.trials.samples import Inconclusive, Operand, Probe, Sizes
 
 N = BatchSize()
 CPU = torch.device("cpu")
