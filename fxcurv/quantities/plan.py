@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fxcurv.core.errors import FxcurvError
+from fxcurv.blocks.base import Block
+from fxcurv.contractions.statistic import Statistic, StatisticValue
+from fxcurv.core.errors import FxcurvError, QuantityError, a_value
 from fxcurv.core.fingerprint import Fingerprint
-from fxcurv.quantities.protocol import ParameterUsage, Quantity, owners
+from fxcurv.quantities.protocol import ParameterUsage, Quantity, facts_of, owners
 
 __all__ = ["Job", "Plan", "jobs_for"]
 
@@ -36,6 +41,45 @@ class Job:
             return f"{'fallback' if self.fallback else 'approx'}({approximation})"
         return "fallback" if self.fallback else "exact"
 
+    def finished(
+        self, sums: Mapping[str, StatisticValue], samples: int, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Tensor | Block:
+        """The result of the quantity; a QuantityError (FXC409) if it is not a value of the quantity's structure."""
+        value: Any = self.quantity.finish(self.usage, dict(sums), samples)
+        cause, remedy = self._mistake(value, shapes)
+        if cause:
+            raise QuantityError(
+                f"{type(self.quantity).__name__}.finish returned {cause}",
+                node=f"{self.name} of {self.usage.name!r}",
+                remedy=remedy,
+                code="FXC409",
+            )
+        return value
+
+    def _mistake(self, value: object, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
+        """Describe a wrong result, and the remedy; empty if it is right."""
+        structure = facts_of(self.quantity)["structure"]
+        shape, numel = shapes[self.usage.name], sum(math.prod(shapes[name]) for name in self.parameters)
+        if isinstance(value, Block):
+            if structure in ("vector", "diagonal"):
+                return (
+                    f"a {type(value).__name__} block",
+                    f"return a tensor, or set structure='block', not {structure!r}",
+                )
+            remedy = f"give the block the shape of the parameter, {list(shape)}"
+            return (f"a block on {list(value.shape)}", remedy) if value.numel != numel else ("", "")
+        if not isinstance(value, Tensor):
+            return a_value(value), "return a tensor or a block"
+        if structure == "block":
+            return "a tensor", "return a block, or set another structure"
+        if value.layout != torch.strided or value.is_complex():
+            return f"a tensor of type {value.dtype}, {value.layout}", "return a dense real tensor"
+        if structure == "array":
+            return "", ""
+        if value.shape != shape or len(self.parameters) > 1:
+            return f"a tensor of shape {list(value.shape)}", f"return one of {list(shape)}, or set structure='array'"
+        return ("", "") if value.is_floating_point() else (f"a tensor of type {value.dtype}", "return floating point")
+
 
 def jobs_for(
     quantities: Mapping[str, Quantity], usage: Mapping[str, Mapping[str, ParameterUsage]], fallback: bool = False
@@ -57,6 +101,14 @@ def jobs_for(
 
 def _sums(name: str, quantity: Quantity, usage: ParameterUsage) -> dict[str, str]:
     """Maps the statistics that a quantity needs for a parameter to the names of their sums."""
+    statistics: Any = quantity.statistics(usage)
+    if not isinstance(statistics, Mapping) or not all(isinstance(s, Statistic) for s in statistics.values()):
+        raise QuantityError(
+            f"{type(quantity).__name__}.statistics returned {a_value(statistics)}",
+            node=f"{name} of {usage.name!r}",
+            remedy="return a dict of Statistic modules by name",
+            code="FXC409",
+        )
     return {statistic: f"{name}.{usage.name}.{statistic}" for statistic in quantity.statistics(usage)}
 
 

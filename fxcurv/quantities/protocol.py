@@ -154,7 +154,13 @@ def owners(quantity: Quantity, usage: Mapping[str, ParameterUsage]) -> dict[str,
     """Maps each parameter whose entry has a result of the quantity to the parameters of that result."""
     owned: dict[str, tuple[str, ...]] = {}
     for parameter in usage.values():
-        owner = quantity.owner(parameter)
+        owner: Any = quantity.owner(parameter)
+        if not isinstance(owner, str) or owner not in usage or quantity.owner(usage[owner]) != owner:
+            raise QuantityError(
+                f"{type(quantity).__name__}.owner returned {owner!r} for {parameter.name!r}",
+                remedy="return usage.name, or the name of another parameter with this quantity, which owns itself",
+                code="FXC409",
+            )
         owned[owner] = (*owned.get(owner, ()), parameter.name)
     return owned
 

@@ -232,7 +232,7 @@ def assembled(
             name: sums[key] if owners[id(sums[key])] == 1 else sums[key].clone()  # results share no memory
             for name, key in job.sums.items()
         }
-        value = job.quantity.finish(job.usage, own, samples)
+        value = job.finished(own, samples, plan.shapes)
         if isinstance(value, Block):
             value = dataclasses.replace(value, parameters=job.parameters, status=job.status, reduction=reduction)
         values |= {(job.name, parameter): value for parameter in job.parameters}

@@ -29,6 +29,8 @@ from fxcurv.optim.preconditioned import _average
 from fxcurv.quantities.factors import Exact, SecondPass
 from fxcurv.quantities.registry import NAMES
 from fxcurv.results.merging import check_sums
+from fxcurv.runtime.autograd import by_autograd
+from fxcurv.runtime.run import Minibatch
 from fxcurv.testing import check_quantity
 
 TABLES: tuple[dict[Any, Any], ...] = (BLOCKS, LOSSES, NAMES, RULES)
@@ -388,3 +390,67 @@ def test_a_quantity_without_a_factor_is_refused(net: nn.Module) -> None:
 
     with pytest.raises(fxcurv.QuantityError, match="None is not a factor, in Without"):
         fxcurv.compile(net, "cross_entropy", Without())  # pyright: ignore[reportArgumentType]
+
+
+# Results ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("structure", "value", "says"),
+    [
+        ("array", None, "returned None; return a tensor or a block"),
+        ("array", 3.0, "returned a float; return a tensor or a block"),
+        ("array", (X, X), "returned a tuple; return a tensor or a block"),
+        ("array", fxcurv.Diagonal, "returned the class Diagonal; return a tensor or a block"),
+        ("array", fxcurv.Diagonal((2,), X[0, :2]), r"returned a block on \[2\]; give the block the shape of the param"),
+        (
+            "array",
+            X.to_sparse(),
+            "returned a tensor of type torch.float64, torch.sparse_coo; return a dense real tensor",
+        ),
+        ("array", X.to(torch.complex64), "returned a tensor of type torch.complex64, torch.strided; return a dense"),
+        ("block", X, "returned a tensor; return a block, or set another structure"),
+        ("vector", X, r"returned a tensor of shape \[6, 3\]; return one of \[4, 3\], or set structure='array'"),
+        ("vector", X[:4].long(), "returned a tensor of type torch.int64; return floating point"),
+        (
+            "diagonal",
+            fxcurv.Diagonal((4, 3), X[:4]),
+            "returned a Diagonal block; return a tensor, or set structure='bl",
+        ),
+    ],
+    ids=str,
+)
+def test_a_wrong_result_is_refused(net: nn.Module, structure: str, value: Any, says: str) -> None:
+    @dataclass(frozen=True)
+    class Finished(Squares):
+        def finish(self, usage: Any, sums: Any, samples: int) -> Any:
+            return value
+
+    Finished.structure = structure
+    (compiled, y) = fxcurv.compile(net, "cross_entropy", {"*": None, "0.weight": Finished()}), Y
+    for call in (lambda: compiled(X, y), lambda: by_autograd(net, compiled.loss, compiled.selection, Minibatch(X, y))):
+        with pytest.raises(fxcurv.QuantityError, match=f"squares of '0.weight'.*Finished.finish {says}") as raised:
+            call()
+        assert raised.value.code == "FXC409"
+
+
+@pytest.mark.parametrize("owner", [None, 3, "nothing", "0.bias", "2.weight"])
+def test_a_wrong_owner_is_refused(net: nn.Module, owner: Any) -> None:
+    @dataclass(frozen=True)
+    class Owned(Squares):
+        def owner(self, usage: Any) -> str:
+            return owner if usage.name == "0.weight" else "0.weight" if usage.name == "0.bias" else usage.name
+
+    compiled = fxcurv.compile(net, "cross_entropy", {"*": None, "0.*": Owned()})
+    with pytest.raises(fxcurv.QuantityError, match=r"Owned.owner returned .* for '0.(weight|bias)'; return usage.name"):
+        compiled(X, Y)
+
+
+def test_statistics_must_be_statistics(net: nn.Module) -> None:
+    @dataclass(frozen=True)
+    class Wrong(Squares):
+        def statistics(self, usage: Any) -> Any:
+            return [SumOfSquares()]
+
+    with pytest.raises(fxcurv.QuantityError, match=r"squares of '0.weight': Wrong.statistics returned a list; return"):
+        fxcurv.compile(net, "cross_entropy", Wrong())(X, Y)
