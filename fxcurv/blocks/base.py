@@ -358,10 +358,11 @@ class Block(LinearOperator, ABC):
 
     def _column(self, v: Tensor) -> Tensor:
         """v as `[numel, 1]`."""
-        if v.numel() != self.numel:
+        flat = v.ndim < 2 or v.shape[1:] == (1,)
+        if v.numel() != self.numel or not (flat or tuple(v.shape) == tuple(self.shape)):
             raise InputError(
-                f"a vector of {v.numel()} entries for a block on {list(self.shape)}",
-                remedy=f"give {self.numel} entries",
+                f"a vector of shape {list(v.shape)} for a block on {list(self.shape)}",
+                remedy=f"give {self.numel} entries, in the shape {list(self.shape)} or flat",
                 code="FXC411",
             )
         return v.reshape(-1, 1)

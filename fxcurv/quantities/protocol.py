@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal, Protocol, TypedDict, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypedDict, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 

@@ -163,7 +163,7 @@ class _Counted(fx.Interpreter):
         if n.op != "call_module":
             return super().run_node(n)
         op = module_of(n)
-        if isinstance(op, Statistic):
+        if isinstance(op, Statistic) and hasattr(op, "cost"):  # a user's own may have none
             args, _ = self.fetch_args_kwargs_from_env(n)
             self.costs[n] = op.cost(*args)
             return None

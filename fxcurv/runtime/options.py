@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fxcurv.core.errors import QuantityError
 from fxcurv.frontend.inputs import Output
@@ -35,3 +35,10 @@ class Options:
             if value not in get_args(kind):
                 remedy = f"choose one of {', '.join(get_args(kind))}"
                 raise QuantityError(f"{name}={value!r}", remedy=remedy, code="FXC409")
+        given: Any = self.algorithms
+        if not isinstance(given, Mapping) or not all(isinstance(item, str) for pair in given.items() for item in pair):
+            raise QuantityError(
+                f"algorithms={given!r} is not a dict of names",
+                remedy="map patterns of modules, parameters or statistics to algorithms, as {'conv1': 'unfold'}",
+                code="FXC409",
+            )

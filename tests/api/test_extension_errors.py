@@ -20,6 +20,8 @@ import fxcurv
 from fxcurv.blocks.base import KINDS as BLOCKS
 from fxcurv.blocks.base import Block
 from fxcurv.contractions.definitions import SumOfSquares
+from fxcurv.contractions.entries import per_sample
+from fxcurv.contractions.statistic import Statistic
 from fxcurv.core.fingerprint import described
 from fxcurv.ir.declare import RULES
 from fxcurv.losses.base import KINDS as LOSSES
@@ -27,6 +29,7 @@ from fxcurv.losses.base import as_loss
 from fxcurv.losses.mse import MeanSquaredError
 from fxcurv.optim.preconditioned import _average
 from fxcurv.quantities.factors import Exact, SecondPass
+from fxcurv.quantities.protocol import OfEach, ParameterUsage
 from fxcurv.quantities.registry import NAMES
 from fxcurv.results.merging import check_sums
 from fxcurv.runtime.autograd import by_autograd
@@ -454,3 +457,43 @@ def test_statistics_must_be_statistics(net: nn.Module) -> None:
 
     with pytest.raises(fxcurv.QuantityError, match=r"squares of '0.weight': Wrong.statistics returned a list; return"):
         fxcurv.compile(net, "cross_entropy", Wrong())(X, Y)
+
+
+# Algorithms -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["unfold", ["unfold"], {"0": ["unfold"]}, {nn.Conv2d: "unfold"}])
+def test_algorithms_of_another_type_are_refused(net: nn.Module, given: Any) -> None:
+    with pytest.raises(fxcurv.QuantityError, match=r"algorithms=.* is not a dict of names.*FXC409"):
+        fxcurv.compile(net, algorithms=given)
+
+
+def test_an_algorithm_of_the_first_pass_holds_in_two_passes() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)).double().eval()
+        x, y = torch.randn(6, 1, 4, 4).double(), torch.randint(3, (6,))
+    compiled = fxcurv.compile(model, "cross_entropy", "ekfac_exact", algorithms={"0": "unfold"})
+    found = compiled.accumulate([(x[:3], y[:3]), (x[3:], y[3:])], progress=False)["ekfac_exact"]
+    expected = compiled(x, y)["ekfac_exact"]
+    for name, block in expected.items():
+        torch.testing.assert_close(found[name].dense(), block.dense())
+
+
+def test_a_statistic_without_a_cost_is_explained(net: nn.Module) -> None:
+    class Fourth(Statistic):
+        reads = "xS"
+
+        def forward(self, xs: Any, Ss: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return per_sample(xs, Ss).pow(4).sum((0, 1))
+
+    class Fourths(OfEach):
+        factor, family, combine, structure = Exact(), "fourths", "refuse", "array"
+
+        def statistics(self, usage: ParameterUsage) -> dict[str, Statistic]:
+            return {"fourth": Fourth()}
+
+        def finish(self, usage: ParameterUsage, sums: Any, samples: int) -> Tensor:
+            return usage.to_layout(sums["fourth"])
+
+    assert fxcurv.compile(net, "cross_entropy", Fourths()).explain(X).seconds > 0  # pyright: ignore[reportArgumentType]

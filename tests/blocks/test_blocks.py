@@ -399,3 +399,12 @@ def test_cholesky_adds_no_more_than_rounding() -> None:
             cholesky(wrong, 1e-3, "the matrix")
     with pytest.raises(fxcurv.FxcurvError, match="the matrix is singular: its rank is 1 of 2"):
         cholesky(torch.ones(1, 2, 2), 0, "the matrix")
+
+
+def test_a_vector_of_another_shape_is_refused() -> None:
+    block = fxcurv.Diagonal((2, 3), torch.arange(6.0).view(2, 3))
+    for v in (torch.ones(2, 3), torch.ones(6)):
+        assert torch.equal(block.mv(v).flatten(), torch.arange(6.0))
+    for v in (torch.ones(3, 2), torch.ones(5)):
+        with pytest.raises(fxcurv.InputError, match="FXC411"):
+            block.mv(v)
