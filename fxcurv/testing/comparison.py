@@ -40,12 +40,21 @@ class Pair:
         difference = float((found - expected).abs().max())
         return difference / scale if scale else math.inf if difference else 0.0
 
-    def __str__(self) -> str:
+    @property
+    def problem(self) -> str:
+        """A shape or dtype that differs; empty if both are equal."""
         if self.found.shape != self.expected.shape:
-            return f"{self.name} has shape {list(self.found.shape)}, not {list(self.expected.shape)}"
+            return f"has shape {list(self.found.shape)}, not {list(self.expected.shape)}"
         if self.found.dtype != self.expected.dtype:
-            return f"{self.name} has dtype {self.found.dtype}, not {self.expected.dtype}"
-        return f"{self.name} is off by {self.error:.2g}, relative to its largest entry"
+            return f"has dtype {self.found.dtype}, not {self.expected.dtype}"
+        return ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} {self.problem}"
+            if self.problem
+            else f"{self.name} is off by {self.error:.2g}, relative to its largest entry"
+        )
 
 
 def assert_agree(subject: str, pairs: Iterable[Pair], tolerance: float | None = None) -> None:

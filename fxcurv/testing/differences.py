@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from fxcurv.runtime.memory import Chunks
 from fxcurv.runtime.program import Program
 from fxcurv.runtime.run import Minibatch, bind, run
 from fxcurv.testing.comparison import Pair, largest_of
-from fxcurv.testing.rules import pullbacks
+from fxcurv.testing.rules import BrokenRule, pullbacks
 from passes.parameter_usage import parameter_uses
 from passes.pipeline import Emitted, canonicalize, emit
 
@@ -39,7 +40,8 @@ class Difference:
 
     `stage` is `canonical`, `rules`, or the graph after a pass, as `forward:concatenate`; `node` is the path of a node
     of the canonical graph, `description` the value that differs, `error` its largest difference relative to its largest
-    entry, and `location` the lines of the model that created the node, innermost first.
+    entry, and `location` the lines of the model that created the node, innermost first. Where values cannot be
+    compared, as where a rule raises an exception, `problem` describes this, and `error` is infinite.
     """
 
     stage: str
@@ -47,10 +49,12 @@ class Difference:
     description: str
     error: float
     location: Location = ()
+    problem: str = ""
 
     def __str__(self) -> str:
         line = f"; {self.location[0]}" if self.location else ""
-        return f"{self.stage}: {self.description} differs from autograd, relative error {self.error:.2g}{line}"
+        problem = self.problem or f"differs from autograd, relative error {self.error:.2g}"
+        return f"{self.stage}: {self.description} {problem}{line}"
 
 
 def bisect(model: nn.Module, inputs: Inputs, target: Tensor, loss: object = "cross_entropy") -> Difference | None:
@@ -72,22 +76,31 @@ def bisect(model: nn.Module, inputs: Inputs, target: Tensor, loss: object = "cro
     kind = as_loss(loss)
     with torch.enable_grad(), without_autocast():
         stages = canonicalize(model, inputs)
-        emitted = emit(model, stages, chosen("grad"), inputs)
-        bind(canonical := stages["canonical"], model)
-        search = _Search(model, kind, emitted, canonical, Minibatch(inputs, target))
+        bind(stages["canonical"], model)
+        search = _Search(model, kind, stages, Minibatch(inputs, target))
+        kind.terms(search.values[output_of(search.graph)].detach(), target)  # an InputError for a target that is wrong
         steps = (search.canonical, search.rules, search.passes)
         return next((difference for step in steps for difference in step()), None)
 
 
 @dataclass(frozen=True)
 class _Search:
-    """A model with its emitted graphs and canonical `graph`, at a batch; each step yields differences in order."""
+    """A model with its graphs up to the canonical one, at a batch; each step yields differences in order."""
 
     model: nn.Module
     loss: Loss
-    emitted: Emitted
-    graph: fx.GraphModule
+    stages: Mapping[str, fx.GraphModule]
     batch: Minibatch
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The canonical graph."""
+        return self.stages["canonical"]
+
+    @cached_property
+    def emitted(self) -> Emitted:
+        """The emitted graphs; passes try the rules, which are checked before."""
+        return emit(self.model, self.stages, chosen("grad"), self.batch.inputs)
 
     @cached_property
     def values(self) -> dict[fx.Node, Tensor]:
@@ -125,7 +138,13 @@ class _Search:
         for node in reversed(self.graph.graph.find_nodes(op="call_module")):
             xs = [self.values[x] for x in inputs_of(node)]
             wrt = [k for k, x in enumerate(xs) if x.requires_grad]
-            for pair in pullbacks(module_of(node), [x.detach() for x in xs], wrt, 3, node.meta["samples"]):
+            try:
+                pairs = pullbacks(module_of(node), [x.detach() for x in xs], wrt, 3, node.meta["samples"])
+            except BrokenRule as broken:
+                described = f"{broken.name} of {describe(node)}"
+                yield Difference("rules", str(node.target), described, math.inf, frames_of(node), f"{broken.problem}")
+                continue
+            for pair in pairs:
                 if not pair.agrees():
                     yield _difference("rules", node, f"{pair.name} of {describe(node)}", pair)
 
@@ -167,4 +186,4 @@ class _Search:
 
 
 def _difference(stage: str, node: fx.Node, description: str, pair: Pair) -> Difference:
-    return Difference(stage, str(node.target), description, pair.error, frames_of(node))
+    return Difference(stage, str(node.target), description, pair.error, frames_of(node), pair.problem)

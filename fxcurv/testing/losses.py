@@ -23,8 +23,8 @@ COLUMNS = 4000
 def check_loss(loss: object, output: Tensor, target: Tensor) -> None:
     """Check the terms of a loss against autograd of its module, at one output and target.
 
-    `loss` is given as to `fxcurv.compile`, or as a `fxcurv.losses.base.Loss`. `output` is `[N, …]` in float64, with
-    moderate values and few entries, since the dense Hessian is formed; N is at least two. The checks:
+    `loss` is given as to `fxcurv.compile`, or as a `fxcurv.losses.base.Loss`. `output` is `[N]` or `[N, …]` in float64,
+    with moderate values and few entries, since the dense Hessian is formed; N is at least two. The checks:
 
     - value and gradient equal those of the module;
     - the Hessian is block diagonal over samples, and equals `Σ_v S_v S_vᵀ` of the exact columns;
@@ -67,19 +67,24 @@ def _value_pairs(kind: Loss, terms: LossTerms, output: Tensor, target: Tensor) -
 
 def _curvature_pairs(terms: LossTerms, blocks: Tensor) -> Iterator[Pair]:
     """The exact columns, at once and in chunks, and products, against the Hessian of each sample."""
-    S = terms.exact(0, terms.exact_columns).flatten(2)
+    S = _flat(terms.exact(0, terms.exact_columns))
     yield Pair("Σ_v S_v S_vᵀ of the exact columns", torch.einsum("vni,vnj->nij", S, S), blocks)
-    chunks = torch.cat([*terms.columns(Exact(), 1, None, slice(1, None))]).flatten(2)
+    chunks = _flat(torch.cat([*terms.columns(Exact(), 1, None, slice(1, None))]))
     yield Pair("the exact columns one by one, of all samples but the first,", chunks, S[:, 1:])
     v = normal(3, terms.gradient)
-    expected = torch.einsum("nij,knj->kni", blocks, v.flatten(2)).view_as(v)
+    expected = torch.einsum("nij,knj->kni", blocks, _flat(v)).view_as(v)
     yield Pair("hessian(v)", terms.hessian(v), expected)
+
+
+def _flat(S: Tensor) -> Tensor:
+    """Columns `[v, n, …]` as `[v, n, entries]`."""
+    return S.reshape(*S.shape[:2], -1)
 
 
 def _check_second_moment(name: str, terms: LossTerms, factor: Factor, blocks: Tensor) -> None:
     """Check the mean of S Sᵀ over columns against its standard error, bounded by their fourth moments."""
     __tracebackhide__ = True
-    S = torch.cat([*terms.columns(factor, COLUMNS, seeded(terms.gradient.device))]).flatten(2)
+    S = _flat(torch.cat([*terms.columns(factor, COLUMNS, seeded(terms.gradient.device))]))
     error, norm = float((torch.einsum("vni,vnj->nij", S, S) - blocks).norm()), float(blocks.norm())
     standard_error = float(S.square().sum(2).norm())  # of a mean of K columns √K S: (E ‖√K S‖⁴ / K)^½
     if error > 5 * standard_error + 1e-9 * norm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -127,6 +128,95 @@ def test_an_op_without_a_rule_is_refused() -> None:
         check_rule(Cube(), normal(4, 3))
 
 
+def test_a_rule_of_another_dtype_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one column alone is pulled back in another dtype."""
+    right = RULES[nn.Sigmoid]
+    for of_one in (False, True):
+
+        def pull(op: Any, S: Tensor, saved: Any, k: int, of_one: bool = of_one) -> Tensor:
+            found = right.pull(op, S, saved, k)
+            return found.float() if len(S) == 1 or not of_one else found
+
+        monkeypatch.setitem(RULES, nn.Sigmoid, replace(right, pull=pull))
+        with pytest.raises(AssertionError, match=r"to input 0 has dtype torch.float32, not torch.float64"):
+            check_rule(nn.Sigmoid(), normal(4, 3))
+
+
+def fail(*_: Any) -> Any:
+    raise ValueError("no such case")
+
+
+BROKEN = [
+    ({"pull": lambda *_: None}, "the pullback to input 0", "is None, not a tensor"),
+    ({"pull": fail}, "the pullback to input 0", "raised ValueError: no such case"),
+    ({"save": fail}, "what the rule saves", "raised ValueError: no such case"),
+    (
+        {"pull": lambda op, S, slope, k: (S * slope).float()},
+        "the pullback to input 0",
+        "has dtype torch.float32, not torch.float64",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "name", "problem"), BROKEN)
+def test_a_broken_rule_is_named(net: nn.Module, monkeypatch: Any, change: Any, name: str, problem: str) -> None:
+    monkeypatch.setitem(RULES, nn.Sigmoid, replace(RULES[nn.Sigmoid], **change))
+    with pytest.raises(AssertionError, match=rf"Sigmoid\(\): {name} {problem}"):
+        check_rule(nn.Sigmoid(), normal(4, 3))
+    found = bisect(net, X, Y)
+    assert found is not None
+    assert (found.stage, found.node, found.error, found.problem) == ("rules", "act", math.inf, problem)
+    assert str(found).startswith(f"rules: {name} of 'act' Sigmoid [N, 5] {problem}; ")
+
+
+PADDED = [
+    (meta(nn.Conv1d, 2, 3, 3, padding="same"), (3, 2, 6)),
+    (meta(nn.Conv2d, 2, 3, 4, padding="same", dilation=(1, 2)), (3, 2, 8, 8)),
+    (meta(nn.Conv2d, 2, 4, 3, padding="valid", groups=2), (3, 2, 5, 5)),
+    (meta(nn.Conv2d, 2, 3, 3, padding=1, padding_mode="circular", stride=2), (3, 2, 5, 5)),
+    (meta(nn.Conv2d, 2, 3, (3, 1), padding=(1, 0), padding_mode="reflect"), (3, 2, 5, 5)),
+    (meta(nn.Conv1d, 2, 3, 3, padding="same", padding_mode="circular"), (3, 2, 5)),
+    (meta(nn.Conv3d, 1, 2, 2, padding=1, padding_mode="replicate"), (2, 1, 3, 3, 3)),
+]
+
+
+@pytest.mark.parametrize(("op", "shape"), PADDED, ids=str)
+def test_convolutions_of_every_padding(op: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    op = filled(op)
+    before = dict(vars(op))
+    check_rule(op, normal(*shape))
+    assert vars(op) == before
+    rule = RULES[type(op)]
+    assert rule.usage is not None
+    usage = replace(rule.usage, x=lambda op, x, positions=rule.usage.x: 2 * positions(op, x))
+    monkeypatch.setitem(RULES, type(op), replace(rule, usage=usage))
+    with pytest.raises(AssertionError, match="the pullback to weight is off by 1,"):
+        check_rule(op, normal(*shape))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "says"),
+    [
+        ((normal(4, 3),), {"columns": 0}, r"columns=0; give a whole number from 1"),
+        ((normal(4, 3),), {"columns": 2.5}, r"columns=2.5; give a whole number"),
+        ((normal(4, 3),), {"tolerance": -1.0}, r"tolerance=-1.0; give a finite number"),
+        ((normal(4, 3),), {"tolerance": math.nan}, r"tolerance=nan; give a finite number"),
+        ((normal(4, 3) / 0,), {}, r"input 0 contains NaN or infinity"),
+        ((torch.full((2,), math.nan),), {}, r"input 0 contains NaN or infinity"),
+        (
+            (torch.ones(4, 3, dtype=torch.int64),),
+            {},
+            r"Sigmoid\(\) has no floating-point input.*nothing can be checked",
+        ),
+        ((normal(0, 3),), {}, r"input 0 has no entries"),
+        ((3.0,), {}, r"input 0 is a float; give tensors"),
+    ],
+)
+def test_nothing_passes_unchecked(inputs: Any, options: Any, says: str) -> None:
+    with pytest.raises(fxcurv.InputError, match=says):
+        check_rule(nn.Sigmoid(), *inputs, **options)
+
+
 # Quantities -------------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +253,11 @@ def test_a_quantity_that_differs_from_autograd_is_found(net: nn.Module, monkeypa
         check_quantity("diag_ggn", net, "cross_entropy", X, Y)
 
 
+def test_two_quantities_are_refused(net: nn.Module) -> None:
+    with pytest.raises(fxcurv.QuantityError, match="there are 2 quantities; give one"):
+        check_quantity(["grad", "diag_ggn"], net, "cross_entropy", X, Y)  # pyright: ignore[reportArgumentType]
+
+
 def test_one_sample_has_no_halves(net: nn.Module) -> None:
     with pytest.raises(fxcurv.InputError, match="one sample"):
         check_quantity("grad", net, "cross_entropy", X[:1], Y[:1])
@@ -178,8 +273,10 @@ def test_one_sample_has_no_halves(net: nn.Module) -> None:
         (nn.CrossEntropyLoss(ignore_index=2, reduction="sum"), normal(4, 3, 2), torch.stack([Y, 2 - Y], 1)),
         ("mse", normal(4, 3), normal(4, 3, seed=1)),
         (nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 2.0, 1.0])), normal(4, 3), normal(4, 3).sigmoid()),
+        ("mse", normal(4), normal(4, seed=1)),
+        ("bce_with_logits", normal(4), normal(4, seed=1).sigmoid()),
     ],
-    ids=["cross_entropy", "positions", "mse", "bce_with_logits"],
+    ids=["cross_entropy", "positions", "mse", "bce_with_logits", "mse of numbers", "bce of numbers"],
 )
 def test_losses_are_right(loss: object, output: Tensor, target: Tensor) -> None:
     check_loss(loss, output, target)
@@ -234,6 +331,11 @@ def test_bisect_names_the_node_with_a_broken_rule(net: nn.Module, monkeypatch: p
     assert found.error > 0.1
     said = r"rules: the pullback to input 0 of 'act' Sigmoid \[N, 5\] differs from autograd, relative error \S+; "
     assert re.match(said + r".*test_testing\.py:\d+ in forward$", str(found))
+
+
+def test_bisect_refuses_the_target_of_another_batch(net: nn.Module) -> None:
+    with pytest.raises(fxcurv.InputError, match=r"class indices of shape \[3\] for an output of shape \[4, 3\]"):
+        bisect(net, X, Y[:3])
 
 
 def doubled(gm: fx.GraphModule) -> fx.GraphModule:
