@@ -160,7 +160,7 @@ CRAFTED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str
     "another type": (lambda h, m: h["loss"].update(dtype="I64"), "differs from the file"),
     "integers": (
         lambda h, m: (h["loss"].update(dtype="I64"), m["tensors"]["loss"].__setitem__(0, "torch.int64")),
-        "does not have a floating-point dtype",
+        "has an invalid loss, output",
     ),
     "unknown type": (lambda h, m: h["loss"].update(dtype="X99"), "truncated or inconsistent"),
     "infinite divisor": (lambda h, m: m.update(divisor=math.inf), "its JSON is malformed"),
@@ -172,8 +172,8 @@ CRAFTED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str
         lambda h, m: h["__metadata__"].update(format="fxcurv " + "9" * 5000),
         "not contain a result of fxcurv",
     ),
-    "negative count": (lambda h, m: block(m).update(averaged=-2), "averaged is negative"),
-    "reduction": (lambda h, m: m.update(reduction="none"), "reduction is neither mean nor sum"),
+    "negative count": (lambda h, m: block(m).update(averaged=-2), "averaged, that is negative"),
+    "reduction": (lambda h, m: m.update(reduction="none"), "reduction that is neither mean nor sum"),
     "parameter twice": (
         lambda h, m: m["quantities"]["grad"].append(m["quantities"]["grad"][0]),
         "grad has a parameter twice",

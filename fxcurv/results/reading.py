@@ -5,12 +5,11 @@ Every tensor is stored in the file; safetensors checks its offsets against the s
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,8 +19,15 @@ from fxcurv.convolution.patches import Patches
 from fxcurv.core.errors import FxcurvError
 from fxcurv.core.fingerprint import Fingerprint
 from fxcurv.results.curvature import Curvature
-from fxcurv.results.entry import Combine, Entries, Entry, Structure
+from fxcurv.results.entry import Entries, Entry
 from fxcurv.results.json import Json, broken, strict_json
+from fxcurv.results.validity import (
+    mistake_of_entry,
+    mistake_of_gram,
+    mistake_of_parts,
+    mistake_of_result,
+    mistake_of_value,
+)
 from fxcurv.results.writing import SCHEMA, checksum, safetensors_package
 
 __all__ = ["load", "read"]
@@ -116,12 +122,10 @@ class _Reader:
         quantities = {name: self._entries(name, entries, values) for name, entries in m["quantities"].items()}
         divisor = None if m["divisor"].value is None else m["divisor"].of(float)
         loss, output, samples = self.tensors["loss"], self.tensors["output"], m["samples"].of(int)
-        if loss.ndim or output.ndim == 0 or len(output) != samples or (divisor is not None and divisor < 0):
-            raise m.wrong("has an invalid loss, output, number of samples or divisor")
-        reduction = m["reduction"].of(str)
-        if reduction not in ("mean", "sum"):
-            raise m["reduction"].wrong("is neither mean nor sum")
-        return Curvature(quantities, loss, output, samples, reduction, divisor, self.model)
+        result = Curvature(quantities, loss, output, samples, m["reduction"].of(str), divisor, self.model)
+        if cause := mistake_of_result(result):
+            raise m.wrong(cause)
+        return result
 
     def _entries(self, quantity: str, node: Json, values: list[Tensor | Block]) -> Entries:
         """Read the entries of a quantity; duplicate parameters are an error."""
@@ -140,46 +144,39 @@ class _Reader:
             found = self.tensors[name]
             if node.of(list) != [str(found.dtype), list(found.shape)]:
                 raise node.wrong(f"differs from the file, {list(found.shape)} of {found.dtype}")
-            if not found.is_floating_point():
-                raise node.wrong("does not have a floating-point dtype")
 
     def _entry(self, quantity: str, node: Json, values: list[Tensor | Block]) -> Entry:
         names = ("parameter", "status", "factor", "reduction", "reason", "structure", "combine")
         fields = {name: node[name].of(str) for name in names}
-        for name, kind in (("structure", Structure), ("combine", Combine)):
-            if fields[name] not in get_args(kind):
-                raise node[name].wrong(f"is not one of {', '.join(get_args(kind))}")
         shape, definition, at = node["shape"].numbers(), node["definition"].of(str), node["value"]
         if at.value is not None and not 0 <= at.of(int) < len(values):
             raise at.wrong("is out of range")
         value = None if at.value is None else values[at.value]
-        fits = (
-            value.shape == shape or fields["structure"] == "array"
-            if isinstance(value, Tensor)
-            else value is None or fields["parameter"] in value.parameters
-        )
-        if not fits or (self.model and self.model.parameters.get(fields["parameter"], ((), ""))[0] != shape):
-            raise node.wrong("has the value or shape of another parameter")
-        degree = node["degree"].of(int)
-        return Entry(quantity=quantity, shape=shape, value=value, definition=definition, degree=degree, **fields)
+        given: dict[str, Any] = {"value": value, "definition": definition, "degree": node["degree"].of(int), **fields}
+        entry = Entry(quantity=quantity, shape=shape, **given)
+        if cause := mistake_of_entry(entry, self.model):
+            raise node.wrong(cause)
+        return entry
 
     def _value(self, node: Json) -> Tensor | Block:
         name, tensors = node["form"].of(str), node["tensors"]
         if name == "tensor":
-            return self._tensor(tensors["value"])
+            value = self._tensor(tensors["value"])
+            if cause := mistake_of_value(value):
+                raise node.wrong(cause)
+            return value
         if name not in KINDS or not KINDS[name].fields:
             raise node.wrong(f"has the unknown form {name!r}")
         kind, shape = KINDS[name], node["shape"].numbers()
         make: Any = kind
         held = {at: self._held(tensors[key]) for key, at in kind.fields.items()}
-        if not kind.fits(shape, [t.shape for t in held.values()]):
-            raise node.wrong(f"has tensors that do not fit a {name} block on {list(shape)}")
+        if cause := mistake_of_parts(kind, shape, held):
+            raise node.wrong(cause)
         labels = {label: node[label].of(str) for label in ("status", "reduction")}
         numbers = {label: node[label].of(kind) for label, kind in kind.options.items()}
         block: Block = make(shape, parameters=node["parameters"].texts(), **labels, **numbers, **held)
-        if block.count is not None and block.count < 0:
-            held_as = (node[label] for label, number in numbers.items() if number == block.count)
-            raise next(held_as, node).wrong("is negative")
+        if cause := mistake_of_value(block):
+            raise node.wrong(cause)
         return block
 
     def _tensor(self, node: Json) -> Tensor:
@@ -194,15 +191,9 @@ class _Reader:
         scale, geometry = node["scale"].of(float), node["patches"]
         vectors = tuple(self._tensor(part) for part in node["vectors"].each())
         patches = None if geometry.value is None else _patches(geometry)
-        rank = {3, 4, 5, 6} if patches is None else {2 + len(patches.kernel)}
-        if not vectors or not 0 <= scale < math.inf or {t.ndim for t in vectors} - rank:
-            raise node.wrong("has no valid vectors")
         moment = LazyGram(vectors, patches, scale)
-        fits = len({t.shape[1 if patches else -2 :] for t in vectors}) == 1
-        if fits and patches is not None:
-            fits = vectors[0].shape[1] % patches.groups == 0 and min(patches.outputs(vectors[0])) >= 1
-        if not fits or not 0 < moment.count < moment.side:
-            raise node.wrong("has vectors of inconsistent shapes")
+        if cause := mistake_of_gram(moment):
+            raise node.wrong(cause)
         return moment
 
 

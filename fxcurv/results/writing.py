@@ -18,12 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fxcurv.blocks.base import KINDS, Block
+from fxcurv.blocks.base import Block
 from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.core.errors import FxcurvError
 from fxcurv.core.fingerprint import Fingerprint, digest
 from fxcurv.core.version import __version__
 from fxcurv.results.entry import Entries, Entry
+from fxcurv.results.validity import mistake_of_entry, mistake_of_result, mistake_of_value, stored
 
 __all__ = ["SCHEMA", "checksum", "save"]
 
@@ -131,6 +132,8 @@ class _Writer:
 
     def manifest(self, result: Result) -> dict[str, Any]:
         """Return the manifest of the tensors, in the order of the entries."""
+        if cause := mistake_of_result(result):
+            raise _unsaved("the result", cause)
         self.tensors |= {"loss": result.loss, "output": result.output}
         return {
             "versions": {"fxcurv": __version__, "torch": torch.__version__},
@@ -139,7 +142,8 @@ class _Writer:
             "samples": result.samples,
             "divisor": None if result.divisor is None else float(result.divisor),
             "quantities": {
-                name: [self._entry(e) for e in entries.entries.values()] for name, entries in result.quantities.items()
+                name: [self._entry(e, result.model) for e in entries.entries.values()]
+                for name, entries in result.quantities.items()
             },
             "values": self.values,
             "tensors": {key: [str(t.dtype), list(t.shape)] for key, t in self.tensors.items()},
@@ -155,8 +159,10 @@ class _Writer:
             seen.add(storage.data_ptr())
         return found
 
-    def _entry(self, entry: Entry) -> dict[str, Any]:
+    def _entry(self, entry: Entry, model: Fingerprint | None) -> dict[str, Any]:
         value = entry.value
+        if cause := mistake_of_entry(entry, model):
+            raise _unsaved(f"{entry.quantity}/{entry.parameter}", cause)
         if value is not None and id(value) not in self._at:
             self._at[id(value)] = len(self.values)
             self.values.append(self._value(f"{entry.quantity}/{entry.parameter}", value))
@@ -165,38 +171,33 @@ class _Writer:
         return {name: getattr(entry, name) for name in fields} | {"value": self._at.get(id(value))}
 
     def _value(self, prefix: str, value: Tensor | Block) -> dict[str, Any]:
+        if cause := mistake_of_value(value):
+            raise _unsaved(prefix, cause)
         if isinstance(value, Tensor):
             return {"form": "tensor", "tensors": {"value": self._held(f"{prefix}/value", value)}}
-        name = type(value).__name__
-        if not value.fields or KINDS.get(name) is not type(value):
-            raise FxcurvError(
-                f"{prefix} is a block of the form {name}, which cannot be saved",
-                remedy=f"save one of {', '.join(kind for kind in KINDS if KINDS[kind].fields)}, such as its as_dense()",
-                code="FXC423",
-            )
         return {
-            "form": name,
+            "form": type(value).__name__,
             **{
                 label: getattr(value, label) for label in ("shape", "parameters", "status", "reduction", *value.options)
             },
-            "tensors": {
-                key: self._held(f"{prefix}/{key}", _ungrouped(value, held))
-                for key, held in zip(value.fields, value.parts, strict=True)
-            },
+            "tensors": {key: self._held(f"{prefix}/{key}", held) for key, held in stored(value).items()},
         }
 
     def _held(self, key: str, held: Tensor | LazyGram) -> object:
         """Store a tensor or a lazy Gram; return its description in the manifest."""
+        keys = [key] if isinstance(held, Tensor) else [f"{key}.{k}" for k in range(len(held.vectors))]
+        for one in self.tensors.keys() & keys:
+            raise _unsaved(one, "is the name of two tensors")
         if isinstance(held, Tensor):
             self.tensors[key] = held
             return key
-        keys = [f"{key}.{k}" for k in range(len(held.vectors))]
         self.tensors |= dict(zip(keys, held.vectors, strict=True))
         return {"vectors": keys, "scale": held.scale, "patches": held.patches and asdict(held.patches)}
 
 
-def _ungrouped(block: Block, held: Tensor | LazyGram) -> Tensor | LazyGram:
-    """Return a factor with a single group without the group axis, `[d,d]`."""
-    if isinstance(held, Tensor) and block.symmetric and held.ndim == 3 and len(held) == 1:
-        return held[0]
-    return held
+def _unsaved(name: str, cause: str) -> FxcurvError:
+    return FxcurvError(
+        f"{name} cannot be saved: it {cause}",
+        remedy="save real tensors, and registered blocks with options of their declared types, such as its as_dense()",
+        code="FXC423",
+    )

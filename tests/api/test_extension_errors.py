@@ -31,6 +31,7 @@ from fxcurv.optim.preconditioned import _average
 from fxcurv.quantities.factors import Exact, SecondPass
 from fxcurv.quantities.protocol import OfEach, ParameterUsage
 from fxcurv.quantities.registry import NAMES
+from fxcurv.results.entry import Entries, Entry
 from fxcurv.results.merging import check_sums
 from fxcurv.runtime.autograd import by_autograd
 from fxcurv.runtime.run import Minibatch
@@ -497,3 +498,110 @@ def test_a_statistic_without_a_cost_is_explained(net: nn.Module) -> None:
             return usage.to_layout(sums["fourth"])
 
     assert fxcurv.compile(net, "cross_entropy", Fourths()).explain(X).seconds > 0  # pyright: ignore[reportArgumentType]
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+def with_value(value: Any, **entry: Any) -> fxcurv.Curvature:
+    """A result of one value."""
+    if isinstance(value, Block):
+        value = replace(value, parameters=("w",))
+    given = {"value": value, "structure": "array", "factor": "exact", "reduction": "sum", "status": "exact", **entry}
+    entries = Entries([Entry("q", "w", (2,), **given)])
+    return fxcurv.Curvature({"q": entries}, torch.tensor(1.0), torch.zeros(1, 0), 1, "sum")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float16, torch.float64])
+def test_integers_and_booleans_are_saved(dtype: torch.dtype, tmp_path: Path) -> None:
+    value = torch.tensor([[1, 0, 1]]).to(dtype)
+    with_value(value).save(tmp_path / "a")
+    found = fxcurv.load(tmp_path / "a")["q"]["w"]
+    assert found.dtype == dtype
+    assert torch.equal(found, value)
+
+
+def own_kind(declared: type, option: Any, right: bool = True) -> Any:
+    @dataclass(frozen=True, eq=False)
+    class Optioned(fxcurv.Diagonal):
+        options: ClassVar = {"option": declared}
+        option: Any = None
+
+        @classmethod
+        def fits(cls, shape: Any, sizes: Any) -> bool:
+            return right and super().fits(shape, sizes)
+
+    return Optioned((2,), torch.ones(2), option=option)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: with_value(torch.ones(2).to(torch.complex64)), "q/w cannot be saved: it is of type torch.complex64"),
+        (lambda: with_value(own_kind(float, 3)), r"it has option=3, not a finite value of type float"),
+        (lambda: with_value(own_kind(int, True)), r"it has option=True, not a finite value of type int"),
+        (lambda: with_value(own_kind(float, float("nan"))), r"it has option=nan, not a finite value of type float"),
+        (lambda: with_value(own_kind(tuple, (1, 2))), r"it has the option option, and options are numbers"),
+        (lambda: with_value(own_kind(float, np.float64(3.0))), r"it has option=.*3.0.*, not a finite value of type"),
+        (lambda: with_value(own_kind(float, 3.0, False)), r"it has tensors that do not fit a Optioned block on \[2\]"),
+        (
+            lambda: with_value(fxcurv.Diagonal((2,), torch.ones(2, dtype=torch.int64))),
+            "the tensor values of type torch.i",
+        ),
+        (lambda: with_value(torch.ones(3), structure="vector"), "it has the value or shape of another parameter"),
+        (lambda: with_value(torch.ones(2), structure="tensor"), "it has a structure that is not one of vector"),
+        (lambda: with_value(torch.ones(2), degree=0.5), "it has a degree that is not a whole number"),
+        (lambda: replace(with_value(torch.ones(2)), samples=2), "the result cannot be saved: it has an invalid loss"),
+        (lambda: replace(with_value(torch.ones(2)), divisor=float("nan")), "it has an invalid loss"),
+        (lambda: replace(with_value(torch.ones(2)), reduction="none"), "a reduction that is neither mean nor sum"),
+    ],
+)
+def test_what_cannot_be_loaded_is_not_saved(make: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(fxcurv.FxcurvError, match=says) as raised:
+        make().save(tmp_path / "a")
+    assert raised.value.code == "FXC423"
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_tensors_of_one_name_are_not_saved(tmp_path: Path) -> None:
+    result = with_value(torch.ones(2))
+    other = Entries([replace(result["q"].entries["w"], quantity="q/w", parameter="value/v", value=torch.ones(2))])
+    first = Entries([replace(result["q"].entries["w"], quantity="q", parameter="w/value/v")])
+    with pytest.raises(fxcurv.FxcurvError, match="q/w/value/v/value cannot be saved: it is the name of two tensors"):
+        replace(result, quantities={"q": first, "q/w": other}).save(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["count", "flag"])
+def test_quantities_of_integers_and_booleans(net: nn.Module, kind: str, tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Counted(Squares):
+        """How many entries of the diagonal are not zero; or whether there are any."""
+
+        family = "counted"
+        degree = 0
+        combine = "add" if kind == "count" else "refuse"
+
+        def finish(self, usage: Any, sums: Any, samples: int) -> Any:
+            return torch.tensor(samples) if kind == "count" else usage.to_layout(sums["diagonal"]) > 0
+
+    loss = nn.CrossEntropyLoss()
+    assert check_quantity(Counted(), net, loss, X, Y) is None
+    compiled = fxcurv.compile(net, loss, Counted())
+    if kind == "count":
+        for dtype in (None, torch.float64):
+            found = compiled.accumulate(PARTS, dtype=dtype, progress=False)["counted"]["0.weight"]
+            assert (found.dtype, found.item()) == (torch.int64, 6)
+    else:
+        assert torch.equal(compiled(X, Y)["counted"]["0.weight"], torch.ones(4, 3, dtype=torch.bool))
+
+
+def test_integers_and_booleans_have_no_weighted_sum(net: nn.Module) -> None:
+    @dataclass(frozen=True)
+    class Whole(Squares):
+        flags: bool = False
+
+        def finish(self, usage: Any, sums: Any, samples: int) -> Any:
+            return usage.to_layout(sums["diagonal"]) > 0 if self.flags else torch.tensor(samples)
+
+    for flags, says in ((False, "values .* have no weighted sum"), (True, "booleans, which do not add")):
+        compiled = fxcurv.compile(net, nn.CrossEntropyLoss(), Whole(flags=flags))
+        with pytest.raises(fxcurv.FxcurvError, match=f"squares of '0.weight' holds {says}"):
+            compiled.accumulate(PARTS, progress=False)

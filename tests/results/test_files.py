@@ -118,7 +118,9 @@ def test_a_block_of_a_kind_of_ones_own_is_read_back(tmp_path: Path, monkeypatch:
     monkeypatch.delitem(KINDS, "Own")  # where the kind is not defined
     with pytest.raises(fxcurv.FxcurvError, match="has the unknown form 'Own'"):
         fxcurv.load(tmp_path / "own.safetensors")
-    with pytest.raises(fxcurv.FxcurvError, match="q/b is a block of the form Own, which cannot be saved"):
+    with pytest.raises(
+        fxcurv.FxcurvError, match="q/b cannot be saved: it is a block of the form Own, which is not registered"
+    ):
         single("q", block).save(tmp_path / "own.safetensors")
 
 
