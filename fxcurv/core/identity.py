@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxcurv.core.torch_compat import version_of
 
-__all__ = ["Hashed", "Same", "attributes_of", "frozen", "identity_of", "structure_of"]
+__all__ = ["Hashed", "Same", "attributes_of", "frozen", "identity_of", "live_options_of", "options_of", "structure_of"]
 
 
 class Same:
@@ -59,7 +59,7 @@ _EMPTY = frozenset((*_CONTAINERS, OrderedDict))  # empty hook dictionaries, a do
 
 
 def frozen(value: Any, depth: int = 4) -> Hashable:
-    """Return the key of a value: numbers, strings, containers and frozen dataclasses by value, all else by identity.
+    """Return the key of a value: numbers, strings, containers, arrays, frozen dataclasses by value, else by identity.
 
     The key of a tensor includes its version, which every in-place operation increments.
     Containers deeper than `depth` are compared by identity.
@@ -75,6 +75,8 @@ def frozen(value: Any, depth: int = 4) -> Hashable:
         return kind
     if isinstance(value, Tensor):
         return Same(value), version_of(value)
+    if kind.__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
+        return kind, value.dtype.str, value.shape, value.tobytes()
     if depth and dataclasses.is_dataclass(value) and not isinstance(value, type | nn.Module) and _is_frozen(value):
         return kind, tuple(frozen(getattr(value, f.name), depth - 1) for f in dataclasses.fields(value))
     if depth and isinstance(value, _CONTAINERS):
@@ -82,6 +84,23 @@ def frozen(value: Any, depth: int = 4) -> Hashable:
         keys = [frozen(item, depth - 1) for item in items]
         return kind, frozenset(keys) if isinstance(value, set | frozenset) else tuple(keys)
     return Same(value)
+
+
+def options_of(value: Any) -> Hashable:
+    """Return the key of an object of options: as `frozen`, or of a mutable object the identity and its attributes."""
+    key = frozen(value, 16)
+    if not isinstance(key, Same):
+        return key
+    return key, tuple((name, frozen(held, 16)) for name, held in getattr(value, "__dict__", {}).items())
+
+
+def live_options_of(value: Any) -> Hashable:
+    """Return the key of an object that is read again later: with its identity if an option can change in place."""
+    try:
+        hash(value)
+    except TypeError:
+        return Same(value), options_of(value)
+    return options_of(value)
 
 
 def _is_frozen(value: Any) -> bool:

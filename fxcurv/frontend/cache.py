@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv import quantities
-from fxcurv.core.identity import Hashed, Same, frozen
+from fxcurv.core.identity import Hashed, Same, frozen, live_options_of
 from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.inputs import Inputs, Output, as_call
 from fxcurv.frontend.isolation import TRACING
@@ -69,7 +69,8 @@ def cached(model: nn.Module, key: object, make: Callable[[], T]) -> T:
 
 def request_key(selection: Selection, output: Output, *options: object) -> object:
     """Return the key of a request: selection, output and options."""
-    asked = (tuple(selection.quantities.items()), tuple(selection.patterns.items()), quantities.DENSE_LIMIT)
+    named = tuple((name, live_options_of(quantity)) for name, quantity in selection.quantities.items())
+    asked = (named, tuple(selection.patterns.items()), quantities.DENSE_LIMIT)
     return asked, frozen(selection.among), frozen(output), options
 
 

@@ -174,9 +174,8 @@ class WithOptions:
     degree: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        kinds = get_type_hints(type(self))
         for option in fields(self):
-            value, kind = getattr(self, option.name), kinds[option.name]
+            value, kind = getattr(self, option.name), _declared(type(self), option.name)
             if option.name == "factor":
                 check_factor(value, type(self).__name__)
             choices = (False, True) if kind is bool else get_args(kind) if get_origin(kind) is Literal else None
@@ -186,6 +185,18 @@ class WithOptions:
                     remedy=f"choose {' or '.join(map(repr, choices))}",
                     code="FXC409",
                 )
+
+
+def _declared(quantity: type, option: str) -> Any:
+    """The declared type of an option; None where its annotation names something that the module does not have."""
+    home = next(kind for kind in quantity.__mro__ if option in vars(kind).get("__annotations__", {}))
+    alone = type(
+        "alone", (), {"__annotations__": {option: home.__annotations__[option]}, "__module__": home.__module__}
+    )
+    try:
+        return get_type_hints(alone)[option]
+    except NameError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 
 from fxcurv.core.errors import QuantityError
-from fxcurv.core.identity import frozen
+from fxcurv.core.identity import options_of
 from fxcurv.quantities.ekfac import EKFAC
 from fxcurv.quantities.factors import Empirical, Exact, Sampled, check_factor
 from fxcurv.quantities.ggn import BatchDiagGGN, DiagGGN, GGNBlock, GGNGram, Jacobian, SqrtGGN
@@ -70,7 +70,7 @@ def names_of(asked: Sequence[str | Quantity]) -> list[str]:
     `family_1`, or the next number that is free. Equal objects share a name, and an object equal to the registered
     quantity of its family shares the name of that string.
     """
-    items = [(item, _family_of(_quantity(item)), frozen(_quantity(item))) for item in asked]
+    items = [(item, _family_of(_quantity(item)), options_of(_quantity(item))) for item in asked]
     taken = {item: key for item, _, key in items if isinstance(item, str)}
     for item, family, key in items:
         if not isinstance(item, str):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -605,3 +607,137 @@ def test_integers_and_booleans_have_no_weighted_sum(net: nn.Module) -> None:
         compiled = fxcurv.compile(net, nn.CrossEntropyLoss(), Whole(flags=flags))
         with pytest.raises(fxcurv.FxcurvError, match=f"squares of '0.weight' holds {says}"):
             compiled.accumulate(PARTS, progress=False)
+
+
+# Algorithms -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "algorithms", ["unfold", ["unfold"], [], {"0": ["unfold"]}, {nn.Linear: "unfold"}, {"0": None}]
+)
+def test_algorithms_of_a_wrong_type_are_refused(net: nn.Module, algorithms: Any) -> None:
+    with pytest.raises(fxcurv.QuantityError, match=r"algorithms=.*; give a dict of names by patterns") as raised:
+        fxcurv.compile(net, "cross_entropy", algorithms=algorithms)
+    assert raised.value.code == "FXC409"
+
+
+def test_algorithms_of_the_first_pass_do_not_stop_the_second(net: nn.Module) -> None:
+    def ekfac(**options: Any) -> Any:
+        compiled = fxcurv.compile(net, nn.CrossEntropyLoss(), ["ekfac_exact"], **options)
+        return compiled.accumulate(PARTS, progress=False)["ekfac_exact"]
+
+    expected = ekfac()
+    for name, value in ekfac(algorithms={"*.A": "InputCovariance", "0.weight": "OutputCovariance"}).items():
+        close(value.dense(), expected[name].dense())
+    with pytest.raises(fxcurv.QuantityError, match="'unfolded' applies to no statistic that '0' matches"):
+        ekfac(algorithms={"0": "unfolded"})
+
+
+# Options ----------------------------------------------------------------------------------------------------------
+
+
+def weighted_by(make: Any) -> Any:
+    """Quantities with an option of any type, which `make` turns into a number that scales the value."""
+
+    @dataclass(frozen=True)
+    class Scaled(Squares):
+        option: Any = None
+        family = "scaled"
+
+        def finish(self, usage: Any, sums: Any, samples: int) -> Any:
+            return usage.to_layout(sums["diagonal"]) * make(self.option)
+
+    return Scaled
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "number"),
+    [
+        ([1, 2], [1, 3], sum),
+        ({"a": [1]}, {"a": [2]}, lambda option: option["a"][0]),
+        ({1, 2}, {1, 3}, sum),
+        (np.array([1.0, 2.0]), np.array([1.0, 3.0]), np.sum),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]), torch.sum),
+        ([[[[[[1]]]]]], [[[[[[2]]]]]], lambda option: option[0][0][0][0][0][0]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_options_of_any_type_are_read_by_value(
+    net: nn.Module, one: Any, other: Any, number: Any, tmp_path: Path
+) -> None:
+    Scaled, loss = weighted_by(number), nn.CrossEntropyLoss()
+    expected = reference.diag_ggn(net, loss, X, Y)
+    compiled = fxcurv.compile(net, loss, {"*": [Scaled(option=one), Scaled(option=other)]})
+    for found in (compiled(X, Y), compiled.accumulate(PARTS, checkpoint=tmp_path / "c", progress=False)):
+        for name, value in expected.items():
+            close(found["scaled"][name], value * float(number(one)))
+            close(found["scaled_1"][name], value * float(number(other)))
+    if not isinstance(one, Tensor):
+        twice = fxcurv.compile(net, loss, [Scaled(option=one), Scaled(option=copy.deepcopy(one))])
+        assert list(twice(X, Y)) == ["scaled"]
+    results = [fxcurv.compile(net, loss, Scaled(option=option))(*PARTS[0]) for option in (one, other)]
+    with pytest.raises(fxcurv.FxcurvError, match="scaled is Scaled"):
+        fxcurv.merge(*results)
+
+
+def test_an_option_that_changes_is_compiled_again(net: nn.Module) -> None:
+    @dataclass(frozen=True)
+    class Chosen(Squares):
+        names: Any = ()
+
+        def statistics(self, usage: Any) -> dict[str, Any]:
+            return {name: SumOfSquares() for name in self.names}
+
+        def finish(self, usage: Any, sums: Any, samples: int) -> Any:
+            return torch.stack([usage.to_layout(t) for t in sums.values()])
+
+    for quantity in (Chosen(names=["a"]), Chosen(names=np.array(["a", "b"]))):
+        compiled = fxcurv.compile(net, "cross_entropy", quantity)
+        first = compiled(X, Y)["squares"]["0.weight"]
+        if isinstance(quantity.names, list):
+            quantity.names.append("b")
+        else:
+            quantity.names[1] = "c"
+        assert len(first) == 1 + (not isinstance(quantity.names, list))
+        assert len(compiled(X, Y)["squares"]["0.weight"]) == 2
+
+
+def test_an_equal_quantity_does_not_read_the_options_of_another(net: nn.Module) -> None:
+    Scaled, loss = weighted_by(sum), nn.CrossEntropyLoss()
+    changing = Scaled(option=[1, 2])
+    fxcurv.compile(net, loss, changing)(X, Y)
+    changing.option.append(5)
+    found = fxcurv.compile(net, loss, Scaled(option=[1, 2]))(X, Y)["scaled"]
+    close(found["0.weight"], 3 * reference.diag_ggn(net, loss, X, Y)["0.weight"])
+
+
+def test_annotations_may_name_what_a_function_imports(net: nn.Module) -> None:
+    source = """
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import Literal
+import fxcurv
+
+def make():
+    from collections import OrderedDict
+
+    @dataclass(frozen=True)
+    class Local(fxcurv.DiagGGN):
+        table: OrderedDict | None = None
+        kind: Literal["a", "b"] = "a"
+        factor: fxcurv.Exact = fxcurv.Exact()
+
+    return Local
+"""
+    module = types.ModuleType("of_a_function")
+    sys.modules[module.__name__] = module
+    try:
+        exec(source, vars(module))
+        Local = module.make()
+        found = fxcurv.compile(net, "cross_entropy", Local())(X, Y)["diag_ggn"]
+        for name, value in reference.diag_ggn(net, nn.CrossEntropyLoss(), X, Y).items():
+            close(found[name], value)
+        with pytest.raises(fxcurv.QuantityError, match=r"Local\(kind='c'\); choose 'a' or 'b'"):
+            Local(kind="c")
+    finally:
+        del sys.modules[module.__name__]
