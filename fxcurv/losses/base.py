@@ -19,7 +19,7 @@ from fxcurv.core.errors import FxcurvError, InputError, LossError, a_value
 from fxcurv.core.fingerprint import described
 from fxcurv.core.registry import register
 from fxcurv.losses.alterations import alteration, changed_by_global_hooks
-from fxcurv.losses.terms import LossTerms
+from fxcurv.losses.terms import LossTerms, ScalarTerms
 from fxcurv.quantities.factors import Exact, Factor, SecondPass, Stratified, most_columns
 
 __all__ = [
@@ -46,7 +46,8 @@ class Loss(ABC):
 
     Users select it by the class attributes `name`, `module_type` and `function`; `has_classes` says whether axis 1 of
     the output holds class logits, `gaussian` whether the loss is half a Gaussian's negative log likelihood, up to its
-    variance.
+    variance. A class that is abstract, or has neither `name` nor `module_type`, is a base of kinds and is not selected.
+    A module belongs to the first kind that was defined for its type.
     """
 
     name: ClassVar[str]
@@ -62,8 +63,15 @@ class Loss(ABC):
         self.module = module
 
     def __init_subclass__(cls) -> None:
-        register(KINDS, cls.name, cls, "loss")
-        cls._forward = cls.module_type.forward
+        name, module_type = (getattr(cls, fact, None) for fact in ("name", "module_type"))
+        if _is_abstract(cls) or name is module_type is None:
+            return
+        if not isinstance(name, str) or not name:
+            raise _incomplete(cls, f"name={name!r}", "give the name by which it is requested")
+        if not isinstance(module_type, type) or not issubclass(module_type, nn.Module):
+            raise _incomplete(cls, f"module_type={module_type!r}", "give the type of its module, such as nn.MSELoss")
+        register(KINDS, name, cls, "loss")
+        cls._forward = module_type.forward
 
     # Defined by each kind ---------------------------------------------------------------------------------------------
 
@@ -143,7 +151,12 @@ class Loss(ABC):
         output = _widened(output)
         if target.is_floating_point():
             target = target.to(output.dtype)
-        terms, checks = self.compute(output, target)
+        computed: Any = self.compute(output, target)
+        if not (isinstance(computed, tuple) and len(computed) == 2 and isinstance(computed[0], LossTerms)):
+            raise _incomplete(
+                type(self), f"compute returning {a_value(computed)}", "return LossTerms and a list of checks"
+            )
+        terms, checks = computed
         _hold(*_finite(output, target), *checks, *_rootable(terms))
         if changed_by_global_hooks(on_type_of(self.module, output), output, target):
             raise LossError(
@@ -182,26 +195,48 @@ class Loss(ABC):
 def as_loss(loss: object) -> Loss:
     """Return a supported loss, given as a module, by name, or as a function of torch.nn.functional."""
     if isinstance(loss, Loss):
-        return loss
+        return _checked(loss)
     if isinstance(loss, str):
         if loss not in KINDS:
             raise LossError(f"no loss is called {loss!r}", remedy=_remedy(), code="FXC406")
-        return _checked(KINDS[loss](KINDS[loss].module_type()))
+        return _by_default(KINDS[loss])
     kind = next((kind for kind in KINDS.values() if loss is kind.function), None) if callable(loss) else None
     if kind is not None:
-        return _checked(kind(kind.module_type()))
+        return _by_default(kind)
     if not isinstance(loss, nn.Module):
         raise LossError(f"the loss is {a_value(loss)}, not a module", remedy=_remedy(), code="FXC406")
-    kinds = {kind.module_type: kind for kind in KINDS.values()}
+    kinds = {kind.module_type: kind for kind in reversed(KINDS.values())}  # the first of a type
     kind = next((kinds[base] for base in type(loss).__mro__ if base in kinds), None)
     if kind is None or "forward" in _defined_after(kind.module_type, type(loss)):
         raise LossError(f"the loss {type(loss).__name__} is not supported", remedy=_remedy(), code="FXC406")
-    if loss.reduction not in ("mean", "sum"):
-        raise LossError(f"the loss has reduction {loss.reduction!r}", remedy=_remedy(), code="FXC406")
     return _checked(kind(loss))
 
 
+def _by_default(kind: type[Loss]) -> Loss:
+    """A loss of a kind with the default options of its module."""
+    try:
+        module = kind.module_type()
+    except TypeError as error:
+        name = kind.module_type.__name__
+        raise LossError(
+            f"{kind.name!r} has options without a default: {error}", remedy=f"give a module, {name}(…)", code="FXC406"
+        ) from error
+    return _checked(kind(module))
+
+
 def _checked(loss: Loss) -> Loss:
+    """The loss, if its module has a supported reduction and supported options."""
+    module: Any = getattr(loss, "module", None)
+    if not isinstance(getattr(loss, "name", None), str) or not isinstance(module, nn.Module):
+        raise _incomplete(type(loss), f"the module {a_value(module)}", "give it a name, and a module when it is made")
+    if not isinstance(module, loss.module_type):
+        remedy = f"make it of a {loss.module_type.__name__}"
+        raise _incomplete(type(loss), f"the module {a_value(module)}, of another type", remedy)
+    if not hasattr(module, "reduction"):
+        cause = f"the loss {type(module).__name__} has no attribute 'reduction'"
+        raise LossError(cause, remedy="give its module one, 'mean' or 'sum'", code="FXC406")
+    if module.reduction not in ("mean", "sum"):
+        raise LossError(f"the loss has reduction {module.reduction!r}", remedy=_remedy(), code="FXC406")
     loss.require_unchanged()
     loss.check_module()
     return loss
@@ -210,6 +245,16 @@ def _checked(loss: Loss) -> Loss:
 def _defined_after(base: type, derived: type) -> set[str]:
     """Return the attributes defined by the classes between a base class and a class derived from it."""
     return {name for cls in derived.__mro__[: derived.__mro__.index(base)] for name in vars(cls)}
+
+
+def _is_abstract(cls: type) -> bool:
+    """Whether a class that is being defined has abstract methods; `inspect` knows only later."""
+    names = {name for base in cls.__mro__ for name in vars(base)}
+    return any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in names)
+
+
+def _incomplete(kind: type, fact: str, remedy: str) -> LossError:
+    return LossError(f"the kind of loss {kind.__name__} has {fact}", remedy=remedy, code="FXC406")
 
 
 def loss_terms(loss: object, output: Tensor, target: Tensor) -> LossTerms:
@@ -297,3 +342,12 @@ def _rootable(terms: LossTerms) -> Iterator[Check]:
             code="FXC406",
         ),
     )
+    if isinstance(terms, ScalarTerms):
+        yield (
+            ~(terms.curvature < 0),
+            lambda: LossError(
+                "a term of the loss has a negative second derivative",
+                remedy="its Hessian has no real square root: use a loss that is convex in the output",
+                code="FXC406",
+            ),
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,8 +28,9 @@ from fxcurv.contractions.statistic import Statistic
 from fxcurv.core.fingerprint import described
 from fxcurv.ir.declare import RULES
 from fxcurv.losses.base import KINDS as LOSSES
-from fxcurv.losses.base import as_loss
+from fxcurv.losses.base import Loss, as_loss
 from fxcurv.losses.mse import MeanSquaredError
+from fxcurv.losses.terms import ScalarTerms
 from fxcurv.optim.preconditioned import _average
 from fxcurv.quantities.factors import Exact, SecondPass
 from fxcurv.quantities.protocol import OfEach, ParameterUsage
@@ -500,6 +502,8 @@ def test_a_statistic_without_a_cost_is_explained(net: nn.Module) -> None:
             return usage.to_layout(sums["fourth"])
 
     assert fxcurv.compile(net, "cross_entropy", Fourths()).explain(X).seconds > 0  # pyright: ignore[reportArgumentType]
+
+
 # Files ------------------------------------------------------------------------------------------------------------
 
 
@@ -607,30 +611,6 @@ def test_integers_and_booleans_have_no_weighted_sum(net: nn.Module) -> None:
         compiled = fxcurv.compile(net, nn.CrossEntropyLoss(), Whole(flags=flags))
         with pytest.raises(fxcurv.FxcurvError, match=f"squares of '0.weight' holds {says}"):
             compiled.accumulate(PARTS, progress=False)
-
-
-# Algorithms -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "algorithms", ["unfold", ["unfold"], [], {"0": ["unfold"]}, {nn.Linear: "unfold"}, {"0": None}]
-)
-def test_algorithms_of_a_wrong_type_are_refused(net: nn.Module, algorithms: Any) -> None:
-    with pytest.raises(fxcurv.QuantityError, match=r"algorithms=.*; give a dict of names by patterns") as raised:
-        fxcurv.compile(net, "cross_entropy", algorithms=algorithms)
-    assert raised.value.code == "FXC409"
-
-
-def test_algorithms_of_the_first_pass_do_not_stop_the_second(net: nn.Module) -> None:
-    def ekfac(**options: Any) -> Any:
-        compiled = fxcurv.compile(net, nn.CrossEntropyLoss(), ["ekfac_exact"], **options)
-        return compiled.accumulate(PARTS, progress=False)["ekfac_exact"]
-
-    expected = ekfac()
-    for name, value in ekfac(algorithms={"*.A": "InputCovariance", "0.weight": "OutputCovariance"}).items():
-        close(value.dense(), expected[name].dense())
-    with pytest.raises(fxcurv.QuantityError, match="'unfolded' applies to no statistic that '0' matches"):
-        ekfac(algorithms={"0": "unfolded"})
 
 
 # Options ----------------------------------------------------------------------------------------------------------
@@ -741,3 +721,106 @@ def make():
             Local(kind="c")
     finally:
         del sys.modules[module.__name__]
+
+
+# Kinds of losses --------------------------------------------------------------------------------------------------
+
+
+def works(net: nn.Module) -> None:
+    """All other losses compile as before."""
+    for name in ("cross_entropy", "mse", nn.BCEWithLogitsLoss(), nn.functional.mse_loss):
+        fxcurv.compile(net, name)
+
+
+def test_bases_of_kinds_are_not_selected(net: nn.Module) -> None:
+    before = dict(LOSSES)
+
+    class Abstract(Loss):
+        @abstractmethod
+        def extra(self) -> None: ...
+
+    class Concrete(Abstract):
+        extra = compute = random_target = None  # pyright: ignore
+
+    assert before == LOSSES
+
+    class Named(MeanSquaredError):
+        name = "named_error"
+
+    works(net)
+    assert type(fxcurv.compile(net, nn.MSELoss()).loss) is MeanSquaredError
+    assert type(fxcurv.compile(net, "named_error").loss) is Named
+    with pytest.raises(fxcurv.LossError, match="the kind of loss Concrete has the module a MSELoss; give it a name"):
+        fxcurv.compile(net, Concrete(nn.MSELoss()))
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({"module_type": nn.L1Loss}, "the kind of loss Half has name=None; give the name"),
+        ({"name": "half"}, "the kind of loss Half has module_type=None; give the type of its module"),
+        ({"name": 3, "module_type": nn.L1Loss}, "the kind of loss Half has name=3; give"),
+        ({"name": "half", "module_type": nn.L1Loss()}, r"the kind of loss Half has module_type=L1Loss\(\); give"),
+    ],
+)
+def test_an_incomplete_kind_is_refused_alone(net: nn.Module, facts: dict[str, Any], says: str) -> None:
+    methods = {"compute": None, "random_target": None}
+    with pytest.raises(fxcurv.LossError, match=says) as raised:
+        type("Half", (Loss,), {**methods, **facts})
+    assert raised.value.code == "FXC406"
+    works(net)
+
+
+class Required(nn.MSELoss):
+    def __init__(self, delta: float) -> None:
+        super().__init__()
+        self.delta = delta
+
+
+class Bare(nn.Module):
+    def forward(self, f: Tensor, target: Tensor) -> Tensor:
+        return (f - target).square().mean()
+
+
+def test_losses_with_modules_that_do_not_fit(net: nn.Module) -> None:
+    class OfRequired(MeanSquaredError):
+        name, module_type, function = "required", Required, torch.nn.functional.huber_loss
+
+    class OfBare(MeanSquaredError):
+        name, module_type = "bare", Bare
+
+    class Nothing(MeanSquaredError):
+        name, module_type = "nothing", type("NothingLoss", (nn.MSELoss,), {})
+
+        def compute(self, output: Tensor, target: Tensor) -> Any:
+            return None
+
+    for loss in ("required", nn.functional.huber_loss):
+        with pytest.raises(
+            fxcurv.LossError, match=r"'required' has options without a default: .*'delta'; give a modul"
+        ):
+            fxcurv.compile(net, loss)
+    assert type(fxcurv.compile(net, Required(1.0)).loss) is OfRequired
+    for loss in ("bare", Bare(), OfBare(Bare())):
+        with pytest.raises(fxcurv.LossError, match="the loss Bare has no attribute 'reduction'; give its module one"):
+            fxcurv.compile(net, loss)
+    with pytest.raises(fxcurv.LossError, match="Nothing has compute returning None; return LossTerms"):
+        fxcurv.compile(net, "nothing", "grad")(X, normal(6, 2))
+    with pytest.raises(fxcurv.LossError, match="the loss has reduction 'none'"):
+        fxcurv.compile(net, nn.MSELoss(reduction="none"))
+    with pytest.raises(fxcurv.LossError, match="OfRequired has the module a MSELoss, of another type; make it of a Requ"):
+        fxcurv.compile(net, OfRequired(nn.MSELoss()))
+    works(net)
+
+
+def test_a_loss_that_is_not_convex_is_refused(net: nn.Module) -> None:
+    class Concave(MeanSquaredError):
+        name, module_type = "concave", type("ConcaveLoss", (nn.MSELoss,), {})
+
+        def compute(self, output: Tensor, target: Tensor) -> Any:
+            terms, checks = super().compute(output, target)
+            assert isinstance(terms, ScalarTerms)
+            return replace(terms, curvature=torch.where(output > 0, terms.curvature, -1.0)), checks
+
+    with pytest.raises(fxcurv.LossError, match="a term of the loss has a negative second derivative; its Hessian"):
+        fxcurv.compile(net, "concave", "diag_ggn")(X, normal(6, 2))
