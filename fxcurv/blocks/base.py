@@ -248,8 +248,14 @@ class Block(LinearOperator, ABC):
         matrix = isinstance(right, Tensor) and right.ndim == 2 and tuple(right.shape) != self.shape
         return self.mm(right) if matrix else self.mv(right)
 
-    def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
-        """(B + δI)⁻¹ v, in the shape of `v`; a singular block needs δ > 0."""
+    @overload
+    def solve(self, v: Tensor, damping: float = 0.0) -> Tensor: ...
+    @overload
+    def solve(self, v: Mapping[str, Tensor], damping: float = 0.0) -> dict[str, Tensor]: ...
+    def solve(self, v: Vector, damping: float = 0.0) -> Tensor | dict[str, Tensor]:
+        """(B + δI)⁻¹ v, in the structure of `v`, as for `mv`; a singular block needs δ > 0."""
+        if not isinstance(v, Tensor):
+            return self.domain.split(self.solve(self.domain.flat(v), damping))
         return self._solve(self._column(v), self._damped(damping)).reshape(v.shape)
 
     def _solve(self, columns: Tensor, damping: float) -> Tensor:

@@ -24,6 +24,10 @@ CHUNK = 1 << 22
 """Number of entries of the columns that `dense()` multiplies at once."""
 
 
+ENDS = ("LA", "SA", "LM", "SM", "BE")
+"""The ends of a spectrum, as scipy calls them."""
+
+
 @dataclass(frozen=True)
 class Space:
     """Named tensors of these shapes, concatenated in order, each row-major: the layout of a flat vector."""
@@ -172,13 +176,29 @@ class LinearOperator(ABC):
     def eigsh(self, k: int = 6, which: str = "LA", tol: float = 0.0) -> tuple[Tensor, Tensor]:
         """k eigenvalues, ascending, `[k]`, and eigenvectors `[n, k]` of a symmetric operator, by Lanczos' method.
 
-        `which` selects the largest ("LA"), the smallest ("SA"), the largest in magnitude ("LM") or both ends ("BE").
-        `tol` is the relative accuracy, 0 for the accuracy of the dtype. The starting vector is always the same.
+        `which` selects the largest ("LA"), the smallest ("SA"), the largest or smallest in magnitude ("LM", "SM") or
+        both ends ("BE"). `tol` is the relative accuracy, 0 for the accuracy of the dtype. The starting vector is always
+        the same.
         """
         self.require_square()
-        checked_count("k", k, self.size[0] - 1)
-        start = torch.randn(self.size[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
-        values, vectors = _scipy().eigsh(self.to_scipy(), k, which=which, tol=tol, v0=start)
+        n = self.size[0]
+        checked_count("k", k, max(1, n - 1))
+        if which not in ENDS:
+            raise InputError(f"which={which!r}", remedy=f"choose one of {', '.join(ENDS)}", code="FXC426")
+        if n == 1:
+            one = torch.ones(1, 1, dtype=self.dtype, device=self.device)
+            return self._mm(one)[0], one
+        start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        linalg = _scipy()
+        try:
+            values, vectors = linalg.eigsh(self.to_scipy(), k, which=which, tol=tol, v0=start.numpy())
+        except linalg.ArpackError as error:
+            if not bool(self._mm(start.to(device=self.device, dtype=self.dtype).unsqueeze(1)).any()):  # the operator 0
+                identity = torch.eye(n, k, dtype=self.dtype, device=self.device)
+                return identity.new_zeros(k), identity
+            raise FxcurvError(
+                f"Lanczos' method failed: {error}", remedy="give a larger tol, or another k", code="FXC426"
+            ) from error
         order = values.argsort()
         columns = torch.as_tensor(vectors[:, order].copy()), torch.as_tensor(values[order].copy())
         vectors, values = (t.to(device=self.device, dtype=self.dtype) for t in columns)

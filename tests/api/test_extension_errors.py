@@ -808,7 +808,9 @@ def test_losses_with_modules_that_do_not_fit(net: nn.Module) -> None:
         fxcurv.compile(net, "nothing", "grad")(X, normal(6, 2))
     with pytest.raises(fxcurv.LossError, match="the loss has reduction 'none'"):
         fxcurv.compile(net, nn.MSELoss(reduction="none"))
-    with pytest.raises(fxcurv.LossError, match="OfRequired has the module a MSELoss, of another type; make it of a Requ"):
+    with pytest.raises(
+        fxcurv.LossError, match="OfRequired has the module a MSELoss, of another type; make it of a Requ"
+    ):
         fxcurv.compile(net, OfRequired(nn.MSELoss()))
     works(net)
 

@@ -89,6 +89,41 @@ def test_agrees_with_its_dense_matrix(block: fxcurv.Block) -> None:
         block.mm(V.T)
 
 
+@each
+def test_vectors_have_the_structure_that_was_given(block: fxcurv.Block) -> None:
+    """A tensor of the block's shape, a flat one, or a dict of the block's name."""
+    (name,) = block.domain.shapes
+    v = draw(*block.shape)
+    for method in (block.mv, lambda v: block @ v, lambda v: block.solve(v, 0.2), block.inverse(0.2).mv):
+        expected = method(v)
+        assert expected.shape == block.shape
+        close(method(v.flatten()), expected.flatten())
+        found = method({name: v})
+        assert list(found) == [name]
+        close(found[name], expected)
+        with pytest.raises(fxcurv.InputError, match=r"names differ: .*other"):
+            method({"other": v})
+
+
+def test_eigenvalues_of_small_and_zero_blocks() -> None:
+    pytest.importorskip("scipy")
+    for zero in (fxcurv.Diagonal((4,), torch.zeros(4).double()), fxcurv.Dense((2, 3), torch.zeros(6, 6).double())):
+        values, vectors = zero.eigsh(2)
+        close(values, torch.zeros(2).double())
+        close(vectors.T @ vectors, torch.eye(2).double())
+    for which in ("LA", "SA", "LM", "SM", "BE"):
+        values, vectors = fxcurv.Diagonal((1,), torch.tensor([3.0]).double()).eigsh(1, which)
+        close(values, torch.tensor([3.0]).double())
+        assert vectors.shape == (1, 1)
+    block = BLOCKS["dense"]
+    close(block.eigsh(2, "SM")[0], block.eigvalsh()[:2])
+    with pytest.raises(fxcurv.InputError, match="which='largest'; choose one of LA, SA, LM, SM, BE"):
+        block.eigsh(2, "largest")
+    with pytest.raises(fxcurv.FxcurvError, match="Lanczos' method failed") as raised:
+        fxcurv.Diagonal((30,), torch.full((30,), math.nan).double()).eigsh(2)
+    assert raised.value.code == "FXC426"
+
+
 def test_a_grouped_block_is_block_diagonal() -> None:
     block = BLOCKS["grouped"]
     assert isinstance(block, fxcurv.Kronecker)
