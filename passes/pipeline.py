@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import fx, nn
 
-from fxcurv.core.errors import FxcurvError, SpecError
+from fxcurv.core.errors import FxcurvError, SpecError, a_value
 from fxcurv.core.logs import logger
 from fxcurv.core.shapes import resolve
 from fxcurv.frontend.capture import Captured, Tracing, capture
@@ -129,13 +129,23 @@ class Pipeline:
                 log.debug("%s after %s, %d nodes\n%s", name, one.name, len(gm.graph.nodes), gm.graph)
 
     def _applied(self, one: Pass, gm: fx.GraphModule, context: Context) -> fx.GraphModule:
+        if one.stage not in (None, *get_args(Stage)):
+            raise SpecError(
+                f"the pass {one.name!r} has the stage {one.stage!r}",
+                remedy=f"choose one of {', '.join(get_args(Stage))}, or None for that of its argument",
+                code="FXC901",
+            )
         try:
-            return one.run(gm, context)
+            found: Any = one.run(gm, context)
         except FxcurvError:
             raise
         except Exception as error:
             error.add_note(f"in the pass {one.name!r} of fxcurv, on the graph\n{gm.graph}")
             raise
+        if not isinstance(found, fx.GraphModule):
+            cause = f"the pass {one.name!r} returned {a_value(found)}, not a GraphModule"
+            raise SpecError(cause, remedy="return an fx.GraphModule, also where nothing changes", code="FXC901")
+        return found
 
     def _checked(self, one: Pass, gm: fx.GraphModule, stage: str | None) -> fx.GraphModule:
         """Return the graph, if it is valid after this pass."""

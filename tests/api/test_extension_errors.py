@@ -40,6 +40,7 @@ from fxcurv.results.merging import check_sums
 from fxcurv.runtime.autograd import by_autograd
 from fxcurv.runtime.run import Minibatch
 from fxcurv.testing import check_quantity
+from passes import pipeline
 
 TABLES: tuple[dict[Any, Any], ...] = (BLOCKS, LOSSES, NAMES, RULES)
 
@@ -826,3 +827,24 @@ def test_a_loss_that_is_not_convex_is_refused(net: nn.Module) -> None:
 
     with pytest.raises(fxcurv.LossError, match="a term of the loss has a negative second derivative; its Hessian"):
         fxcurv.compile(net, "concave", "diag_ggn")(X, normal(6, 2))
+
+
+# Passes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", ["TRACED", "CANONICAL", "EMITTED"])
+@pytest.mark.parametrize(
+    ("run", "stage", "says"),
+    [
+        (lambda gm, context: None, None, "the pass 'mine' returned None, not a GraphModule; return an fx.GraphModule"),
+        (lambda gm, context: gm.graph, None, "the pass 'mine' returned a Graph, not a GraphModule"),
+        (lambda gm, context: gm, "optimized", "the pass 'mine' has the stage 'optimized'; choose one of captured, low"),
+    ],
+)
+def test_a_pass_without_a_graph_or_stage_is_named(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch, table: str, run: Any, stage: Any, says: str
+) -> None:
+    monkeypatch.setattr(pipeline, table, (*getattr(pipeline, table), pipeline.Pass("mine", run, stage)))
+    with pytest.raises(fxcurv.SpecError, match=says) as raised:
+        fxcurv.compile(net, "cross_entropy", "grad", example_inputs=X)
+    assert raised.value.code == "FXC901"
