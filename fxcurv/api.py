@@ -25,7 +25,6 @@ from fxcurv.frontend.cache import Programs, request_key, signature
 from fxcurv.frontend.capture import TRACED_BATCH, Tracing
 from fxcurv.frontend.inputs import Inputs, Output, as_call, batch_size, device_of
 from fxcurv.frontend.isolation import TRACING
-from fxcurv.frontend.shield import restored
 from fxcurv.inspect.picture import Format, picture
 from fxcurv.inspect.tables import family_of, tabular
 from fxcurv.losses.base import Loss, as_loss
@@ -307,10 +306,8 @@ class Compiled:
         return found
 
     def _compiled(self, inputs: Inputs, tracing: Tracing) -> Program:
-        algorithms = self.options.algorithms
-        with restored(self.model):  # trials call the user's hooks and functions
-            stages = self._canonicalized(inputs, tracing)
-            program = Program.of(passes.emit(self.model, stages, self.selection, inputs, algorithms))
+        algorithms, stages = self.options.algorithms, self._canonicalized(inputs, tracing)
+        program = Program.of(passes.emit(self.model, stages, self.selection, inputs, algorithms))
         if self.options.on_unsupported == "error" and (refusals := program.plan.refusals):
             raise next(iter(refusals.values()))
         if self.bases is None:  # the second pass of EKFAC has other statistics than the first, which is checked

@@ -20,6 +20,7 @@ from fxcurv.core.logs import logger
 from fxcurv.core.shapes import resolve
 from fxcurv.frontend.capture import Captured, Tracing, capture
 from fxcurv.frontend.inputs import Inputs, Output, batch_size, device_of
+from fxcurv.frontend.shield import restored
 from fxcurv.ir.grammar import Stage, verify
 from fxcurv.ir.nodes import output_of
 from fxcurv.quantities.factors import Factor, most_columns
@@ -181,8 +182,9 @@ def canonicalize(
     tracing: Tracing | None = None,
 ) -> dict[str, fx.GraphModule]:
     """Return the stages up to the canonical graph; unless `strict`, it may contain refused nodes."""
-    pipeline, device = Pipeline(lowered(model, inputs, output, tracing)), device_of(inputs)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # random ops are probed, too
+    device = device_of(inputs)
+    with restored(model):  # trials call functions and hooks of the user, and random ops
+        pipeline = Pipeline(lowered(model, inputs, output, tracing))
         pipeline.run(CANONICAL, pipeline.stages["lowered"], Context(device=device, strict=strict), "lowered")
     pipeline.stages["canonical"].meta["sizes"] = pipeline.stages["lowered"].meta["sizes"]
     return pipeline.stages
@@ -216,7 +218,8 @@ def emit(
     outputs = math.prod(resolve(output.meta["shape"], 1))
     for factor, gm in augmented.backwards.items():
         emitted[f"backward[{factor}]"] = gm, most_columns(factor, outputs)
-    for name, (gm, columns) in emitted.items():
-        pipeline.stages[f"{name}:augment"] = verify(gm, "forward" if name == "forward" else "backward")
-        pipeline.run(EMITTED, gm, Context(setting=replace(setting, columns=columns)), name)
+    with restored(model):  # trials call functions and hooks of the user
+        for name, (gm, columns) in emitted.items():
+            pipeline.stages[f"{name}:augment"] = verify(gm, "forward" if name == "forward" else "backward")
+            pipeline.run(EMITTED, gm, Context(setting=replace(setting, columns=columns)), name)
     return Emitted(pipeline.stages, tuple(augmented.backwards), planned)

@@ -515,3 +515,23 @@ def test_samples_are_moved_and_others_replaced() -> None:
     assert isinstance(same, Tensor)
     assert bool((same != 0).any()), "equal samples are replaced by others"
     assert not torch.equal(cast("Tensor", varied(torch.zeros(4, 3), generator)), torch.zeros(4, 3))
+
+
+class Logged(Network):
+    """A module hook that only logs; trials of custom gradients call it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = list[float]()
+        self.a.register_full_backward_hook(lambda module, inputs, outputs: self.log.append(float(outputs[0].sum())))
+
+
+def test_tracing_and_checking_call_no_hook_for_effect() -> None:
+    model, (x, _) = made(Logged), batch(3)
+    assert isinstance(model, Logged)
+    fxcurv.trace(model, x)
+    assert fxcurv.check(model, x, "grad", loss="mse").ok
+    assert not model.log
+    with torch.random.fork_rng(devices=[]):
+        model(x).sum().backward()
+    assert model.log
