@@ -6,7 +6,8 @@ Modules that are slow to import (`torch._dynamo`, sympy) are imported inside fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "FunctionMeta",
     "TorchDispatchMode",
     "address_of",
+    "autograd_nodes",
     "base_of",
     "compile_errors",
     "custom_function_of",
@@ -119,6 +121,17 @@ def gradient_hooks(t: Tensor) -> list[dict[int, Any]]:
     """Return the hooks on the gradient of a tensor, and on the finished gradient of a leaf, as torch stores them."""
     found = (getattr(t, "_backward_hooks", None), getattr(t, "_post_accumulate_grad_hooks", None))
     return [hooks for hooks in found if hooks]
+
+
+def autograd_nodes(output: Tensor) -> Iterator[Any]:
+    """Yield the nodes of autograd's graph of a tensor, each once, from the output on."""
+    seen, queue = set[Any](), deque([output.grad_fn])
+    while queue:
+        node: Any = queue.popleft()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            queue.extend(before for before, _ in node.next_functions)
 
 
 def custom_function_of(node: Any) -> type | None:

@@ -1,8 +1,8 @@
 """capture: any eval-mode model -> one flat ATen graph, valid for every batch size, through torch.export.
 
 The graph's placeholders are the model's tensors (parameters, buffers, constants) and its inputs. `Captured.sources`
-maps the former to the model's tensors. The model is traced through a structural copy that shares its tensors, so that
-side effects of tracing (caches, counters, flags) do not reach it.
+maps the former to the model's tensors. The model is traced through a structural copy that shares its tensors, or itself
+(see `Tracing`). In both cases, side effects of tracing (caches, counters, flags) do not reach it.
 """
 
 from __future__ import annotations
@@ -119,12 +119,7 @@ def _exported(
         shared.forward = selected
         warnings.filterwarnings("ignore", ".*assigned during export")  # the copy is discarded, the model is restored
         # the order of opt_einsum would depend on the batch size
-        with (
-            torch.backends.opt_einsum.flags(enabled=False),
-            no_report_of_failure(),
-            traced_gradients(),
-            traced_lengths(model),
-        ):
+        with torch.backends.opt_einsum.flags(enabled=False), no_report_of_failure(), traced_gradients():
             program = export(shared, args, kwargs, dynamic_shapes=dynamic, strict=False)
             attach_calls(program.graph_module)
             return program

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxcurv.core.errors import CaptureError, InputError, a_value
 from fxcurv.core.torch_compat import pytree
 
-__all__ = ["Inputs", "Output", "as_call", "batch_size", "device_of", "selector"]
+__all__ = ["Inputs", "Output", "as_call", "batch_size", "device_of", "selector", "tensors_of"]
 
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
@@ -27,9 +27,14 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
+def tensors_of(inputs: Inputs) -> list[Tensor]:
+    """Return the tensors among the arguments, in order."""
+    return [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
+
+
 def batch_size(inputs: Inputs) -> int:
     """Return the length of axis 0, shared by all input tensors."""
-    tensors = [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
+    tensors = tensors_of(inputs)
     if not tensors:
         raise InputError("no input tensor was given", remedy="call it as curv(inputs, target)", code="FXC110")
     for t in tensors:
@@ -47,7 +52,7 @@ def batch_size(inputs: Inputs) -> int:
 
 def device_of(inputs: Inputs) -> torch.device:
     """Return the device of the inputs."""
-    return next((t.device for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)), torch.device("cpu"))
+    return next((t.device for t in tensors_of(inputs)), torch.device("cpu"))
 
 
 def selector(output: Output) -> Callable[[Any], Tensor]:

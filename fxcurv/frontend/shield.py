@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcurv.core.torch_compat import gradient_hooks, hold, version_of
+from fxcurv.core.torch_compat import autograd_nodes, gradient_hooks, hold, version_of
 from fxcurv.frontend.copying import named_tensors
 from fxcurv.frontend.isolation import TRACING, generators_beside_torch, reseeded, without_autocast
 
@@ -50,7 +50,8 @@ class Shield:
         if not output.requires_grad:
             return dict.fromkeys(wanted)
         ours = set(map(id, self.leaves.values()))
-        held = {id(t): t for t in (*_leaves_of(output), *self.originals.values()) if id(t) not in ours}
+        leaves = (node.variable for node in autograd_nodes(output) if hasattr(node, "variable"))
+        held = {id(t): t for t in (*leaves, *self.originals.values()) if id(t) not in ours}
         with ExitStack() as stack:
             for t in held.values():
                 stack.enter_context(_without_gradient(t))
@@ -87,7 +88,7 @@ def shielded(model: nn.Module, dtype: torch.dtype | None = None) -> Generator[Sh
 @contextmanager
 def restored(model: nn.Module) -> Generator[None]:
     """Restore attributes, containers, buffers and all global generators at the end."""
-    devices = sorted({t.device.index for t in model.parameters() if t.device.type == "cuda" and t.device.index})
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with TRACING, torch.random.fork_rng(devices=devices), generators_beside_torch():
         buffers = [(b, version_of(b), b.detach().clone()) for b in model.buffers()]
         restores = [*_modules(model), *_contents(model)]
@@ -111,20 +112,6 @@ def _leaf(p: Tensor, dtype: torch.dtype | None) -> Tensor:
     leaf = nn.Parameter(value, requires_grad=p.requires_grad)
     vars(leaf).update(vars(p))
     return leaf
-
-
-def _leaves_of(output: Tensor) -> list[Tensor]:
-    """Return the leaves of autograd's graph that receive a gradient."""
-    seen, queue, found = set[Any](), deque([output.grad_fn]), list[Tensor]()
-    while queue:
-        node: Any = queue.popleft()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None:
-            found.append(leaf)
-        queue.extend(before for before, _ in node.next_functions)
-    return found
 
 
 def _freed(leaf: Tensor) -> None:

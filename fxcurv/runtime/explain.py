@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from fxcurv.contractions.statistic import Statistic
 from fxcurv.core.torch_compat import FakeTensorMode, TorchDispatchMode, flops_of, pytree, schema_of
-from fxcurv.frontend.inputs import Inputs, as_call
+from fxcurv.frontend.inputs import Inputs, tensors_of
 from fxcurv.ir.nodes import module_of, output_of, title_of
 from fxcurv.linalg.cost import Cost, Rates, rates_of
 from fxcurv.losses.base import Loss
@@ -110,7 +110,7 @@ def explained(program: Program, inputs: Inputs, loss: Loss, chunks: Chunks, comp
     With `compared`, the comparison of the graph with the model is included: a gradient of two samples by both and a
     forward pass of three once, and two forward passes of the model at each new batch size.
     """
-    given = [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
+    given = tensors_of(inputs)
     rates = rates_of(given[0].device, output_of(program.canonical).meta["dtype"])
     steps: list[Step] = []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

@@ -18,9 +18,9 @@ from fxcurv.blocks.base import Block
 from fxcurv.contractions.statistic import StatisticValue, combined
 from fxcurv.core.generators import fresh_generator
 from fxcurv.core.shapes import resolve
-from fxcurv.core.torch_compat import holds, pytree
+from fxcurv.core.torch_compat import holds
 from fxcurv.frontend.copying import named_tensors
-from fxcurv.frontend.inputs import Inputs, as_call
+from fxcurv.frontend.inputs import Inputs, tensors_of
 from fxcurv.frontend.isolation import without_autocast
 from fxcurv.ir.nodes import module_of, output_of
 from fxcurv.losses.base import Loss
@@ -72,7 +72,7 @@ def run(program: Program, model: nn.Module, loss: Loss, batch: Minibatch, chunks
 
     For any chunks, the terms of the loss and the drawn columns are the same as for the whole batch.
     """
-    inputs = [t for t in pytree.tree_leaves(as_call(batch.inputs)) if isinstance(t, Tensor)]
+    inputs = tensors_of(batch.inputs)
     N, n = len(inputs[0]), chunks.samples
     parts = [slice(a, a + n) for a in range(0, N, n)]
     with torch.no_grad(), without_autocast():

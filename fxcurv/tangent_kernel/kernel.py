@@ -25,7 +25,7 @@ from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.cache import programs_of
 from fxcurv.frontend.checked_gradients import CustomGradients
 from fxcurv.frontend.embeddings import UnscaledGradients
-from fxcurv.frontend.inputs import Inputs, Output, as_call, selector
+from fxcurv.frontend.inputs import Inputs, Output, as_call, selector, tensors_of
 from fxcurv.frontend.isolation import without_autocast
 from fxcurv.losses.base import as_loss
 from fxcurv.losses.terms import unit_columns
@@ -166,8 +166,7 @@ class NTK:
         program, (start, stop) = batch.program, (tile.columns.start, tile.columns.stop)
         with torch.no_grad(), without_autocast():
             bind(program.canonical, self.model)
-            tensors = (t for t in pytree.tree_leaves(as_call(batch.part(tile.samples))) if isinstance(t, Tensor))
-            output, saved, found = program.forward(*tensors)
+            output, saved, found = program.forward(*tensors_of(batch.part(tile.samples)))
             chunk = default_columns(program, len(output))
             gathered = Gathered(program)
             gathered.add(found)

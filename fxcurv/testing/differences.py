@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcurv.core.errors import Location, frames_of
-from fxcurv.core.torch_compat import pytree
 from fxcurv.frontend.checked_gradients import CustomGradients
-from fxcurv.frontend.inputs import Inputs, as_call, batch_size, selector
+from fxcurv.frontend.inputs import Inputs, as_call, batch_size, selector, tensors_of
 from fxcurv.frontend.isolation import without_autocast
 from fxcurv.ir.nodes import describe, inputs_of, module_of, output_of
 from fxcurv.ir.rules import rule_of
@@ -114,8 +113,7 @@ class _Search:
                 values[n] = value = value.detach() if stops else value
                 return value
 
-        tensors = [t for t in pytree.tree_leaves(as_call(self.batch.inputs)) if isinstance(t, Tensor)]
-        Recorder(self.graph, garbage_collect_values=False).run(*tensors)
+        Recorder(self.graph, garbage_collect_values=False).run(*tensors_of(self.batch.inputs))
         return values
 
     @cached_property

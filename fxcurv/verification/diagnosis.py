@@ -7,7 +7,6 @@ one construct that a trace can miss; the first that is found is named.
 from __future__ import annotations
 
 import inspect
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +16,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxcurv.core.errors import Frame, Location, UnsupportedError, called_at
-from fxcurv.core.torch_compat import custom_function_of, gradient_hooks, has_global_hooks, hooks_of, pytree
-from fxcurv.frontend.inputs import Output, as_call, selector
+from fxcurv.core.torch_compat import autograd_nodes, custom_function_of, has_global_hooks, hooks_of, pytree
+from fxcurv.frontend.inputs import Output, as_call, batch_size, selector, tensors_of
 from fxcurv.frontend.shield import shielded
 from fxcurv.runtime.program import Program
 from fxcurv.runtime.run import bind
@@ -90,12 +89,6 @@ def _counted(number: int, noun: str) -> str:
 # Causes -----------------------------------------------------------------------------------------------------------
 
 
-def _hooked_parameters(watched: Watched) -> Iterator[Cause]:
-    for name, p in watched.model.named_parameters():
-        if name in watched.found.parameters and gradient_hooks(p):
-            yield Cause(f"a gradient hook on the parameter {name!r}", "remove the hook by its handle")
-
-
 def _branches(watched: Watched) -> Iterator[Cause]:
     for relation, file, line in watched.program.canonical.meta["sizes"].conditions:
         yield Cause(
@@ -156,16 +149,15 @@ def _replaced_forwards(watched: Watched) -> Iterator[Cause]:
 
 
 def _batch_of_one(watched: Watched) -> Iterator[Cause]:
-    size = len(next(t for t in pytree.tree_leaves(watched.found.inputs) if isinstance(t, Tensor)))
     if watched.found.kind == "output":
         yield Cause(
-            f"the model computes something else for a batch of {size}, as by a branch on the batch size",
+            f"the model computes something else for a batch of {batch_size(watched.found.inputs)}, "
+            "as by a branch on the batch size",
             f"make forward independent of the batch size, or {FALLBACK}",
         )
 
 
 CAUSES: tuple[Callable[[Watched], Iterator[Cause]], ...] = (
-    _hooked_parameters,
     _custom_functions,
     _tensor_hooks,
     _module_hooks,
@@ -222,21 +214,9 @@ def _watched(found: Disagreement, program: Program, model: nn.Module, output: Ou
         args, kwargs = as_call(pytree.tree_map_only(Tensor, torch.clone, found.inputs))
         with _Hooks(watched.tensor_hooks):
             y = selector(output)(model(*args, **kwargs))
-        watched.functions = list(_functions_of(y))
+        made = (custom_function_of(node) for node in autograd_nodes(y))
+        watched.functions = [function for function in made if function is not None]
     return watched
-
-
-def _functions_of(output: Tensor) -> Iterator[type]:
-    """Yield the custom functions in autograd's graph, from the output on."""
-    seen, queue = set[Any](), deque([output.grad_fn])
-    while queue:
-        node: Any = queue.popleft()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (function := custom_function_of(node)) is not None:
-            yield function
-        queue.extend(before for before, _ in node.next_functions)
 
 
 def _place(watched: Watched) -> str | None:
@@ -250,9 +230,8 @@ def _place(watched: Watched) -> str | None:
             return value
 
     bind(watched.program.canonical, watched.model)
-    tensors = [t for t in pytree.tree_leaves(as_call(watched.found.inputs)) if isinstance(t, Tensor)]
     with torch.no_grad():
-        Recorder(watched.program.canonical).run(*tensors)
+        Recorder(watched.program.canonical).run(*tensors_of(watched.found.inputs))
     for path, expected in watched.outputs.items():
         found = values.get(path)
         if found is not None and found.shape == expected.shape and expected.ndim:

@@ -7,8 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from fxcurv.core.torch_compat import pytree
-from fxcurv.frontend.inputs import Inputs, as_call
+from fxcurv.frontend.inputs import Inputs, tensors_of
 from fxcurv.frontend.isolation import without_autocast
 from fxcurv.ir.nodes import output_of
 from fxcurv.quantities.selection import chosen
@@ -28,7 +27,7 @@ def output_at(program: Program, inputs: Inputs, tensors: Mapping[str, Tensor]) -
     """Return the output of the canonical graph, where `tensors` are the model's parameters and buffers."""
     with torch.no_grad(), without_autocast():
         bind_tensors(program.canonical, tensors)
-        return program.canonical.forward(*_tensors(inputs))
+        return program.canonical.forward(*tensors_of(inputs))
 
 
 class Pullback:
@@ -47,7 +46,7 @@ class Pullback:
         """Return the pullback of a cotangent to every parameter that the graph reaches."""
         with torch.no_grad(), without_autocast():
             bind_tensors(self.program.canonical, tensors)
-            _, saved, found = self.program.stages["forward"].forward(*_tensors(inputs))
+            _, saved, found = self.program.stages["forward"].forward(*tensors_of(inputs))
             sums = Gathered(self.program)
             sums.add(found)
             for factor in self.program.backwards:
@@ -62,7 +61,3 @@ class Pullback:
                 assert isinstance(value, Tensor)
                 gradients[job.usage.name] = value
         return gradients
-
-
-def _tensors(inputs: Inputs) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(as_call(inputs)) if isinstance(t, Tensor)]
