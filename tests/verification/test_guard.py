@@ -523,7 +523,7 @@ class Logged(Network):
     def __init__(self) -> None:
         super().__init__()
         self.log = list[float]()
-        self.a.register_full_backward_hook(lambda module, inputs, outputs: self.log.append(float(outputs[0].sum())))
+        self.b.register_full_backward_hook(lambda module, inputs, outputs: self.log.append(float(outputs[0].sum())))
 
 
 def test_tracing_and_checking_call_no_hook_for_effect() -> None:
