@@ -28,10 +28,12 @@ ONE_PER_RULE = (
 FAST = (
     *(f"tests/ir/test_samples.py::test_rule[[]{name}]" for name in ONE_PER_RULE),
     *("tests/ir/test_samples.py::test_model[[]model.lenet]", "tests/ir/test_samples.py::test_the_*"),
-    *("tests/ir/test_samples.py::test_every_rule_has_a_sample", "tests/passes/*", "tests/blocks/*"),
+    *("tests/ir/test_samples.py::test_every_rule_has_a_sample", "tests/passes/test_[!i]*", "tests/blocks/*"),
     *("tests/core/test_rooms.py::test_[!i]*", "tests/api/test_api.py::*", "tests/quantities/test_selection.py::*"),
     *("tests/checks/test_codes.py::test_the_*", "tests/contractions/test_definitions.py::*"),
     *("tests/results/test_block_diagonal.py::*", "tests/dataset/test_accumulation.py::test_a_data_set*"),
+    *("tests/verification/*model_is_refused", "tests/verification/*as_before", "tests/verification/*always*"),
+    *("tests/verification/*followed[[]Closure]", "tests/verification/*a_program[[]Larger]"),
 )
 """Patterns of the tests that are fast."""
 

@@ -76,7 +76,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured on one model."""
+    """The measurements of one model."""
 
     model: str
     dtype: str

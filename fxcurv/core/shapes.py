@@ -26,7 +26,7 @@ class BatchSize:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """The batch sizes for which a graph is valid: those that satisfy all conditions, each a branch of the model."""
+    """The batch sizes for which a graph is valid: they satisfy every condition, one per branch of the model."""
 
     conditions: tuple[tuple[Any, str, int], ...] = ()
 

@@ -154,7 +154,7 @@ class Checkpoint:
 
 
 def _first_difference(ours: str, theirs: str) -> str:
-    """Name the first batch from which on digests differ; nothing if it is not among those that are known."""
+    """Return the name of the first batch with another digest, or an empty string if no known digest differs."""
     for k in range(0, min(len(ours), len(theirs)), _DIGITS):
         if ours[k : k + _DIGITS] != theirs[k : k + _DIGITS]:
             return f"batch {k // _DIGITS + 1} is another one: "

@@ -77,7 +77,7 @@ def request_key(selection: Selection, output: Output, *options: object) -> objec
 def signature(model: nn.Module, inputs: Inputs, output: Output = None) -> object:
     """Return the signature: the kind of the inputs, without batch size, and all that the model may read when called.
 
-    The values of parameters and buffers are no part of it, and those of all other tensors by identity and version.
+    It omits the values of parameters and buffers. Other tensors count by identity and version.
     """
     leaves, structure = pytree.tree_flatten(as_call(inputs))
     kinds = tuple((tuple(t.shape[1:]), t.dtype, t.device) if isinstance(t, Tensor) else frozen(t) for t in leaves)

@@ -440,4 +440,4 @@ def check_module_hooks(model: nn.Module) -> None:
             raise refusal(f"the backward hook {title_of(hook)} on module {name!r}", _OLD)
 
 
-_OLD = "it is registered by register_backward_hook, whose gradients are those of the last op of the module"
+_OLD = "it is registered by register_backward_hook, which passes the gradients of the last op, not of the module"

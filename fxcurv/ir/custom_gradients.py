@@ -167,7 +167,7 @@ class CustomCall:
 
 
 def _filled_in(leaf: Any, tensors: Iterator[Tensor]) -> Any:
-    """The argument with the next tensors in place of those that it is, or holds."""
+    """Return the argument, with its own tensors replaced by the next ones."""
     if isinstance(leaf, Held):
         return leaf.rebound([next(tensors) for part in leaf.leaves if part is INPUT])
     return next(tensors) if leaf is INPUT else leaf

@@ -326,28 +326,14 @@ def _finite(output: Tensor, target: Tensor) -> Iterator[Check]:
 
 def _rootable(terms: LossTerms) -> Iterator[Check]:
     """Check that the loss is finite and that its Hessian has a square root."""
-    yield (
-        terms.value.isfinite(),
-        lambda: LossError(
-            "the loss is not finite",
-            remedy="check that some target counts and that the outputs are moderate",
-            code="FXC406",
-        ),
-    )
-    yield (
-        ~(terms.omega < 0),
-        lambda: LossError(
-            "a term of the loss has a negative weight",
-            remedy="its Hessian has no real square root: use weights ≥ 0",
-            code="FXC406",
-        ),
-    )
+    remedy = "check that some target counts and that the outputs are moderate"
+    yield _or_refused(terms.value.isfinite(), "the loss is not finite", remedy)
+    remedy = "its Hessian has no real square root: use weights ≥ 0"
+    yield _or_refused(~(terms.omega < 0), "a term of the loss has a negative weight", remedy)
     if isinstance(terms, ScalarTerms):
-        yield (
-            ~(terms.curvature < 0),
-            lambda: LossError(
-                "a term of the loss has a negative second derivative",
-                remedy="its Hessian has no real square root: use a loss that is convex in the output",
-                code="FXC406",
-            ),
-        )
+        remedy = "its Hessian has no real square root: use a loss that is convex in the output"
+        yield _or_refused(~(terms.curvature < 0), "a term of the loss has a negative second derivative", remedy)
+
+
+def _or_refused(holds: Tensor, cause: str, remedy: str) -> Check:
+    return holds, lambda: LossError(cause, remedy=remedy, code="FXC406")

@@ -197,7 +197,7 @@ class _Merge:
 
     @property
     def of_values(self) -> tuple[float, float]:
-        """The weights of the two values: those of the loss terms, to the power of the quantity's degree.
+        """The weights of the two values: the weights of the loss terms, to the power of the quantity's degree.
 
         An average is of the values themselves, whatever their degree.
         """

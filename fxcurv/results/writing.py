@@ -23,6 +23,7 @@ from fxcurv.blocks.lazy_gram import LazyGram
 from fxcurv.core.errors import FxcurvError
 from fxcurv.core.fingerprint import Fingerprint, digest
 from fxcurv.core.version import __version__
+from fxcurv.results import validity
 from fxcurv.results.entry import Entries, Entry
 from fxcurv.results.validity import mistake_of_entry, mistake_of_result, mistake_of_value, stored
 
@@ -34,7 +35,7 @@ SCHEMA = 4
 3 did not have the combination rule of results."""
 
 
-class Result(Protocol):
+class Result(validity.Result, Protocol):
     """Interface of `fxcurv.results.curvature.Curvature` for writing."""
 
     @property
@@ -42,21 +43,6 @@ class Result(Protocol):
 
     @property
     def entries(self) -> list[Entry]: ...
-
-    @property
-    def loss(self) -> Tensor: ...
-
-    @property
-    def output(self) -> Tensor: ...
-
-    @property
-    def samples(self) -> int: ...
-
-    @property
-    def reduction(self) -> str: ...
-
-    @property
-    def divisor(self) -> Tensor | float | None: ...
 
     @property
     def model(self) -> Fingerprint | None: ...

@@ -143,7 +143,7 @@ class ClassFacts:
         return True
 
     def functions(self, cls: type) -> list[FunctionType]:
-        """Return the functions that forward, calls and attribute access reach by name, without those of libraries."""
+        """Return the functions, outside of libraries, that forward, calls and attribute access reach by name."""
         bases = self._bases_of(cls)
         found = (function_of(vars(bases[k]).get(name)) for k, name in self._reached)
         return [function for function in found if function is not None]

@@ -117,7 +117,7 @@ class Walk:
                     self.note(part, depth + 1, level)
 
     def module(self, module: nn.Module, depth: int = 0, level: int = 0, own: bool = True) -> None:
-        """Add a module; the values of parameters and buffers of the model's `own` modules are no part of the key."""
+        """Add a module; the key omits the values of parameters and buffers of the model's `own` modules."""
         out, attributes = self.out, vars(module)
         self.note(type(module), depth, level)
         self.structure(module, depth, level, own)
@@ -156,7 +156,7 @@ class Walk:
                 self.note(child, depth + 1, level)
 
     def hooks(self, module: nn.Module, depth: int = 0, level: int = 0) -> None:
-        """Add a module's hooks that change what it computes."""
+        """Add the hooks of a module's forward and backward."""
         attributes = vars(module)
         if any(map(attributes.get, _HOOKS)):
             self._hooks_among(attributes, "", depth, level)

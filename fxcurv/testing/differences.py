@@ -122,7 +122,7 @@ class _Search:
         return self._gradients(self.values[output_of(self.graph)])
 
     def canonical(self) -> Iterator[Difference]:
-        """Compare the output of the canonical graph, and its gradients by autograd, with those of the model."""
+        """Compare the canonical graph with the model: the output, and the gradients by autograd."""
         args, kwargs = as_call(self.batch.inputs)
         with CustomGradients().checked():
             theirs, node = selector(None)(self.model(*args, **kwargs)), output_of(self.graph)

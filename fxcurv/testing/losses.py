@@ -26,7 +26,7 @@ def check_loss(loss: object, output: Tensor, target: Tensor) -> None:
     `loss` is given as to `fxcurv.compile`, or as a `fxcurv.losses.base.Loss`. `output` is `[N]` or `[N, …]` in float64,
     with moderate values and few entries, since the dense Hessian is formed; N is at least two. The checks:
 
-    - value and gradient equal those of the module;
+    - value and gradient equal the value and gradient of the module;
     - the Hessian is block diagonal over samples, and equals `Σ_v S_v S_vᵀ` of the exact columns;
     - `hessian(v)` is its product with v;
     - divisors of two halves of the batch add, and so do their values and gradients times their divisors;

@@ -17,8 +17,6 @@ import fxcurv
 from fxcurv.verification.batches import among_others, varied
 from fxcurv.verification.tolerances import different_parameters, different_samples, tolerance_for
 
-pytestmark = pytest.mark.fast
-
 SIZES = (3, 1, 5, 8, 17)
 REGISTRY: dict[str, Any] = {}
 
