@@ -15,6 +15,7 @@ from fxcurv.core.errors import UnsupportedError
 from fxcurv.core.generators import fresh_generator
 from fxcurv.core.shapes import BatchSize, Samples, Shape
 from fxcurv.trials.samples import Inconclusive, Operand, Probe, Sizes
+from passes.infer_batch_axes import SHARED, _only_of
 
 N = BatchSize()
 CPU = torch.device("cpu")
@@ -164,3 +165,10 @@ def test_a_model_that_keeps_samples_apart_is_right_at_every_size(name: str) -> N
             (F.cross_entropy(model(x[[n]]), y[[n]]) / size).backward()
             for parameter, p in model.named_parameters():
                 torch.testing.assert_close(result[parameter][n], p.grad)
+
+
+def test_entries_of_another_sample_are_not_of_a_sample() -> None:
+    """A trial at random sizes misses some wrong positions, so that this decides by all entries, not by one."""
+    assert _only_of(1, torch.tensor([1, 1, SHARED]))
+    assert not _only_of(1, torch.tensor([1, 2, SHARED]))
+    assert not _only_of(1, torch.tensor([SHARED, SHARED]))
