@@ -82,6 +82,8 @@ class _Draw:
     ties: bool = False
     whole: bool = False
     """Whether all samples are taken in another order, rather than a few of them."""
+    twin: bool = False
+    """Whether the first sample that is taken equals one that is not."""
     positive: bool = False
     top: int = 2
 
@@ -194,7 +196,7 @@ class Probe:
             return found
         down: Order = "descending" if up == "ascending" else "ascending"
         found += [_Draw(sizes.middle, down, **options), _Draw(sizes.middle, ties=ties, **options)]
-        found += [_Draw(sizes.traced, ties=ties, **options), _Draw(sizes.larger, up, ties, **options)]
+        found += [_Draw(sizes.traced, twin=ties, **options), _Draw(sizes.larger, up, ties, **options)]
         if self.device.type == "cpu" and any(not x.dtype.is_floating_point for x in self.operands):
             found += [_Draw(sizes.larger, positive=self.positive, top=5), _Draw(sizes.larger, **options)]
         return found
@@ -207,6 +209,8 @@ class _Trial:
         self.probe, self.draw = probe, draw
         self.order = self._moved() if draw.whole else self._some()
         values = [self._drawn(x, draw.size) for x in probe.operands]
+        if draw.twin:
+            values = [self._with_twin(x, v) for x, v in zip(probe.operands, values, strict=True)]
         part = [self._taken(x, v) for x, v in zip(probe.operands, values, strict=True)]
         other = [self._replaced(x, v) for x, v in zip(probe.operands, part, strict=True)]
         self.results = [probe.op(*batch) for batch in (values, part, other)]
@@ -226,9 +230,15 @@ class _Trial:
         return order
 
     def _some(self) -> Tensor:
-        """Two to four samples in a random order, of which sample 0 is not the first."""
+        """Two to four samples in a random order, of which sample 0 is not the first.
+
+        In a batch in random order without equal samples, the last sample is the first.
+        """
         order = self._permutation()
         order = order.roll(1) if int(order[0]) == 0 else order
+        if self.draw.order == "random" and not self.draw.ties:
+            last = self.draw.size - 1
+            order = torch.cat([order[order == last], order[order != last]])
         return order[: min(4, self.draw.size - 1)]
 
     def _permutation(self) -> Tensor:
@@ -242,6 +252,16 @@ class _Trial:
             return drawn
         rows = _split(x.place, drawn).sort(x.place.axis + 1, descending=self.draw.order == "descending").values
         return rows.flatten(x.place.axis, x.place.axis + 2)
+
+    def _with_twin(self, x: Operand, value: Tensor) -> Tensor:
+        """The operand with the first taken sample in place of one that is not taken."""
+        if x.constant is not None or x.place is None:
+            return value
+        value, axis = value.clone(memory_format=torch.contiguous_format), x.place.axis + 1
+        left_out = next(n for n in range(self.draw.size) if n not in self.order.tolist())
+        rows = _split(x.place, value)
+        rows.select(axis, left_out).copy_(rows.select(axis, int(self.order[0])))
+        return value
 
     def _taken(self, x: Operand, value: Tensor) -> Tensor:
         """The samples `order` of an operand."""
